@@ -1,0 +1,80 @@
+"""The words of instrumented attention: locations, cores, calls and taps.
+
+An *attention core* is a module that evaluates softmax(QK^T)V. Each evaluation is an ``AttentionCall``. While it
+runs, every tensor it produces is offered to the *taps*, in the order of computation; a tap may look (return
+``None``) or replace it (return a tensor of the same shape and dtype).
+
+Public names: ``LOCATIONS``, ``OBSERVED``, ``AttentionCore``, ``AttentionCall``, ``Tap``.
+
+Shapes: q ``(batch, head, query, channel)``; k, v ``(batch, key/value head, key, channel)``, not repeated for
+grouped queries where the model's own code repeats them inside; scores, logits, weights ``(batch, head, query, key)``;
+out ``(batch, head, query, channel)``.
+
+>>> LOCATIONS
+('q', 'k', 'v', 'scores', 'weights', 'out')
+"""
+
+from __future__ import annotations
+
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor, nn
+
+LOCATIONS = ("q", "k", "v", "scores", "weights", "out")
+"""Where a fault can be injected."""
+
+OBSERVED = (*LOCATIONS, "logits")
+"""What a tap can see: the locations, and the logits (what the softmax received, after scale, bias and mask)."""
+
+
+@dataclass(frozen=True)
+class AttentionCore:
+    """One module of a model that evaluates attention.
+
+    Attributes:
+        index: position in the order of first evaluation in a forward pass; this is what ``layer`` means.
+        name: qualified module name, e.g. ``transformer.h.0.attn``.
+        path: ``A`` if the module dispatches through transformers' attention interface, ``R`` if its forward is wrapped.
+        module: the module itself.
+        score_product: which batched product of the call gives the scores (0 unless others come before it).
+    """
+
+    index: int
+    name: str
+    path: str
+    module: nn.Module = field(repr=False, compare=False)
+    score_product: int = 0
+
+
+@dataclass
+class AttentionCall:
+    """One evaluation of a core.
+
+    Attributes:
+        core: the core that is evaluated.
+        number: how often this core was evaluated before in the same session (0 for an ordinary forward pass).
+        scaling: the factor between QK^T and the logits where the architecture states it, else ``None``.
+        tensors: what a tap chose to keep for the rest of the call; dropped when the call ends.
+    """
+
+    core: AttentionCore
+    number: int
+    scaling: float | None = None
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Tap(Protocol):
+    """Something that looks at, or changes, the tensors of attention calls."""
+
+    @property
+    def locations(self) -> AbstractSet[str]:
+        """The members of ``OBSERVED`` this tap is called for."""
+
+    @property
+    def layers(self) -> AbstractSet[int] | None:
+        """The indices of the cores this tap is called for; ``None`` for all."""
+
+    def on(self, location: str, tensor: Tensor, call: AttentionCall) -> Tensor | None:
+        """Look at ``tensor``; return a replacement, or ``None`` to leave it."""

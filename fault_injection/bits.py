@@ -1,0 +1,215 @@
+"""Bit patterns of floating-point tensors: what every fault is made of.
+
+A fault on one element is ``new = (old & keep) ^ toggle`` on its IEEE bit pattern. That one form covers flips
+(``keep`` all ones), stuck-at-0 and stuck-at-1, zeroing and replacement, keeps NaN payloads, and never passes
+through floating-point arithmetic.
+
+Public names: ``FloatFormat``, ``float_format``, ``bit_field``, ``bits_in_field``, ``bit_patterns``, ``rewrite_bits``,
+``flip_bits``, ``set_bits``, ``clear_bits``, ``flip_masks``, ``set_masks``, ``clear_masks``.
+
+Bit 0 is the least significant mantissa bit, the highest bit is the sign (IEEE 754 numbering).
+
+>>> import torch
+>>> one = torch.tensor([1.0])
+>>> [float(flip_bits(one, 0, [bit])) for bit in (30, 23, 31)]
+[inf, 0.5, -1.0]
+>>> bit_field(torch.bfloat16, 14)
+'exponent'
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+FIELDS = ("sign", "exponent", "mantissa")
+
+
+@dataclass(frozen=True)
+class FloatFormat:
+    """Layout of one floating-point dtype: ``width`` bits, of which ``exponent`` and ``mantissa`` bits and one sign."""
+
+    dtype: torch.dtype
+    integer: torch.dtype
+    width: int
+    exponent: int
+    mantissa: int
+
+    @property
+    def all_bits(self) -> int:
+        """The pattern with every bit set, as a non-negative integer."""
+        return (1 << self.width) - 1
+
+    def signed(self, pattern: int) -> int:
+        """Return ``pattern`` as the two's-complement value that the signed integer view holds."""
+        return pattern - (1 << self.width) if pattern >> (self.width - 1) else pattern
+
+
+def _formats() -> dict[torch.dtype, FloatFormat]:
+    formats = [
+        FloatFormat(torch.float64, torch.int64, 64, 11, 52),
+        FloatFormat(torch.float32, torch.int32, 32, 8, 23),
+        FloatFormat(torch.bfloat16, torch.int16, 16, 8, 7),
+        FloatFormat(torch.float16, torch.int16, 16, 5, 10),
+    ]
+    for name, exponent, mantissa in (("float8_e4m3fn", 4, 3), ("float8_e5m2", 5, 2)):
+        dtype = getattr(torch, name, None)
+        if dtype is not None:
+            formats.append(FloatFormat(dtype, torch.int8, 8, exponent, mantissa))
+    return {entry.dtype: entry for entry in formats}
+
+
+_FORMATS = _formats()
+
+
+def float_format(dtype: torch.dtype) -> FloatFormat:
+    """Return the layout of ``dtype``; ``ValueError`` names the supported dtypes for any other."""
+    try:
+        return _FORMATS[dtype]
+    except KeyError:
+        allowed = ", ".join(str(known).removeprefix("torch.") for known in _FORMATS)
+        raise ValueError(f"bit faults need a floating-point dtype: got {dtype}, allowed {allowed}") from None
+
+
+def bit_field(dtype: torch.dtype, bit: int) -> str:
+    """Name the field of ``bit``: ``sign``, ``exponent`` or ``mantissa``. ``ValueError`` if out of range."""
+    layout = float_format(dtype)
+    check_bits([bit], dtype)
+    if bit == layout.width - 1:
+        return "sign"
+    return "exponent" if bit >= layout.mantissa else "mantissa"
+
+
+def bits_in_field(dtype: torch.dtype, field: str) -> range:
+    """Return the bit numbers of a field of ``dtype`` (``sign``, ``exponent``, ``mantissa``)."""
+    layout = float_format(dtype)
+    ranges = {
+        "mantissa": range(0, layout.mantissa),
+        "exponent": range(layout.mantissa, layout.width - 1),
+        "sign": range(layout.width - 1, layout.width),
+    }
+    if field not in ranges:
+        raise ValueError(f"bit field: got {field!r}, allowed {', '.join(FIELDS)}")
+    return ranges[field]
+
+
+def check_bits(bits: Iterable[int], dtype: torch.dtype) -> None:
+    """Raise ``ValueError`` with the allowed range unless every bit exists in ``dtype`` and none is repeated."""
+    layout = float_format(dtype)
+    seen: set[int] = set()
+    for bit in bits:
+        if not 0 <= bit < layout.width:
+            name = str(dtype).removeprefix("torch.")
+            raise ValueError(f"bit: got {bit}, allowed 0..{layout.width - 1} for {name}")
+        if bit in seen:
+            raise ValueError(f"bit: {bit} is given twice; the bits of one fault must be distinct")
+        seen.add(bit)
+
+
+def _mask_of(bits: Iterable[int], dtype: torch.dtype) -> int:
+    chosen = list(bits)
+    check_bits(chosen, dtype)
+    return sum(1 << bit for bit in chosen)
+
+
+def flip_masks(bits: Iterable[int], dtype: torch.dtype) -> tuple[int, int]:
+    """Return ``(keep, toggle)`` that flips ``bits``."""
+    return float_format(dtype).all_bits, _mask_of(bits, dtype)
+
+
+def set_masks(bits: Iterable[int], dtype: torch.dtype) -> tuple[int, int]:
+    """Return ``(keep, toggle)`` that sets ``bits`` to 1."""
+    mask = _mask_of(bits, dtype)
+    return float_format(dtype).all_bits & ~mask, mask
+
+
+def clear_masks(bits: Iterable[int], dtype: torch.dtype) -> tuple[int, int]:
+    """Return ``(keep, toggle)`` that clears ``bits`` to 0."""
+    return float_format(dtype).all_bits & ~_mask_of(bits, dtype), 0
+
+
+def bit_patterns(tensor: Tensor) -> list[int]:
+    """Return the bit pattern of every element, in order, as non-negative integers."""
+    layout = float_format(tensor.dtype)
+    flat = tensor.detach().contiguous().view(layout.integer).flatten().tolist()
+    return [int(value) & layout.all_bits for value in flat]
+
+
+def rewrite_bits(tensor: Tensor, flat_index: Sequence[int], keep: Sequence[int], toggle: Sequence[int]) -> Tensor:
+    """Return a copy of ``tensor`` with ``(old & keep) ^ toggle`` applied to the pattern of the chosen elements.
+
+    Args:
+        tensor: any shape, a floating-point dtype of this module; it is not changed.
+        flat_index: distinct positions in the row-major flattening of ``tensor``.
+        keep: for each position the mask of bits that survive (non-negative integers).
+        toggle: for each position the mask that is exclusive-ored in.
+
+    Returns:
+        A tensor of the same shape, dtype and strides: the bits of a matrix product can depend on the memory layout of
+        its factors, and a fault must change nothing else. Gradients flow through unchanged elements, and through
+        changed ones as the identity (straight-through): a bit flip has no derivative of its own.
+
+    Raises:
+        ValueError: for a dtype without a known layout, repeated or unequal numbers of positions.
+        IndexError: for a position that does not exist.
+    """
+    layout = float_format(tensor.dtype)
+    if not len(flat_index) == len(keep) == len(toggle):
+        raise ValueError(f"got {len(flat_index)} positions, {len(keep)} keep masks, {len(toggle)} toggle masks")
+    if len(set(flat_index)) != len(flat_index):
+        raise ValueError("the positions of one fault must be distinct")
+    for position in flat_index:
+        if not 0 <= position < tensor.numel():
+            raise IndexError(f"element {position} does not exist in a tensor of {tensor.numel()} elements")
+    faulty = _clone_with_strides(tensor.detach())
+    patterns = faulty.view(layout.integer)
+    flat = torch.tensor(flat_index, dtype=torch.int64, device=tensor.device)
+    where = torch.unravel_index(flat, tensor.shape) if tensor.dim() else ()
+    kept = torch.tensor([layout.signed(m) for m in keep], dtype=layout.integer, device=tensor.device)
+    toggled = torch.tensor([layout.signed(m) for m in toggle], dtype=layout.integer, device=tensor.device)
+    patterns[where] = (patterns[where] & kept) ^ toggled
+    if not tensor.requires_grad:
+        return faulty
+    straight: Tensor = _StraightThrough.apply(tensor, faulty)  # type: ignore[no-untyped-call]
+    return straight
+
+
+def _clone_with_strides(tensor: Tensor) -> Tensor:
+    expanded = any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
+    if expanded:
+        return tensor.clone(memory_format=torch.contiguous_format)
+    clone = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+    return clone.copy_(tensor)
+
+
+class _StraightThrough(torch.autograd.Function):
+    """The faulty value forward, the identity backward; exact where ``clean + (faulty - clean)`` would round."""
+
+    @staticmethod
+    def forward(ctx: object, clean: Tensor, faulty: Tensor) -> Tensor:
+        return faulty.clone()
+
+    @staticmethod
+    def backward(ctx: object, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
+def flip_bits(tensor: Tensor, flat_index: int, bits: Iterable[int]) -> Tensor:
+    """Return a copy of ``tensor`` with ``bits`` of one element flipped; twice is the identity."""
+    keep, toggle = flip_masks(bits, tensor.dtype)
+    return rewrite_bits(tensor, [flat_index], [keep], [toggle])
+
+
+def set_bits(tensor: Tensor, flat_index: int, bits: Iterable[int]) -> Tensor:
+    """Return a copy of ``tensor`` with ``bits`` of one element set to 1 (stuck-at-1)."""
+    keep, toggle = set_masks(bits, tensor.dtype)
+    return rewrite_bits(tensor, [flat_index], [keep], [toggle])
+
+
+def clear_bits(tensor: Tensor, flat_index: int, bits: Iterable[int]) -> Tensor:
+    """Return a copy of ``tensor`` with ``bits`` of one element cleared to 0 (stuck-at-0)."""
+    keep, toggle = clear_masks(bits, tensor.dtype)
+    return rewrite_bits(tensor, [flat_index], [keep], [toggle])

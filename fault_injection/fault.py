@@ -1,0 +1,224 @@
+"""What a fault is: a specification that may leave things open, and the one fault drawn from it.
+
+    spec = FaultSpec(location="scores", kind="bitflip", bits=(30,))
+    fault = draw_fault(spec, site, numpy.random.Generator(numpy.random.Philox(key=7)))
+    Fault.from_json(fault.to_json()) == fault
+
+Every kind comes down to one rule on bit patterns, ``new = (old & keep) ^ toggle``, on one element or on many.
+
+Public names: ``KINDS``, ``FaultSpec``, ``Fault``, ``Element``, ``draw_fault``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+
+import numpy as np
+import torch
+
+from fault_injection.attention_call import LOCATIONS
+from fault_injection.bits import (
+    FIELDS,
+    bits_in_field,
+    check_bits,
+    clear_masks,
+    flip_masks,
+    float_format,
+    set_masks,
+)
+from fault_injection.names import nearest
+from fault_injection.site import ElementIndex, Site
+
+KINDS = ("bitflip", "stuck_at_0", "stuck_at_1", "zero", "random_value", "bit_error_rate")
+_BIT_KINDS: dict[str, Callable[[tuple[int, ...], torch.dtype], tuple[int, int]]] = {
+    "bitflip": flip_masks,
+    "stuck_at_0": clear_masks,
+    "stuck_at_1": set_masks,
+}
+
+
+@dataclass(frozen=True)
+class FaultSpec:
+    """What kind of fault to draw.
+
+    Attributes:
+        location: ``q k v scores weights out``.
+        kind: ``bitflip`` (all ``bits``), ``stuck_at_0``, ``stuck_at_1`` (``bits`` cleared or set), ``zero`` (the
+            element becomes +0.0), ``random_value`` (its bits become a uniformly random pattern, which may be NaN),
+            ``bit_error_rate`` (every bit of every element that may be hit flips with probability ``rate``).
+        bits: bit numbers, the name of a field (one of its bits is drawn), or ``None`` (any bit is drawn).
+        index: the element, in full or in part.
+        include_masked: draw hidden keys of scores and weights as well.
+        rate: the bit error rate, in (0, 1]; for that kind only.
+
+    Raises:
+        ValueError: unknown names, bits given for a kind that has none, a rate where it does not belong.
+    """
+
+    location: str
+    kind: str = "bitflip"
+    bits: tuple[int, ...] | str | None = None
+    index: ElementIndex = field(default_factory=ElementIndex)
+    include_masked: bool = False
+    rate: float | None = None
+
+    def __post_init__(self) -> None:
+        for key, got, allowed in (("location", self.location, LOCATIONS), ("kind", self.kind, KINDS)):
+            if got not in allowed:
+                raise ValueError(f"fault.{key}: got {got!r}, allowed {', '.join(allowed)}{nearest(str(got), allowed)}")
+        self._check_bits()
+        if (self.kind == "bit_error_rate") != (self.rate is not None):
+            wanted = "needs" if self.kind == "bit_error_rate" else "has no use for"
+            raise ValueError(f"fault.rate: kind {self.kind!r} {wanted} a rate, got {self.rate}")
+        if self.rate is not None and not 0 < self.rate <= 1:
+            raise ValueError(f"fault.rate: got {self.rate}, allowed: above 0, at most 1")
+
+    def _check_bits(self) -> None:
+        if self.bits is not None and self.kind not in _BIT_KINDS:
+            raise ValueError(f"fault.bit: kind {self.kind!r} has no use for a bit, got {self.bits}")
+        if isinstance(self.bits, str) and self.bits not in FIELDS:
+            raise ValueError(
+                f"fault.bit: got {self.bits!r}, allowed a bit number, a list of them, or {', '.join(FIELDS)}"
+                f"{nearest(self.bits, FIELDS)}"
+            )
+        if isinstance(self.bits, tuple):
+            if not self.bits:
+                raise ValueError("fault.bit: got an empty list; leave it out to draw any bit")
+            check_bits(self.bits, torch.float64)
+
+
+@dataclass(frozen=True)
+class Element:
+    """The change of one element: ``new = (old & keep) ^ toggle`` at row-major position ``flat``."""
+
+    flat: int
+    keep: int
+    toggle: int
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One fault, down to the bit; hashable and JSON-serialisable.
+
+    Attributes:
+        location, layer, module, kind: what is hit, and how.
+        shape: the shape of the tensor that ``elements`` refer to.
+        index: ``(batch, head, row, col)`` of the first element; ``None`` if a bit error rate hit none.
+        bits: the bits of a ``bitflip`` or ``stuck_at``; empty for the other kinds.
+        elements: every changed element.
+        masked_position: whether ``index`` is a key that its query does not see.
+        call: which evaluation of the core within one pass.
+    """
+
+    location: str
+    layer: int
+    module: str
+    kind: str
+    shape: tuple[int, int, int, int]
+    index: tuple[int, int, int, int] | None
+    bits: tuple[int, ...]
+    elements: tuple[Element, ...]
+    masked_position: bool = False
+    call: int = 0
+
+    def to_json(self) -> str:
+        """Return the canonical JSON text: sorted keys, no blanks."""
+        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> Fault:
+        """Read what ``to_json`` wrote."""
+        data = json.loads(text)
+        index = data.pop("index")
+        elements = tuple(Element(**element) for element in data.pop("elements"))
+        shape, bits = tuple(data.pop("shape")), tuple(data.pop("bits"))
+        return cls(shape=shape, index=None if index is None else tuple(index), bits=bits, elements=elements, **data)
+
+
+def draw_fault(spec: FaultSpec, site: Site, random: np.random.Generator) -> Fault:
+    """Draw the one fault that ``spec`` and ``random`` determine at ``site``.
+
+    Raises:
+        ValueError: a bit that the site's native dtype does not have.
+        IndexError: a coordinate that does not exist.
+    """
+    if spec.kind == "bit_error_rate":
+        return _draw_error_rate(spec, site, random)
+    index = site.draw(spec.index, random, include_masked=spec.include_masked)
+    bits: tuple[int, ...] = ()
+    if spec.kind == "zero":
+        keep, toggle = 0, 0
+    elif spec.kind == "random_value":
+        layout = float_format(site.dtype)
+        keep, toggle = 0, int.from_bytes(random.bytes(8), "little") & layout.all_bits
+    else:
+        bits = _draw_bits(spec.bits, site.dtype, random)
+        keep, toggle = _BIT_KINDS[spec.kind](bits, site.dtype)
+    return Fault(
+        spec.location,
+        site.layer,
+        site.module,
+        spec.kind,
+        site.shape,
+        index,
+        bits,
+        (Element(site.flat(index), keep, toggle),),
+        masked_position=not site.sees(index),
+    )
+
+
+def _draw_bits(bits: tuple[int, ...] | str | None, dtype: torch.dtype, random: np.random.Generator) -> tuple[int, ...]:
+    if isinstance(bits, tuple):
+        check_bits(bits, dtype)
+        return bits
+    choices = range(float_format(dtype).width) if bits is None else bits_in_field(dtype, bits)
+    return (choices[int(random.integers(len(choices)))],)
+
+
+def _draw_error_rate(spec: FaultSpec, site: Site, random: np.random.Generator) -> Fault:
+    """Flip every bit of every candidate independently: a binomial count, then distinct (element, bit) pairs."""
+    candidates = _candidates(spec, site)
+    layout = float_format(site.dtype)
+    count = int(random.binomial(len(candidates) * layout.width, spec.rate or 0.0))
+    pairs: set[int] = set()
+    while len(pairs) < count:
+        pairs.update(random.integers(len(candidates) * layout.width, size=count - len(pairs)).tolist())
+    toggles: dict[int, int] = {}
+    for pair in sorted(pairs):
+        element, bit = divmod(pair, layout.width)
+        position = int(candidates[element])
+        toggles[position] = toggles.get(position, 0) | 1 << bit
+    elements = tuple(Element(position, layout.all_bits, toggle) for position, toggle in toggles.items())
+    index: tuple[int, int, int, int] | None = None
+    if elements:
+        batch, head, row, col = (int(i) for i in np.unravel_index(elements[0].flat, site.shape))
+        index = batch, head, row, col
+    hidden = index is not None and not site.sees(index)
+    return Fault(
+        spec.location,
+        site.layer,
+        site.module,
+        spec.kind,
+        site.shape,
+        index,
+        (),
+        elements,
+        masked_position=hidden,
+    )
+
+
+def _candidates(spec: FaultSpec, site: Site) -> np.ndarray:
+    site.draw(spec.index, np.random.default_rng(0), include_masked=True)  # refuses coordinates that do not exist
+    allowed = np.ones(site.extent, dtype=bool)
+    if site.visible is not None and not spec.include_masked:
+        allowed &= site.visible.cpu().numpy()
+    for axis, given in enumerate(spec.index.as_tuple()):
+        if given is not None:
+            others = np.arange(site.extent[axis]) != given
+            np.moveaxis(allowed, axis, 0)[others] = False
+    positions = np.ravel_multi_index(np.nonzero(allowed), site.shape)
+    if not len(positions):
+        raise ValueError(f"fault.index: no visible element of {site.location} agrees with {spec.index}")
+    return positions

@@ -1,0 +1,177 @@
+"""The probe: reads and rewrites the intermediates of an architecture's *own* eager attention code.
+
+No attention is reimplemented here. A ``TorchFunctionMode`` watches the calls that the model's own code makes and
+walks through product (scores) -> softmax (logits in, weights out) -> product (out). What a tap returns replaces the
+result of that call, so every later operation, dtype cast and mask is the model's own.
+
+Public names: ``AttentionProbe``, ``PRODUCTS``, ``SOFTMAXES``, ``product_operands``.
+
+    with AttentionProbe(call, emit, batch=2, operands=True):
+        module.forward(hidden_states)          # emit(location, tensor, call) sees q, k, scores, logits, weights, v, out
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from fault_injection.attention_call import AttentionCall
+
+PRODUCTS: frozenset[Any] = frozenset(
+    {
+        torch.matmul,
+        torch.Tensor.matmul,
+        torch.Tensor.__matmul__,
+        torch.bmm,
+        torch.Tensor.bmm,
+        torch.baddbmm,
+        torch.Tensor.baddbmm,
+    }
+)
+_WITH_ADDEND: frozenset[Any] = frozenset({torch.baddbmm, torch.Tensor.baddbmm})
+SOFTMAXES: frozenset[Any] = frozenset({F.softmax, torch.softmax, torch.Tensor.softmax, torch.special.softmax})
+
+Emit = Callable[[str, Tensor, AttentionCall], Tensor]
+
+
+class ProbeError(RuntimeError):
+    """The model's code did not do what an attention core does; nothing that followed would mean anything."""
+
+
+def product_operands(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
+    """Return the two factors of a batched product (both with at least 3 dimensions), else ``None``."""
+    if func not in PRODUCTS:
+        return None
+    first, second = _operand_slots(func, args, kwargs)
+    left, right = _get(args, kwargs, first), _get(args, kwargs, second)
+    if isinstance(left, Tensor) and isinstance(right, Tensor) and left.dim() >= 3 and right.dim() >= 3:
+        return left, right
+    return None
+
+
+def _operand_slots(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int | str, int | str]:
+    if func in _WITH_ADDEND:
+        return (1, 2) if len(args) >= 3 else ("batch1", "batch2")
+    second_name = "mat2" if "mat2" in kwargs else "other"
+    return 0, (1 if len(args) >= 2 else second_name)
+
+
+def _get(args: tuple[Any, ...], kwargs: dict[str, Any], slot: int | str) -> Any:
+    if isinstance(slot, str):
+        return kwargs.get(slot)
+    return args[slot] if slot < len(args) else None
+
+
+def _replaced(
+    args: tuple[Any, ...], kwargs: dict[str, Any], slot: int | str, value: Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(slot, str):
+        return args, {**kwargs, slot: value}
+    return (*args[:slot], value, *args[slot + 1 :]), kwargs
+
+
+class AttentionProbe(TorchFunctionMode):
+    """Watches one evaluation of one attention core.
+
+    Args:
+        call: the evaluation; handed to ``emit`` with every tensor.
+        emit: called as ``emit(location, tensor, call)`` with tensors in the canonical shapes of
+            ``fault_injection.attention_call``; its return value takes the tensor's place.
+        batch: the batch size, to tell ``(batch * head, query, channel)`` layouts apart.
+        operands: emit q, k and v from the factors of the two products (path R); path A emits them before.
+
+    Raises:
+        ProbeError: on leaving, when the three steps were not all seen (``finish``).
+    """
+
+    def __init__(self, call: AttentionCall, emit: Emit, batch: int, *, operands: bool) -> None:
+        super().__init__()
+        self._call = call
+        self._emit = emit
+        self._batch = batch
+        self._operands = operands
+        self._phase = "scores"
+        self._products_seen = 0
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self._phase == "scores" and product_operands(func, args, kwargs) is not None:
+            self._products_seen += 1
+            if self._products_seen - 1 == self._call.core.score_product:
+                return self._scores(func, args, kwargs)
+        elif self._phase == "softmax" and func in SOFTMAXES:
+            return self._softmax(func, args, kwargs)
+        elif self._phase == "out" and product_operands(func, args, kwargs) is not None:
+            return self._out(func, args, kwargs)
+        return func(*args, **kwargs)
+
+    def finish(self) -> None:
+        """Raise ``ProbeError`` unless scores, weights and out were all seen."""
+        if self._phase != "done":
+            raise ProbeError(
+                f"{self._call.core.name} ({type(self._call.core.module).__name__}): its forward ended while waiting for "
+                f"the {self._phase!r} step of attention; this code path is not covered"
+            )
+
+    def _scores(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        if self._operands:
+            query_slot, key_slot = _operand_slots(func, args, kwargs)
+            args, kwargs = self._operand("q", args, kwargs, query_slot, transposed=False)
+            args, kwargs = self._operand("k", args, kwargs, key_slot, transposed=True)
+        self._phase = "softmax"
+        return self._result("scores", func(*args, **kwargs))
+
+    def _softmax(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        slot: int | str = 0 if args else "input"
+        logits = _get(args, kwargs, slot)
+        emitted = self._result("logits", logits)
+        if emitted is not logits:
+            args, kwargs = _replaced(args, kwargs, slot, emitted)
+        self._phase = "out"
+        return self._result("weights", func(*args, **kwargs))
+
+    def _out(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        if self._operands:
+            args, kwargs = self._operand("v", args, kwargs, _operand_slots(func, args, kwargs)[1], transposed=False)
+        self._phase = "done"
+        return self._result("out", func(*args, **kwargs))
+
+    def _operand(
+        self,
+        location: str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        slot: int | str,
+        *,
+        transposed: bool,
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        operand: Tensor = _get(args, kwargs, slot)
+        canonical = self._canonical(operand)
+        canonical = canonical.transpose(-1, -2) if transposed else canonical
+        emitted = self._emit(location, canonical, self._call)
+        if emitted is canonical:
+            return args, kwargs
+        changed = emitted.transpose(-1, -2) if transposed else emitted
+        return _replaced(args, kwargs, slot, changed.reshape(operand.shape))
+
+    def _result(self, location: str, tensor: Tensor) -> Tensor:
+        canonical = self._canonical(tensor)
+        emitted = self._emit(location, canonical, self._call)
+        return tensor if emitted is canonical else emitted.reshape(tensor.shape)
+
+    def _canonical(self, tensor: Tensor) -> Tensor:
+        if tensor.dim() == 4:
+            return tensor
+        if tensor.dim() == 3 and tensor.shape[0] % self._batch == 0:
+            return tensor.unflatten(0, (self._batch, tensor.shape[0] // self._batch))
+        raise ProbeError(
+            f"{self._call.core.name}: attention tensor of shape {tuple(tensor.shape)} with batch {self._batch}; "
+            "expected (batch, head, ., .) or (batch * head, ., .)"
+        )

@@ -1,0 +1,210 @@
+"""Sites: the tensors of attention that a fault can hit, as one fault-free pass shows them.
+
+    survey = SiteSurvey(model_dtype=torch.float32)
+    with tapped(model, survey):
+        model(**batch)
+    site = survey.site(layer=0, location="scores")       # shape, dtype, which keys each query sees
+
+Which keys a query sees is read from the logits of the fault-free pass: a hidden key has a logit at or below half the
+lowest finite number of the model's dtype, however the architecture applies its mask. It is a property of the input
+alone, so reading it there tells a detector nothing about a fault.
+
+Public names: ``ElementIndex``, ``Site``, ``SiteSurvey``, ``AXES``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fault_injection.attention_call import AttentionCall
+
+AXES = ("batch", "head", "row", "col")
+"""Names of the axes: row is the query (q, scores, weights, out) or key (k, v) position; col is a key or a channel."""
+
+
+@dataclass(frozen=True)
+class ElementIndex:
+    """Where a fault hits, in full or in part; what is ``None`` is drawn."""
+
+    batch: int | None = None
+    head: int | None = None
+    row: int | None = None
+    col: int | None = None
+
+    def as_tuple(self) -> tuple[int | None, int | None, int | None, int | None]:
+        """Return the four coordinates in the order of ``AXES``."""
+        return self.batch, self.head, self.row, self.col
+
+
+@dataclass(frozen=True)
+class Site:
+    """One tensor of one attention core.
+
+    Attributes:
+        layer, module, location: whose tensor it is.
+        shape: ``(batch, head, row, col)`` of the tensor.
+        columns: how many of its columns can be hit (a learned sink's column is no key).
+        dtype: its native dtype.
+        visible: for scores and weights, a boolean tensor broadcastable to ``(batch, head, row, columns)``, ``True``
+            where the query sees the key; else ``None``.
+    """
+
+    layer: int
+    module: str
+    location: str
+    shape: tuple[int, int, int, int]
+    columns: int
+    dtype: torch.dtype
+    visible: Tensor | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def extent(self) -> tuple[int, int, int, int]:
+        """The shape of what can be hit."""
+        return (*self.shape[:3], self.columns)
+
+    def flat(self, index: tuple[int, int, int, int]) -> int:
+        """Return the row-major position of ``index`` in the tensor."""
+        return int(np.ravel_multi_index(index, self.shape))
+
+    def sees(self, index: tuple[int, int, int, int]) -> bool:
+        """Whether ``index`` is a position that takes part in attention (always, but for hidden keys)."""
+        if self.visible is None:
+            return True
+        where = tuple(i if n > 1 else 0 for i, n in zip(index, self.visible.shape, strict=True))
+        return bool(self.visible[where])
+
+    def draw(
+        self, partial: ElementIndex, random: np.random.Generator, *, include_masked: bool
+    ) -> tuple[int, int, int, int]:
+        """Draw an element uniformly among those that agree with ``partial``.
+
+        Unless ``include_masked``, hidden keys are left out; if ``partial`` leaves nothing but hidden keys, one of
+        those is drawn (and recorded as masked by the caller): a fault that was asked for is never dropped.
+
+        Raises:
+            IndexError: a coordinate that does not exist; the message gives the range.
+        """
+        self._check(partial)
+        if self.visible is not None and not include_masked:
+            chosen = self._draw_visible(partial, random)
+            if chosen is not None:
+                return chosen
+        batch, head, row, col = (
+            int(random.integers(size)) if given is None else given
+            for given, size in zip(partial.as_tuple(), self.extent, strict=True)
+        )
+        return batch, head, row, col
+
+    def _check(self, partial: ElementIndex) -> None:
+        for axis, given, size in zip(AXES, partial.as_tuple(), self.extent, strict=True):
+            if given is not None and not 0 <= given < size:
+                raise IndexError(
+                    f"fault.index.{axis}: got {given}, allowed 0..{size - 1} for {self.location} of layer {self.layer}"
+                )
+
+    def _draw_visible(self, partial: ElementIndex, random: np.random.Generator) -> tuple[int, int, int, int] | None:
+        if self.visible is None:
+            return None
+        # An axis of size 1 in the mask stands for the whole axis of the tensor: it is drawn on its own.
+        shared = [mask < size for mask, size in zip(self.visible.shape, self.extent, strict=True)]
+        window = tuple(
+            slice(None) if given is None or alike else slice(given, given + 1)
+            for given, alike in zip(partial.as_tuple(), shared, strict=True)
+        )
+        visible = self.visible[window]
+        ends = torch.cumsum(visible.sum(-1).flatten(), 0)
+        if int(ends[-1]) == 0:
+            return None
+        ticket = int(random.integers(int(ends[-1])))
+        line = int(torch.searchsorted(ends, ticket, right=True))
+        within = ticket - (int(ends[line - 1]) if line else 0)
+        leading = [int(i) for i in np.unravel_index(line, visible.shape[:3])]
+        position = [*leading, int(visible[tuple(leading)].nonzero()[within])]
+        found: list[int] = []
+        for axis, given in enumerate(partial.as_tuple()):
+            if given is not None:
+                found.append(given)
+            elif shared[axis]:
+                found.append(int(random.integers(self.extent[axis])))
+            else:
+                found.append(position[axis])
+        return found[0], found[1], found[2], found[3]
+
+
+class SiteSurvey:
+    """A tap that notes the sites of a fault-free pass.
+
+    Args:
+        model_dtype: the dtype whose lowest number the model's masks are made of.
+        layers: the cores to note (default: all).
+    """
+
+    locations = frozenset({"q", "k", "v", "scores", "logits", "weights", "out"})
+
+    def __init__(self, model_dtype: torch.dtype, layers: Collection[int] | None = None) -> None:
+        self.layers = None if layers is None else frozenset(layers)
+        self._model_dtype = model_dtype
+        self._sites: dict[tuple[int, str], Site] = {}
+        self._visible: dict[int, Tensor] = {}
+        self._masks: list[Tensor] = []
+        self._score_columns: dict[int, int] = {}
+
+    def on(self, location: str, tensor: Tensor, call: AttentionCall) -> None:
+        """Note the tensor's shape and dtype; from the logits, which keys are visible."""
+        layer = call.core.index
+        if call.number > 0:
+            return
+        if location == "logits":
+            self._visible[layer] = self._shared(visible_keys(tensor, self._model_dtype))
+            return
+        if location == "scores":
+            self._score_columns[layer] = tensor.shape[-1]
+        batch, head, row, col = tensor.shape
+        columns = self._score_columns[layer] if location == "weights" else col
+        self._sites[layer, location] = Site(
+            layer, call.core.name, location, (batch, head, row, col), columns, tensor.dtype
+        )
+
+    def _shared(self, mask: Tensor) -> Tensor:
+        """Return an equal mask seen before, so that layers with one mask share its memory."""
+        for known in self._masks:
+            if known.shape == mask.shape and torch.equal(known, mask):
+                return known
+        self._masks.append(mask)
+        return mask
+
+    def visible(self, layer: int) -> Tensor:
+        """Return the visible keys of a layer, with a learned sink's column if there is one."""
+        return self._visible[layer]
+
+    @property
+    def surveyed_layers(self) -> list[int]:
+        """The layers that were seen, in order."""
+        return sorted(self._visible)
+
+    def site(self, layer: int, location: str) -> Site:
+        """Return a site; ``KeyError`` if the pass did not reach it."""
+        site = self._sites[layer, location]
+        if location not in ("scores", "weights"):
+            return site
+        visible = self._visible[layer][..., : site.columns]
+        return Site(site.layer, site.module, location, site.shape, site.columns, site.dtype, visible)
+
+
+def visible_keys(logits: Tensor, model_dtype: torch.dtype) -> Tensor:
+    """Return which keys each query sees, as a boolean tensor whose head axis is 1 if all heads see the same.
+
+    Args:
+        logits: ``(batch, head, query, key)`` of a fault-free pass, as the softmax received them.
+        model_dtype: the dtype whose lowest number hides a key.
+    """
+    lowest = max(torch.finfo(logits.dtype).min, torch.finfo(model_dtype).min)
+    visible = ~(logits.detach() <= lowest / 2)
+    one_head = visible[:, :1]
+    same = bool((visible == one_head).all())
+    return one_head.clone() if same else visible
