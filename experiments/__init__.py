@@ -1,1 +1,5 @@
-"""(to be written)"""
+"""What is run: configuration, plan, models, data, runner, results and the command line.
+
+from experiments.config import ExperimentConfig
+from experiments.runner import CompleteExperimentRunner
+"""

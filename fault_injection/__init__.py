@@ -16,7 +16,7 @@ from fault_injection.bits import bit_field, bit_patterns, clear_bits, flip_bits,
 from fault_injection.discovery import NoAttentionError, UncoveredArchitectureError
 from fault_injection.fault import KINDS, Fault, FaultSpec, draw_fault
 from fault_injection.injector import FaultMissedError, InjectionRecord, Injector, injected
-from fault_injection.instrument import attention_cores, instrumentation_of, is_patched, tapped
+from fault_injection.instrument import attention_cores, instrumentation_of, is_patched, suspended, tapped
 from fault_injection.kv_consistency import check_kv_consistency, force_kv_consistent
 from fault_injection.layer_choice import LAYER_MODES, candidate_layers, choose_layers
 from fault_injection.monkey_patch import monkey_patch_model, patched, unpatch_model
@@ -59,6 +59,7 @@ __all__ = [
     "patched",
     "rewrite_bits",
     "set_bits",
+    "suspended",
     "tapped",
     "unpatch_model",
 ]

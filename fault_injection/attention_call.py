@@ -26,7 +26,9 @@ LOCATIONS = ("q", "k", "v", "scores", "weights", "out")
 """Where a fault can be injected."""
 
 OBSERVED = (*LOCATIONS, "logits")
-"""What a tap can see: the locations, and the logits (what the softmax received, after scale, bias and mask)."""
+"""What a tap can see: the locations, and the logits (what the softmax received, after scale, bias and mask).
+
+The logits are for looking only; a fault before the softmax belongs in the scores."""
 
 
 @dataclass(frozen=True)

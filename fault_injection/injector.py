@@ -38,6 +38,7 @@ class InjectionRecord:
         value_before, value_after: the first hit element as a number.
         bits_before, bits_after: its bit pattern, as non-negative integers.
         changed: how many elements have another bit pattern now.
+        dtype: the native dtype of the hit tensor.
     """
 
     fault: Fault
@@ -46,6 +47,7 @@ class InjectionRecord:
     bits_before: int | None
     bits_after: int | None
     changed: int
+    dtype: torch.dtype
 
 
 class Injector:
@@ -100,8 +102,9 @@ def _record(fault: Fault, before: Tensor, after: Tensor) -> InjectionRecord:
     patterns_before, patterns_after = bit_patterns(before), bit_patterns(after)
     changed = sum(a != b for a, b in zip(patterns_before, patterns_after, strict=True))
     if not patterns_before:
-        return InjectionRecord(fault, None, None, None, None, 0)
-    return InjectionRecord(fault, float(before[0]), float(after[0]), patterns_before[0], patterns_after[0], changed)
+        return InjectionRecord(fault, None, None, None, None, 0, before.dtype)
+    values = float(before[0]), float(after[0])
+    return InjectionRecord(fault, *values, patterns_before[0], patterns_after[0], changed, before.dtype)
 
 
 @contextmanager

@@ -7,7 +7,8 @@ architecture's own eager function under the probe. Path R: the forward of every 
     with tapped(model, tap):                           # taps see and change q, k, v, scores, weights, out
         model(**batch)
 
-Public names: ``Instrumentation``, ``instrumentation_of``, ``tapped``, ``attention_cores``, ``is_patched``.
+Public names: ``Instrumentation``, ``instrumentation_of``, ``tapped``, ``suspended``, ``attention_cores``,
+``is_patched``.
 """
 
 from __future__ import annotations
@@ -65,6 +66,13 @@ def tapped(model: nn.Module, *taps: Tap) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def suspended(model: nn.Module) -> Iterator[None]:
+    """Let a patched model run its own eager attention for the duration of the block, as if it were not patched."""
+    with instrumentation_of(model).suspended():
+        yield
+
+
 class Instrumentation:
     """The patch of one model, for as long as it lasts.
 
@@ -110,15 +118,28 @@ class Instrumentation:
 
     def remove(self) -> None:
         """Undo everything: forwards, configurations, ownership."""
+        self._uninstall()
+        for core in self.cores:
+            _owners.pop(core.module, None)
+        self._selected.restore()
+
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Let the model run its own eager code, untouched, for the duration of the block."""
+        self._uninstall()
+        self._selected.select("eager")
+        try:
+            yield
+        finally:
+            self._install()
+
+    def _uninstall(self) -> None:
         for module, own_forward in self._wrapped:
             if own_forward is None:
                 del module.forward
             else:
                 module.forward = own_forward
         self._wrapped.clear()
-        for core in self.cores:
-            _owners.pop(core.module, None)
-        self._selected.restore()
 
     @contextmanager
     def session(self, taps: tuple[Tap, ...]) -> Iterator[None]:

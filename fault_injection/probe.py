@@ -129,11 +129,11 @@ class AttentionProbe(TorchFunctionMode):
         return self._result("scores", func(*args, **kwargs))
 
     def _softmax(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        slot: int | str = 0 if args else "input"
-        logits = _get(args, kwargs, slot)
-        emitted = self._result("logits", logits)
-        if emitted is not logits:
-            args, kwargs = _replaced(args, kwargs, slot, emitted)
+        logits: Tensor = args[0] if args else kwargs["input"]
+        dtype = kwargs.get("dtype")
+        # softmax(x, dtype=d) rounds x to d first; what it saw is the rounded tensor.
+        narrowed = logits.to(dtype) if dtype is not None and dtype.itemsize < logits.dtype.itemsize else logits
+        self._emit("logits", self._canonical(narrowed), self._call)
         self._phase = "out"
         return self._result("weights", func(*args, **kwargs))
 

@@ -15,7 +15,7 @@ Public names: ``ElementIndex``, ``Site``, ``SiteSurvey``, ``AXES``.
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -89,7 +89,7 @@ class Site:
         Raises:
             IndexError: a coordinate that does not exist; the message gives the range.
         """
-        self._check(partial)
+        self.check(partial)
         if self.visible is not None and not include_masked:
             chosen = self._draw_visible(partial, random)
             if chosen is not None:
@@ -100,7 +100,8 @@ class Site:
         )
         return batch, head, row, col
 
-    def _check(self, partial: ElementIndex) -> None:
+    def check(self, partial: ElementIndex) -> None:
+        """Raise ``IndexError`` with the range for a coordinate that does not exist."""
         for axis, given, size in zip(AXES, partial.as_tuple(), self.extent, strict=True):
             if given is not None and not 0 <= given < size:
                 raise IndexError(
@@ -142,32 +143,45 @@ class SiteSurvey:
     Args:
         model_dtype: the dtype whose lowest number the model's masks are made of.
         layers: the cores to note (default: all).
+
+    Attributes:
+        visible: by ``(layer, call)``, which keys each query sees, with a learned sink's column if there is one.
+        plain_logits: by ``(layer, call)``, whether the visible logits are the scaled scores and nothing else (no bias,
+            no soft cap), to within the rounding of the scaling.
     """
 
     locations = frozenset({"q", "k", "v", "scores", "logits", "weights", "out"})
 
     def __init__(self, model_dtype: torch.dtype, layers: Collection[int] | None = None) -> None:
         self.layers = None if layers is None else frozenset(layers)
+        self.visible: dict[tuple[int, int], Tensor] = {}
+        self.plain_logits: dict[tuple[int, int], bool] = {}
         self._model_dtype = model_dtype
         self._sites: dict[tuple[int, str], Site] = {}
-        self._visible: dict[int, Tensor] = {}
         self._masks: list[Tensor] = []
-        self._score_columns: dict[int, int] = {}
+        self._scores: Tensor | None = None
 
     def on(self, location: str, tensor: Tensor, call: AttentionCall) -> None:
         """Note the tensor's shape and dtype; from the logits, which keys are visible."""
-        layer = call.core.index
-        if call.number > 0:
-            return
+        key = call.core.index, call.number
         if location == "logits":
-            self._visible[layer] = self._shared(visible_keys(tensor, self._model_dtype))
+            self._note_logits(key, tensor, call.scaling)
             return
         if location == "scores":
-            self._score_columns[layer] = tensor.shape[-1]
-        batch, head, row, col = tensor.shape
-        columns = self._score_columns[layer] if location == "weights" else col
-        self._sites[layer, location] = Site(
-            layer, call.core.name, location, (batch, head, row, col), columns, tensor.dtype
+            # A copy: some architectures scale the scores in place.
+            self._scores = tensor.detach().clone()
+        if call.number == 0:
+            batch, head, row, col = tensor.shape
+            columns = self._sites[key[0], "scores"].columns if location == "weights" else col
+            shape = (batch, head, row, col)
+            self._sites[key[0], location] = Site(key[0], call.core.name, location, shape, columns, tensor.dtype)
+
+    def _note_logits(self, key: tuple[int, int], logits: Tensor, scaling: float | None) -> None:
+        visible = self._shared(visible_keys(logits, self._model_dtype))
+        scores, self._scores = self._scores, None
+        self.visible[key] = visible
+        self.plain_logits[key] = (
+            scores is not None and scaling is not None and _is_scaled(logits, scores, scaling, visible)
         )
 
     def _shared(self, mask: Tensor) -> Tensor:
@@ -178,22 +192,25 @@ class SiteSurvey:
         self._masks.append(mask)
         return mask
 
-    def visible(self, layer: int) -> Tensor:
-        """Return the visible keys of a layer, with a learned sink's column if there is one."""
-        return self._visible[layer]
-
-    @property
-    def surveyed_layers(self) -> list[int]:
-        """The layers that were seen, in order."""
-        return sorted(self._visible)
+    def sites(self) -> dict[tuple[int, str], Site]:
+        """Return every site that was seen, by layer and location."""
+        return {key: self.site(*key) for key in self._sites}
 
     def site(self, layer: int, location: str) -> Site:
         """Return a site; ``KeyError`` if the pass did not reach it."""
         site = self._sites[layer, location]
         if location not in ("scores", "weights"):
             return site
-        visible = self._visible[layer][..., : site.columns]
-        return Site(site.layer, site.module, location, site.shape, site.columns, site.dtype, visible)
+        return replace(site, visible=self.visible[layer, 0][..., : site.columns])
+
+
+def _is_scaled(logits: Tensor, scores: Tensor, scaling: float, visible: Tensor) -> bool:
+    if logits.shape != scores.shape:
+        return False
+    expected = scores.double() * scaling
+    rounding = 4 * max(torch.finfo(logits.dtype).eps, torch.finfo(scores.dtype).eps)
+    close = (logits.double() - expected).abs() <= rounding * expected.abs() + torch.finfo(scores.dtype).tiny
+    return bool((close | ~visible).all())
 
 
 def visible_keys(logits: Tensor, model_dtype: torch.dtype) -> Tensor:

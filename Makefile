@@ -1,0 +1,58 @@
+# Everything runs in .venv, which the first target that needs it makes. Nothing else has to be set up.
+#
+#   make sweep      the default campaign: 768 faults in the built-in model, about a minute
+#   make test       the default tests
+#   make test-all   the slow ones too
+#   make quality    lint, format and types
+#   make style      format and fix what can be fixed
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PYTEST_ARGS ?=
+
+.PHONY: sweep test test-all quality style reference clean
+
+sweep: $(VENV)/.installed
+	$(BIN)/python run_sweep.py
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-all: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m "slow or not slow" $(PYTEST_ARGS)
+
+quality: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+style: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Trains the two built-in models again (minutes on two cores).
+reference: $(VENV)/.installed
+	$(BIN)/python -m experiments.train_reference
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+
+$(VENV)/.made:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "needs Python 3.11 or later, got $$($(PYTHON) --version); set PYTHON=python3.11" >&2; exit 3; }
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.made setup.cfg pyproject.toml constraints.txt
+	$(INSTALL) --editable .
+	touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(INSTALL) --editable '.[test]'
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(INSTALL) --editable '.[test,dev]'
+	touch $@

@@ -1,0 +1,70 @@
+"""The fault-free pass of one input, and all that runs need of it.
+
+It is computed once per input and model and read from the forward cache afterwards. Beside the output it holds the
+sites that faults can hit, the visible keys, what every detector said of the clean pass (the false positives), and the
+reduced statistics that ``oracle_*`` detectors compare with.
+
+Public names: ``Baseline``, ``compute_baseline``.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from bounds import Detector, Verdict, reduce_statistics
+from experiments.objective import Evaluation
+from experiments.subject import Subject
+from experiments.watcher import Situation, Watcher, is_oracle
+from fault_injection import Site, SiteSurvey
+
+
+@dataclass(frozen=True, eq=False)
+class Baseline:
+    """One fault-free pass.
+
+    Attributes:
+        evaluation: loss and output.
+        sites: by ``(layer, location)``.
+        situation: what detectors may know of this input; its ``baseline`` part is for ``oracle_*`` detectors alone.
+        verdicts: by ``(detector, layer)``, what the detectors said of this clean pass.
+        forward_seconds: one fault-free pass with instrumentation but without taps, after a warm-up.
+    """
+
+    evaluation: Evaluation
+    sites: Mapping[tuple[int, str], Site]
+    situation: Situation
+    verdicts: Mapping[tuple[str, int], Verdict]
+    forward_seconds: float
+
+
+def compute_baseline(
+    subject: Subject, batch: Mapping[str, Tensor], detectors: Sequence[Detector], tolerance: float
+) -> Baseline:
+    """Survey the input, let the detectors look at the clean pass, then time a plain one.
+
+    The three passes go through the same kernels; the output is that of the last, timed one.
+    """
+    survey = SiteSurvey(subject.dtype)
+    subject.forward(batch, survey)
+    situation = Situation(dict(survey.visible), dict(survey.plain_logits), subject.kv_equal)
+    reduce = reduce_statistics if any(is_oracle(detector.name) for detector in detectors) else None
+    watcher = Watcher(detectors, situation, tolerance=tolerance, reduce=reduce)
+    subject.forward(batch, watcher)
+    evaluation, seconds = timed_forward(subject, batch)
+    oracle_view: dict[tuple[int, int], Any] = watcher.statistics
+    situation = Situation(situation.visible, situation.plain_logits, situation.kv_equal, oracle_view)
+    return Baseline(evaluation, survey.sites(), situation, watcher.verdicts, seconds)
+
+
+def timed_forward(subject: Subject, batch: Mapping[str, Tensor]) -> tuple[Evaluation, float]:
+    """Return the evaluation of a fault-free pass without taps, and its seconds."""
+    subject.synchronize()
+    start = time.perf_counter()
+    evaluation = subject.forward(batch)
+    subject.synchronize()
+    return evaluation, time.perf_counter() - start

@@ -1,0 +1,227 @@
+"""Run a campaign, or one shard of it, exactly once each run, however often it is stopped.
+
+    status = run_campaign(config, shard=Shard(1, 1), overwrite=False, arguments=sys.argv[1:])
+
+Rows are appended as runs finish: first what the detectors said, then the run's own row, which makes it count. A run
+that raises is recorded with its traceback and does not stop the others; it is tried again the next time.
+
+Public names: ``run_campaign``, ``CampaignStatus``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+import traceback
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from experiments.campaign_folder import CampaignFolder
+from experiments.config import ExperimentConfig
+from experiments.contexts import Contexts, check_before_loading, check_runs, context_key
+from experiments.csv_file import CsvFile, read_rows, write_text
+from experiments.errors import CheckRefusedError, MissingResourceError, UsageError
+from experiments.plan import Plan, PlannedRun, Shard, make_plan, shard_of
+from experiments.provenance import environment_facts, set_determinism
+from experiments.result import CleanRow, DetectionRow, ExperimentResult, FailureRow, cells, columns
+from experiments.writer_lock import WriterLock
+from monitoring import TraceWriter
+
+logger = logging.getLogger(__name__)
+
+LOG_EVERY_SECONDS = 30.0
+
+
+@dataclass(frozen=True)
+class CampaignStatus:
+    """How a shard ended: runs done before, done now, and failed now."""
+
+    folder: CampaignFolder
+    before: int
+    done: int
+    failed: int
+    seconds: float
+
+
+def run_campaign(
+    config: ExperimentConfig, *, shard: Shard, overwrite: bool, arguments: Sequence[str]
+) -> CampaignStatus:
+    """Run what is missing of a shard.
+
+    Nothing is written before the plan, the model, the data and the two checks have been accepted.
+
+    Raises:
+        UsageError, MissingResourceError, CheckRefusedError: see the exit statuses of ``run_sweep.py``.
+    """
+    plan = make_plan(config)
+    folder = CampaignFolder.of(config)
+    folder.check_writable()
+    if not overwrite:
+        folder.check_same(config)
+    for model_config in _distinct_models(plan):
+        check_before_loading(model_config)
+    set_determinism(config.run.threads)
+    with Contexts(TraceWriter(None)) as contexts, _locked(folder, shard) as lock:
+        finished = set() if overwrite else folder.finished_runs()
+        mine = shard_of(plan, shard)
+        todo = [run for run in mine if run.run_id not in finished]
+        if not todo:
+            return CampaignStatus(folder, len(mine), 0, 0, 0.0)
+        first = plan.config_of(todo[0])
+        check_runs(contexts.open(first), _same_context(plan, todo, context_key(first)))
+        if overwrite:
+            folder.clear(lock)
+        folder.begin(config, plan)
+        provenance = Provenance(folder, shard, environment_facts(arguments))
+        provenance.note(contexts.facts)
+        return _execute(folder, plan, shard, todo, contexts, provenance)
+
+
+class Provenance:
+    """Notes the environment and the contexts of one shard, in its own file and in the campaign's."""
+
+    def __init__(self, folder: CampaignFolder, shard: Shard, environment: dict[str, Any]) -> None:
+        self._folder, self._environment = folder, environment
+        self._files = ("provenance.json", f"shards/{shard.file_name}.json")
+        self._known = 0
+
+    def note(self, contexts: dict[str, dict[str, Any]]) -> None:
+        """Write contexts that were opened since the last call."""
+        if len(contexts) > self._known:
+            self._known = len(contexts)
+            for name in self._files:
+                self._folder.note_provenance(name, {**self._environment, "contexts": contexts})
+
+
+def _distinct_models(plan: Plan) -> Iterator[ExperimentConfig]:
+    """Yield one configuration for each point whose model, data or fault place differs."""
+    relevant = [
+        i for i, key in enumerate(plan.axes) if key.startswith(("model.", "data.", "fault.layers", "fault.index"))
+    ]
+    seen: set[str] = set()
+    for run in plan.runs:
+        key = repr([run.values[i] for i in relevant])
+        if key not in seen:
+            seen.add(key)
+            yield plan.config_of(run)
+
+
+def _same_context(plan: Plan, runs: Iterable[PlannedRun], key: str) -> Iterator[ExperimentConfig]:
+    fault_axes = [i for i, axis in enumerate(plan.axes) if axis.startswith("fault.")]
+    seen: set[str] = set()
+    for run in runs:
+        values = repr([run.values[i] for i in fault_axes])
+        if values not in seen:
+            seen.add(values)
+            config = plan.config_of(run)
+            if context_key(config) == key:
+                yield config
+
+
+@contextlib.contextmanager
+def _locked(folder: CampaignFolder, shard: Shard) -> Iterator[Path]:
+    lock = folder.shards / f"{shard.file_name}.lock"
+    try:
+        with WriterLock(lock):
+            yield lock
+    finally:
+        # A refusal leaves no empty folders behind.
+        for path in (folder.shards, folder.path):
+            with contextlib.suppress(OSError):
+                path.rmdir()
+
+
+def _execute(
+    folder: CampaignFolder,
+    plan: Plan,
+    shard: Shard,
+    todo: list[PlannedRun],
+    contexts: Contexts,
+    provenance: Provenance,
+) -> CampaignStatus:
+    start, failed = time.perf_counter(), 0
+    before = len(shard_of(plan, shard)) - len(todo)
+    with contextlib.ExitStack() as stack:
+        contexts.use_trace(stack.enter_context(TraceWriter(folder.file("trace") / f"{shard.file_name}.jsonl")))
+        files = stack.enter_context(ShardFiles(folder, shard))
+        for run in _with_progress(todo, before):
+            try:
+                config = plan.config_of(run)
+                pairs = contexts.open(config)
+                provenance.note(contexts.facts)
+                record = pairs.run(run, config)
+            except (UsageError, MissingResourceError, CheckRefusedError):
+                raise
+            except Exception as error:
+                failed += 1
+                files.append_failure(run, error)
+                logger.error("run %s failed: %s: %s", run.run_id, type(error).__name__, error)
+                continue
+            files.append(record.result, record.detections, contexts.clean.values())
+    return CampaignStatus(folder, before, len(todo) - failed, failed, time.perf_counter() - start)
+
+
+class ShardFiles:
+    """The files of one shard, open for appending."""
+
+    def __init__(self, folder: CampaignFolder, shard: Shard) -> None:
+        self._folder = folder
+        stem = folder.shards / shard.file_name
+        self._runs_path = stem.with_suffix(".csv")
+        self._detections_path = stem.with_suffix(".detections.csv")
+        self._clean_path = stem.with_suffix(".clean.csv")
+        self._failures_path = stem.with_suffix(".failures.csv")
+        self._clean_seen: set[tuple[str, ...]] = set()
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> ShardFiles:
+        enter = self._stack.enter_context
+        self._runs = enter(CsvFile(self._runs_path, columns(ExperimentResult)))
+        done = {row[0] for row in read_rows(self._runs_path, columns(ExperimentResult))}
+        header = columns(DetectionRow)
+        # Detections of a run whose own row never followed belong to a run that will be done again.
+        kept = [row for row in read_rows(self._detections_path, header) if row[0] in done]
+        self._detections = enter(CsvFile(self._detections_path, header, keep=kept))
+        self._clean = enter(CsvFile(self._clean_path, columns(CleanRow)))
+        self._clean_seen = {tuple(row[:3]) for row in read_rows(self._clean_path, columns(CleanRow))}
+        self._failures = enter(CsvFile(self._failures_path, columns(FailureRow)))
+        return self
+
+    def __exit__(self, *details: object) -> None:
+        self._stack.close()
+
+    def append(self, result: ExperimentResult, detections: Sequence[DetectionRow], clean: Iterable[CleanRow]) -> None:
+        """Append a finished run; its own row comes last and makes it count."""
+        new = [row for row in map(cells, clean) if tuple(row[:3]) not in self._clean_seen]
+        self._clean_seen.update(tuple(row[:3]) for row in new)
+        self._clean.append(*new)
+        self._detections.append(*map(cells, detections))
+        self._runs.append(cells(result))
+
+    def append_failure(self, run: PlannedRun, error: Exception) -> None:
+        """Append a run that raised, and write its traceback to the log folder."""
+        path = self._folder.file("logs") / f"{run.run_id}.txt"
+        write_text(path, "".join(traceback.format_exception(error)))
+        relative = str(path.relative_to(self._folder.path))
+        message = f"{type(error).__name__}: {error}"
+        self._failures.append(cells(FailureRow(run_id=run.run_id, exception=message, traceback=relative)))
+
+
+def _with_progress(runs: list[PlannedRun], before: int) -> Iterator[PlannedRun]:
+    """Yield runs; show one bar on a terminal, a log line now and then elsewhere."""
+    bar = tqdm(total=before + len(runs), initial=before, unit="run", disable=None, dynamic_ncols=True)
+    quiet, start = bar.disable, time.perf_counter()
+    last = start
+    with bar:
+        for number, run in enumerate(runs, start=1):
+            yield run
+            bar.update()
+            now = time.perf_counter()
+            if quiet and now - last >= LOG_EVERY_SECONDS:
+                last = now
+                logger.info("%d of %d runs, %.1f runs/s", before + number, before + len(runs), number / (now - start))

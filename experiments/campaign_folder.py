@@ -1,0 +1,152 @@
+"""The folder of one campaign: what lies where, and when it may be written to.
+
+    folder = CampaignFolder(Path("results/default"))
+    folder.begin(config, plan, overwrite=False)      # config.yaml, plan.csv; or a refusal that names what changed
+
+Public name: ``CampaignFolder``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from experiments.config import ExperimentConfig, config_from_mapping, dump_config, flat_fields, read_config_file
+from experiments.csv_file import read_rows, write_rows, write_text
+from experiments.errors import CheckRefusedError, MissingResourceError, UsageError
+from experiments.plan import Plan, canonical_json
+from experiments.result import ExperimentResult, cell, columns
+
+UNBOUND = ("output_dir", "slurm.")
+"""Fields that may change between the sessions of one campaign: they decide where and how, not what."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CampaignFolder:
+    """Paths below a campaign's folder."""
+
+    path: Path
+
+    @classmethod
+    def of(cls, config: ExperimentConfig) -> CampaignFolder:
+        """Return the folder that a configuration names."""
+        return cls(Path(config.output_dir) / config.name)
+
+    @classmethod
+    def existing(cls, path: str | Path) -> CampaignFolder:
+        """Return an existing campaign's folder; ``MissingResourceError`` if there is none."""
+        folder = cls(Path(path))
+        if not folder.config_file.is_file():
+            raise MissingResourceError(f"{path}: no campaign here (no config.yaml)")
+        return folder
+
+    @property
+    def config_file(self) -> Path:
+        """The resolved configuration."""
+        return self.path / "config.yaml"
+
+    @property
+    def shards(self) -> Path:
+        """The folder of the shards."""
+        return self.path / "shards"
+
+    def file(self, name: str) -> Path:
+        """Return the path of a file of the campaign."""
+        return self.path / name
+
+    def config(self) -> ExperimentConfig:
+        """Return the campaign's configuration."""
+        return config_from_mapping(read_config_file(self.config_file))
+
+    def check_writable(self) -> None:
+        """Raise ``UsageError`` unless the folder can be made and written to; nothing is left behind."""
+        parent = self.path
+        while not parent.exists():
+            parent = parent.parent
+        if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+            raise UsageError(f"output_dir: {self.path} cannot be written ({parent} is not a writable folder)")
+
+    def check_same(self, config: ExperimentConfig) -> None:
+        """Raise ``UsageError`` with the differing keys if the folder holds a campaign with another configuration."""
+        if not self.config_file.is_file():
+            # Another shard that is just starting has made the folder of shards, and nothing else yet.
+            if self.path.exists() and {entry.name for entry in self.path.iterdir()} - {"shards"}:
+                raise UsageError(f"{self.path}: exists and is no campaign; choose another name or --overwrite")
+            return
+        old, new = flat_fields(self.config()), flat_fields(config)
+        differing = [
+            f"{key} ({old.get(key)!r} -> {new.get(key)!r})"
+            for key in sorted({*old, *new})
+            if old.get(key) != new.get(key) and not key.startswith(UNBOUND)
+        ]
+        if differing:
+            raise UsageError(
+                f"{self.path}: holds a campaign with another configuration: {', '.join(differing)}; "
+                "choose another name or --overwrite"
+            )
+
+    def clear(self, own_lock: Path) -> None:
+        """Remove what an earlier campaign of this name left, but for the caller's lock.
+
+        Raises:
+            CheckRefusedError: another process is writing a shard.
+        """
+        others = [path.name for path in self.shards.glob("*.lock") if path != own_lock]
+        if others:
+            raise CheckRefusedError(f"{self.shards}: {', '.join(others)} shows that another process is writing there")
+        for entry in [*self.path.iterdir(), *self.shards.iterdir()]:
+            if entry in (self.shards, own_lock):
+                continue
+            if entry.is_dir():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink()
+
+    def clear_all(self) -> None:
+        """Remove an earlier campaign before workers start; refused while one of them writes."""
+        if self.path.exists():
+            self.shards.mkdir(exist_ok=True)
+            self.clear(self.shards / "none.lock")
+
+    def begin(self, config: ExperimentConfig, plan: Plan) -> None:
+        """Write ``config.yaml`` and ``plan.csv`` unless they are there."""
+        if not self.config_file.is_file():
+            rows = ([run.run_id, str(run.repeat), *map(_axis_cell, run.values)] for run in plan.runs)
+            write_rows(self.file("plan.csv"), ["run_id", "repeat", *plan.axes], rows)
+            write_text(self.config_file, dump_config(config))
+
+    def note_provenance(self, name: str, facts: dict[str, Any]) -> None:
+        """Write facts about how numbers came about, over what the file says; earlier fingerprints must agree.
+
+        Raises:
+            CheckRefusedError: the model's weights or the data are not those the campaign was begun with.
+        """
+        path = self.file(name)
+        before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        for key, context in facts.get("contexts", {}).items():
+            known = before.get("contexts", {}).get(key, {})
+            for what in ("model_fingerprint", "data_fingerprint"):
+                if known and known[what] != context[what]:
+                    raise CheckRefusedError(
+                        f"{self.path}: the {what.replace('_', ' ')} is {context[what][:12]}, but the campaign was "
+                        f"begun with {known[what][:12]}; results of two different experiments would be mixed"
+                    )
+        contexts = {**before.get("contexts", {}), **facts.get("contexts", {})}
+        write_text(path, json.dumps({**before, **facts, "contexts": contexts}, indent=1) + "\n")
+
+    def shard_files(self, suffix: str = "") -> list[Path]:
+        """Return the files of one kind of all shards, in order."""
+        return sorted(self.shards.glob(f"[0-9][0-9][0-9][0-9]{suffix}.csv"))
+
+    def finished_runs(self) -> set[str]:
+        """Return the ids of the runs whose rows are on disk."""
+        header = columns(ExperimentResult)
+        return {row[0] for path in self.shard_files() for row in read_rows(path, header)}
+
+
+def _axis_cell(value: Any) -> str:
+    return canonical_json(value) if isinstance(value, (list, dict)) else cell(value)

@@ -1,0 +1,95 @@
+"""The command: which words mean what, and which exit status a refusal has.
+
+    main(["--sweep.fault.bit", "0:32"])      # returns the exit status
+
+0: all runs done; 1: a run failed or a check refused; 2: bad usage; 3: a needed resource is missing; 130: interrupted.
+
+Public name: ``main``.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from experiments.errors import CheckRefusedError, MissingResourceError, UsageError
+
+HELP = """\
+usage: run_sweep.py [--config FILE] [--<field> VALUE ...] [--sweep.<field> VALUES ...] [options]
+       run_sweep.py replay results/NAME RUN_ID     one run again; the same numbers, or exit 1
+       run_sweep.py status results/NAME            done, failed and missing runs
+       run_sweep.py merge results/NAME             make the tables from the shards
+       run_sweep.py trace results/NAME             where the time went, from the trace
+       run_sweep.py plan-size --margin E --confidence C [--population N | campaign options]
+
+Without options: the embedded default campaign (experiments/configs/default.yaml).
+
+options:
+  --config FILE           a campaign in YAML; see experiments/configs/
+  --<field> VALUE         any field by its dotted name, e.g. --fault.location scores --data.num_samples 128
+  --sweep.<field> VALUES  an axis: a,b,c or start:stop[:step] or a YAML list
+  --dry-run               print the plan and write nothing
+  --list WHAT             models, locations, detectors, layers, sources, fields
+  --shard I/N             this part of the plan only (also read from a Slurm array task's variables)
+  --launcher local --workers N
+                          N processes on this machine, one shard each, then merge
+  --overwrite             forget an earlier campaign of this name
+  --help                  this text
+
+A campaign that was stopped goes on with the same command. Exit status: 0 all runs done, 1 some run failed or a
+check refused, 2 bad usage, 3 a needed resource is missing.
+"""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command with these arguments and return its exit status; refusals are one line on standard error."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    # Long campaigns must not stop because a hub cannot be asked for a newer version of what is here.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        return _command(arguments)
+    except (UsageError, MissingResourceError, CheckRefusedError) as error:
+        print(f"run_sweep.py: {' '.join(str(error).split())}", file=sys.stderr)
+        return error.exit_status
+    except KeyboardInterrupt:
+        print("run_sweep.py: interrupted; the same command goes on where it stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader went away (head, less); there is nobody left to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _command(arguments: Sequence[str]) -> int:
+    if "--help" in arguments or "-h" in arguments:
+        print(HELP, end="")
+        return 0
+    name = arguments[0] if arguments and not arguments[0].startswith("-") else "sweep"
+    rest = arguments if name == "sweep" else arguments[1:]
+    return _find(name)(rest)
+
+
+def _find(name: str) -> Callable[[Sequence[str]], int]:
+    # Imported here: --help and a misspelt command should not wait for torch.
+    if name == "sweep":
+        from experiments.commands.sweep import sweep
+
+        return sweep
+    from experiments.commands import inspect_campaign, plan_size, replay
+    from fault_injection.names import nearest
+
+    commands = {
+        "replay": replay.replay,
+        "status": inspect_campaign.status,
+        "merge": inspect_campaign.merge,
+        "trace": inspect_campaign.trace,
+        "plan-size": plan_size.plan_size,
+    }
+    if name == "report":
+        raise UsageError("report: the HTML report is not available in this version; read runs.csv with pandas")
+    if name not in commands:
+        allowed = ", ".join(sorted(commands))
+        raise UsageError(f"{name}: no such command, allowed {allowed}{nearest(name, commands)}")
+    return commands[name]

@@ -1,0 +1,1 @@
+"""The commands of ``run_sweep.py``, one module for each group."""

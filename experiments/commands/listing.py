@@ -1,0 +1,64 @@
+"""``run_sweep.py --list``: what can be chosen.
+
+Public name: ``print_list``.
+"""
+
+from __future__ import annotations
+
+from bounds import list_detectors
+from experiments.config import ExperimentConfig, known_fields
+from experiments.config_sections import SOURCES, check_choice
+from experiments.models import BUILT_IN_MODELS, load_model
+from experiments.subject import Subject
+from fault_injection import LOCATIONS
+
+_LOCATION_MEANINGS = {
+    "q": "queries as the score product reads them (after rotation and normalisation)",
+    "k": "keys as the score product reads them",
+    "v": "values as the output product reads them",
+    "scores": "what QK^T gave, before mask (and before the scale where the model applies it after)",
+    "weights": "what the softmax returned",
+    "out": "weights times values, per head",
+}
+_SOURCE_MEANINGS = {
+    "pydoc": "held-out topics of Python's own documentation",
+    "synthetic": "uniformly random tokens",
+    "text:PATH": "a text file",
+    "json:PATH": "a JSON array or JSON lines, of texts or of objects with a text field",
+    "csv:PATH": "a CSV file with a text column",
+    "hf:NAME[:CONFIG]": "a dataset of the Hugging Face hub, or a local folder",
+}
+
+
+def print_list(what: str, config: ExperimentConfig) -> None:
+    """Print one list: ``models``, ``locations``, ``detectors``, ``layers``, ``sources`` or ``fields``."""
+    check_choice("--list", what, ("models", "locations", "detectors", "layers", "sources", "fields"))
+    if what == "models":
+        for name in BUILT_IN_MODELS:
+            print(f"{name:16} built in")
+        print("or a local folder, or a hub name (safetensors)")
+    elif what == "locations":
+        for name in LOCATIONS:
+            print(f"{name:8} {_LOCATION_MEANINGS[name]}")
+    elif what == "detectors":
+        for detector in list_detectors():
+            print(f"{detector.name:14} {detector.statement}  [cost: {detector.cost}; reads {_joined(detector.needs)}]")
+    elif what == "sources":
+        for name in SOURCES:
+            print(f"{name:18} {_SOURCE_MEANINGS[name]}")
+    elif what == "fields":
+        print("\n".join(known_fields()))
+    else:
+        _print_layers(config)
+
+
+def _joined(names: object) -> str:
+    return ", ".join(sorted(names)) if isinstance(names, (set, frozenset)) else str(names)
+
+
+def _print_layers(config: ExperimentConfig) -> None:
+    loaded = load_model(config.model)
+    with Subject(loaded.model, loaded.family) as subject:
+        for core in subject.cores:
+            equal = subject.kv_equal.get(core.index)
+            print(f"{core.index:4} {core.name:48} path {core.path}  K = V: {'yes' if equal else 'no'}")

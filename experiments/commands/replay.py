@@ -1,0 +1,62 @@
+"""``run_sweep.py replay results/NAME RUN_ID``: one run again, and whether it gives the same numbers.
+
+Public name: ``replay``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from experiments.campaign_folder import CampaignFolder
+from experiments.contexts import Contexts, context_key
+from experiments.csv_file import read_rows
+from experiments.errors import UsageError
+from experiments.plan import make_plan
+from experiments.provenance import set_determinism
+from experiments.result import TIMINGS, ExperimentResult, cells, columns
+from monitoring import TraceWriter
+
+
+def replay(arguments: Sequence[str]) -> int:
+    """Execute runs again and compare all but the timings; exit status 1 if any number differs.
+
+    Args:
+        arguments: the campaign's folder and one or more run ids.
+    """
+    if len(arguments) < 2:
+        raise UsageError("replay: needs a campaign folder and a run id, e.g. replay results/default 0123456789abcdef")
+    folder = CampaignFolder.existing(arguments[0])
+    plan = make_plan(folder.config())
+    recorded = _recorded(folder)
+    runs = [plan.by_id(run_id) for run_id in arguments[1:]]
+    for run in runs:
+        if run.run_id not in recorded:
+            raise UsageError(f"replay: run {run.run_id} has no row yet, there is nothing to compare with")
+    set_determinism(folder.config().run.threads)
+    same = True
+    with Contexts(TraceWriter(None)) as contexts:
+        for run in sorted(runs, key=lambda run: context_key(plan.config_of(run))):
+            config = plan.config_of(run)
+            record = contexts.open(config).run(run, config)
+            same &= _print_comparison(recorded[run.run_id], cells(record.result))
+    return 0 if same else 1
+
+
+def _recorded(folder: CampaignFolder) -> dict[str, list[str]]:
+    header = columns(ExperimentResult)
+    return {row[0]: row for path in folder.shard_files() for row in read_rows(path, header)}
+
+
+def _print_comparison(recorded: list[str], again: list[str]) -> bool:
+    rows = list(zip(columns(ExperimentResult), recorded, again, strict=True))
+    differing = [(name, old, new) for name, old, new in rows if old != new and name not in TIMINGS]
+    if not differing:
+        values = {name: new for name, _, new in rows}
+        print(
+            f"{values['run_id']}: the same numbers ({values['location']} bit {values['bits'] or '-'} layer "
+            f"{values['layers']}: {values['outcome']}, loss_diff {values['loss_diff'] or '-'})"
+        )
+        return True
+    for name, old, new in differing:
+        print(f"{recorded[0]}: {name} was {old or '(empty)'}, is {new or '(empty)'}")
+    return False

@@ -1,0 +1,285 @@
+"""The sections of a campaign's configuration: names, types, defaults and what is allowed.
+
+Each section refuses values that cannot be meant when it is made, so a configuration that exists is a valid one as far
+as can be known without the model and the data.
+
+Public names: ``ModelConfig``, ``DataConfig``, ``IndexConfig``, ``FaultConfig``, ``DetectConfig``, ``RunConfig``,
+``StopConfig``, ``SlurmConfig``, ``DTYPES``.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from bounds import get_detector
+from experiments.errors import UsageError
+from fault_injection.bits import check_bits
+from fault_injection.fault import FaultSpec
+from fault_injection.layer_choice import LAYER_MODES, compiled_pattern
+from fault_injection.names import nearest
+from fault_injection.site import ElementIndex
+
+DTYPES = {"float64": 64, "float32": 32, "bfloat16": 16, "float16": 16}
+"""Model dtypes and their width in bits."""
+
+SOURCES = ("pydoc", "synthetic", "text:PATH", "json:PATH", "csv:PATH", "hf:NAME[:CONFIG]")
+AIMS = ("uniform",)
+
+
+def check_choice(key: str, got: Any, allowed: Sequence[str]) -> None:
+    """Raise ``UsageError`` unless ``got`` is one of the allowed names."""
+    if got not in allowed:
+        raise UsageError(f"{key}: got {got!r}, allowed {', '.join(allowed)}{nearest(str(got), allowed)}")
+
+
+def check_at_least(key: str, got: int | None, lowest: int) -> None:
+    """Raise ``UsageError`` if ``got`` is below ``lowest``."""
+    if got is not None and got < lowest:
+        raise UsageError(f"{key}: got {got}, allowed {lowest} or more")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The model under test.
+
+    Attributes:
+        path: a built-in name (``reference``, ``reference-kv``), a local folder, or a hub name.
+        dtype: ``float64``, ``float32``, ``bfloat16`` or ``float16``.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        force_kv_equal: make V's projection equal to K's in every layer for the campaign.
+        trust_remote_code: allow code that comes with a hub model.
+        revision: a hub model's branch, tag or commit.
+    """
+
+    path: str = "reference"
+    dtype: str = "float32"
+    device: str = "auto"
+    force_kv_equal: bool = False
+    trust_remote_code: bool = False
+    revision: str | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("model.dtype", self.dtype, list(DTYPES))
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
+            raise UsageError(f"model.device: got {self.device!r}, allowed auto, cpu, cuda, cuda:N")
+        if not self.path:
+            raise UsageError("model.path: got an empty text, allowed a built-in name, a folder or a hub name")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The text that the model reads.
+
+    Attributes:
+        source: ``pydoc``, ``synthetic``, ``text:PATH``, ``json:PATH``, ``csv:PATH`` or ``hf:NAME[:CONFIG]``.
+        num_samples: windows of text, drawn by the campaign's seed.
+        seq_len: tokens in a window.
+        batch_size: windows in a batch.
+        field: the key or column that holds the text (json, csv, hf).
+        split: the split of a hub dataset.
+    """
+
+    source: str = "pydoc"
+    num_samples: int = 16
+    seq_len: int = 128
+    batch_size: int = 1
+    field: str | None = None
+    split: str = "test"
+
+    def __post_init__(self) -> None:
+        name, colon, rest = self.source.partition(":")
+        known = [source.partition(":")[0] for source in SOURCES]
+        takes_path = name not in ("pydoc", "synthetic")
+        if name not in known or takes_path != bool(colon and rest):
+            raise UsageError(f"data.source: got {self.source!r}, allowed {', '.join(SOURCES)}{nearest(name, known)}")
+        for key, lowest in (("num_samples", 1), ("seq_len", 2), ("batch_size", 1)):
+            check_at_least(f"data.{key}", getattr(self, key), lowest)
+        if self.num_samples % self.batch_size:
+            raise UsageError(
+                f"data.num_samples: got {self.num_samples}, allowed a multiple of data.batch_size ({self.batch_size})"
+            )
+
+
+@dataclass(frozen=True)
+class IndexConfig:
+    """The element a fault hits, in full or in part; what is ``null`` is drawn for each run."""
+
+    batch: int | None = None
+    head: int | None = None
+    row: int | None = None
+    col: int | None = None
+
+    def __post_init__(self) -> None:
+        for key in ("batch", "head", "row", "col"):
+            check_at_least(f"fault.index.{key}", getattr(self, key), 0)
+
+    def element(self) -> ElementIndex:
+        """Return the index as ``fault_injection`` takes it."""
+        return ElementIndex(self.batch, self.head, self.row, self.col)
+
+
+@dataclass(frozen=True)
+class FaultConfig:
+    """The fault of a run.
+
+    Attributes:
+        location: ``q k v scores weights out``.
+        bit: a bit number, a list of them (all at once), ``sign``, ``exponent``, ``mantissa``, or ``null`` for any.
+        kind: ``bitflip stuck_at_0 stuck_at_1 zero random_value bit_error_rate``.
+        rate: the bit error rate.
+        layers: a layer number or a list of them.
+        layer_mode: ``first all random specific``; by default ``specific`` where layers are named, else ``random``.
+        layer_pattern: a regular expression searched in the names of the attention modules.
+        index: the element.
+        include_masked: draw hidden keys of scores and weights as well.
+        aim: how the open part of the index is drawn (``uniform``).
+    """
+
+    location: str = "scores"
+    bit: int | list[int] | str | None = None
+    kind: str = "bitflip"
+    rate: float | None = None
+    layers: int | list[int] | None = None
+    layer_mode: str | None = None
+    layer_pattern: str | None = None
+    index: IndexConfig = field(default_factory=IndexConfig)
+    include_masked: bool = False
+    aim: str = "uniform"
+
+    def __post_init__(self) -> None:
+        try:
+            self.spec()
+            if self.layer_pattern is not None:
+                compiled_pattern(self.layer_pattern)
+        except UsageError:
+            raise
+        except ValueError as error:
+            raise UsageError(_with_key("fault.bit", str(error))) from error
+        check_choice("fault.aim", self.aim, AIMS)
+        if self.layer_mode is not None:
+            check_choice("fault.layer_mode", self.layer_mode, LAYER_MODES)
+        if self.layer_mode == "specific" and self.layers is None and self.layer_pattern is None:
+            raise UsageError("fault.layer_mode: specific needs fault.layers or fault.layer_pattern")
+        for layer in self.layer_list() or ():
+            check_at_least("fault.layers", layer, 0)
+        if self.layers == []:
+            raise UsageError("fault.layers: got an empty list; leave it out to mean every layer")
+
+    def layer_list(self) -> list[int] | None:
+        """Return the named layers as a list."""
+        return [self.layers] if isinstance(self.layers, int) else self.layers
+
+    def effective_layer_mode(self) -> str:
+        """Return the layer mode with its default filled in."""
+        named = self.layers is not None or self.layer_pattern is not None
+        return self.layer_mode or ("specific" if named else "random")
+
+    def spec(self) -> FaultSpec:
+        """Return the fault specification."""
+        several = [self.bit] if isinstance(self.bit, int) else self.bit
+        bits = tuple(several) if isinstance(several, list) else several
+        return FaultSpec(self.location, self.kind, bits, self.index.element(), self.include_masked, self.rate)
+
+    def check_bits_of(self, dtype: str) -> None:
+        """Refuse bits that no tensor of a model of this dtype has; scores and weights may be wider than the model."""
+        import torch
+
+        upcast = self.location in ("scores", "weights", "q", "k") and DTYPES[dtype] < 32
+        bits = self.spec().bits
+        if isinstance(bits, tuple):
+            try:
+                check_bits(bits, torch.float32 if upcast else getattr(torch, dtype))
+            except ValueError as error:
+                raise UsageError(_with_key("fault.bit", str(error))) from error
+
+
+def _with_key(key: str, message: str) -> str:
+    return message if message.startswith("fault.") else f"{key}: {message.removeprefix('bit: ')}"
+
+
+@dataclass(frozen=True)
+class DetectConfig:
+    """What looks for violations, and when a run counts as critical.
+
+    Attributes:
+        detectors: names of detectors; ``oracle_*`` ones read the fault-free pass and are reported apart.
+        tolerance: added to the proved rounding tolerance of every detector, in the detector's own unit.
+        critical_loss: the change of the loss (nats) above which a run is critical.
+        correct: repair located errors in the pass (not available yet).
+    """
+
+    detectors: list[str] = field(
+        default_factory=lambda: ["finite", "s@w", "q@o", "comb", "oracle_s@w", "oracle_q@o", "oracle_comb"]
+    )
+    tolerance: float = 0.0
+    critical_loss: float = 1e-3
+    correct: bool = False
+
+    def __post_init__(self) -> None:
+        for name in self.detectors:
+            try:
+                get_detector(name)
+            except ValueError as error:
+                raise UsageError(f"detect.detectors: {error}") from error
+        if len(set(self.detectors)) != len(self.detectors):
+            raise UsageError(f"detect.detectors: a name is given twice in {self.detectors}")
+        for key in ("tolerance", "critical_loss"):
+            got = getattr(self, key)
+            if not (math.isfinite(got) and got >= 0):
+                raise UsageError(f"detect.{key}: got {got}, allowed a finite number of 0 or more")
+        if self.correct:
+            raise UsageError("detect.correct: got True, but correction is not available in this version")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """How runs are executed.
+
+    Attributes:
+        engine: ``plain`` computes whole forward passes; ``auto`` chooses the fastest exact engine (now ``plain``).
+        scope: ``full`` propagates every fault to the loss.
+        batch_runs: runs in one pass (``null``: chosen by the engine; the plain engine takes one).
+        reuse_baseline: compute the fault-free pass of an input once; ``false`` repeats it for every run, in random
+            order with the injected pass.
+        threads: threads of one process. The last bit of a result can depend on it, so it is part of the configuration;
+            one thread a process, and one process a core (``--workers``), is also the fastest for small models.
+    """
+
+    engine: str = "auto"
+    scope: str = "full"
+    batch_runs: int | None = None
+    reuse_baseline: bool = True
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        check_at_least("run.threads", self.threads, 1)
+        check_choice("run.engine", self.engine, ("auto", "plain"))
+        check_choice("run.scope", self.scope, ("full",))
+        if self.batch_runs not in (None, 1):
+            raise UsageError(f"run.batch_runs: got {self.batch_runs}, allowed 1 or null in this version")
+
+
+@dataclass(frozen=True)
+class StopConfig:
+    """When a cell of the grid ends early (not available yet)."""
+
+    margin: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.margin is not None:
+            raise UsageError("stop.margin: sequential stopping is not available in this version; leave it out")
+
+
+@dataclass(frozen=True)
+class SlurmConfig:
+    """Options of the Slurm launcher (not available yet; ``--shard`` reads a hand-written array job's variables)."""
+
+    partition: str | None = None
+    time: str | None = None
+    gres: str | None = None
+    array_limit: int | None = None
+    setup: str | None = None

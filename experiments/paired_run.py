@@ -1,0 +1,282 @@
+"""Pairs: one fault, its injected pass, and the fault-free baseline of the same input.
+
+    pairs = PairedRunner(subject, batches, forward)
+    pairs.prepare(config)                    # equivalence gate and control run, or CheckRefusedError
+    record = pairs.run(planned, config)      # a RunRecord: one result, its detections, its faults
+
+Everything random in a run is drawn from the run's own generator, in this order: batch, layers, element, bits.
+
+Public names: ``PairedRunner``, ``RunRecord``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from bounds import Detector, get_detector
+from experiments.baseline import Baseline, compute_baseline, timed_forward
+from experiments.config import ExperimentConfig
+from experiments.errors import CheckRefusedError
+from experiments.gate import control_run, equivalence_gate
+from experiments.objective import Evaluation
+from experiments.outcome import Effect, effect_of
+from experiments.plan import PlannedRun
+from experiments.result import CleanRow, DetectionRow, ExperimentResult
+from experiments.result_rows import clean_rows, detection_rows, experiment_result
+from experiments.subject import Subject
+from experiments.watcher import Watcher
+from fault_injection import (
+    Fault,
+    InjectionRecord,
+    Injector,
+    candidate_layers,
+    choose_layers,
+    draw_fault,
+    instrumentation_of,
+    tapped,
+)
+from fault_injection.bits import check_bits
+from fault_injection.model_outputs import bitwise_equal
+from monitoring import PerformanceMonitor
+from monitoring.cached_forward import CachedForward
+from monitoring.fingerprints import digest, input_fingerprint
+from monitoring.flops import attention_flops, attention_formula_gap, attention_shape, bounds_flops
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """Everything one run yields."""
+
+    result: ExperimentResult
+    detections: tuple[DetectionRow, ...]
+    faults: tuple[Fault, ...]
+
+
+@dataclass(frozen=True)
+class InjectedPass:
+    """What the injected pass of a run gave."""
+
+    evaluation: Evaluation
+    records: tuple[InjectionRecord, ...]
+    watcher: Watcher
+    forward_seconds: float
+
+
+class PairedRunner:
+    """Runs pairs on one model and one set of batches.
+
+    Args:
+        subject: the patched model.
+        batches: batches on its device, as ``Subject.to_device`` returns them.
+        forward: the cache, trace and counters that passes go through.
+    """
+
+    def __init__(self, subject: Subject, batches: Sequence[Mapping[str, Tensor]], forward: CachedForward) -> None:
+        self.subject = subject
+        self.batches = batches
+        self.forward = forward
+        self.clean: dict[tuple[str, str, int | None], CleanRow] = {}
+        self.monitor = PerformanceMonitor(subject.device)
+        self._input_ids = [input_fingerprint(dict(batch)) for batch in batches]
+        model = subject.model
+        self._shapes = (
+            [attention_shape(model, dict(batch)) for batch in batches] if attention_formula_gap(model) is None else None
+        )
+
+    def prepare(self, config: ExperimentConfig) -> dict[str, Any]:
+        """Run the equivalence gate and the control run on the first batch; return what was checked, for provenance."""
+        first = self.batches[0]
+        equivalence_gate(self.subject, first)
+        baseline = self.baseline(0, config)
+        control_run(self.subject, first, baseline.evaluation, baseline.sites)
+        return {
+            "equivalence_gate": "bitwise equal to the model's own eager attention",
+            "control_run": "loss and output differ by exactly 0",
+            "execution": "plain",
+            "attention_layers": self.subject.layer_names,
+            "attention_paths": [core.path for core in self.subject.cores],
+            "kv_equal": [self.subject.kv_equal.get(core.index) for core in self.subject.cores],
+        }
+
+    def check_layers(self, config: ExperimentConfig) -> list[int]:
+        """Return the candidate layers of a run; ``ValueError`` if the configuration names layers that do not exist."""
+        fault = config.fault
+        allowed = instrumentation_of(self.subject.model).injection_layers
+        layers = fault.layer_list()
+        if layers is None and allowed is not None:
+            layers = list(allowed)
+        return candidate_layers(self.subject.layer_names, layers, fault.layer_pattern)
+
+    def check_fault(self, config: ExperimentConfig) -> None:
+        """Raise ``ValueError`` or ``IndexError`` if such a fault cannot be drawn on the first batch."""
+        spec = config.fault.spec()
+        sites = self.baseline(0, config).sites
+        for layer in self.check_layers(config):
+            site = sites[layer, spec.location]
+            site.check(spec.index)
+            if isinstance(spec.bits, tuple):
+                check_bits(spec.bits, site.dtype)
+
+    def baseline(self, batch_index: int, config: ExperimentConfig, run_id: str | None = None) -> Baseline:
+        """Return the fault-free pass of a batch, computed once for each input, model and set of detectors."""
+        batch = self.batches[batch_index]
+        detectors, tolerance = _detectors(config), config.detect.tolerance
+        baseline = self.forward.cached(
+            "baseline",
+            "base",
+            dict(batch),
+            {"detectors": [d.name for d in detectors], "tolerance": tolerance, "family": self.subject.family},
+            lambda: compute_baseline(self.subject, batch, detectors, tolerance),
+            model=self.subject.model,
+            phase="baseline",
+            run_id=run_id or "",
+        )
+        for row in clean_rows(self._input_ids[batch_index], baseline, self.subject.layer_names):
+            self.clean.setdefault((row.baseline, row.detector, row.layer), row)
+        return baseline
+
+    def run(self, planned: PlannedRun, config: ExperimentConfig) -> RunRecord:
+        """Execute one run.
+
+        Args:
+            planned: its identity.
+            config: the configuration of this run alone (``Plan.config_of``).
+
+        Raises:
+            ValueError, IndexError: layers, bits or an index that the model does not have.
+            FaultMissedError: the pass never reached the fault.
+        """
+        self.monitor.reset()
+        self.subject.synchronize()
+        start = time.perf_counter()
+        random = planned.generator()
+        batch_index = int(random.integers(len(self.batches)))
+        baseline = self.baseline(batch_index, config, planned.run_id)
+        faults = self._draw(config, baseline, random)
+        fault_id = digest(self._input_ids[batch_index], *(fault.to_json() for fault in faults))[:16]
+        baseline_first = bool(random.integers(2))
+        seconds = baseline.forward_seconds
+        if not config.run.reuse_baseline and baseline_first:
+            seconds = self._repeat_baseline(baseline, batch_index)
+        injected = self._inject(faults, fault_id, baseline, batch_index, config, planned.run_id)
+        if not config.run.reuse_baseline and not baseline_first:
+            seconds = self._repeat_baseline(baseline, batch_index)
+        effect = effect_of(
+            baseline.evaluation,
+            injected.evaluation,
+            self.batches[batch_index],
+            self.subject.family,
+            config.detect.critical_loss,
+        )
+        self.monitor.add_time("baseline_forward", seconds)
+        self.monitor.add_time("total", time.perf_counter() - start)
+        return self._record(planned, config, baseline, faults, fault_id, injected, effect, batch_index)
+
+    def _draw(self, config: ExperimentConfig, baseline: Baseline, random: np.random.Generator) -> tuple[Fault, ...]:
+        layers = choose_layers(self.check_layers(config), config.fault.effective_layer_mode(), random)
+        spec = config.fault.spec()
+        return tuple(draw_fault(spec, baseline.sites[layer, spec.location], random) for layer in layers)
+
+    def _repeat_baseline(self, baseline: Baseline, batch_index: int) -> float:
+        evaluation, seconds = timed_forward(self.subject, self.batches[batch_index])
+        if not bitwise_equal(evaluation.output, baseline.evaluation.output):
+            raise CheckRefusedError(
+                f"the fault-free pass of batch {batch_index} did not repeat bit for bit; effects of faults could "
+                "not be told from the noise of this set-up"
+            )
+        return seconds
+
+    def _inject(
+        self,
+        faults: Sequence[Fault],
+        fault_id: str,
+        baseline: Baseline,
+        batch_index: int,
+        config: ExperimentConfig,
+        run_id: str,
+    ) -> InjectedPass:
+        injector = Injector(faults)
+        first_layer = min(fault.layer for fault in faults)
+        watcher = Watcher(
+            _detectors(config),
+            baseline.situation,
+            # Layers before the first fault are bitwise those of the baseline, and so are their verdicts.
+            layers=frozenset(range(first_layer, len(self.subject.cores))),
+            tolerance=config.detect.tolerance,
+            synchronize=self.subject.synchronize,
+        )
+
+        def injected_pass() -> Evaluation:
+            with self.monitor.timer("injection_forward"), tapped(self.subject.model, injector):
+                evaluation = self.subject.forward(self.batches[batch_index], watcher)
+            injector.finish()
+            return evaluation
+
+        evaluation = self.forward.forward(
+            "injected",
+            f"fault:{fault_id}",
+            dict(self.batches[batch_index]),
+            injected_pass,
+            model=self.subject.model,
+            run_id=run_id,
+            fault=[fault.to_json() for fault in faults],
+            details=lambda answer: {
+                "loss": answer.loss,
+                "phase_ms": {"bounds": 1e3 * watcher.bounds_seconds, "detection": 1e3 * watcher.detection_seconds},
+            },
+        )
+        self.monitor.add_time("bounds_computation", watcher.bounds_seconds)
+        self.monitor.add_time("violation_detection", watcher.detection_seconds)
+        self.monitor.record_memory()
+        total = self.monitor.metrics.injection_forward_time or 0.0
+        forward_seconds = max(0.0, total - watcher.bounds_seconds - watcher.detection_seconds)
+        return InjectedPass(evaluation, tuple(injector.records), watcher, forward_seconds)
+
+    def _record(
+        self,
+        planned: PlannedRun,
+        config: ExperimentConfig,
+        baseline: Baseline,
+        faults: tuple[Fault, ...],
+        fault_id: str,
+        injected: InjectedPass,
+        effect: Effect,
+        batch_index: int,
+    ) -> RunRecord:
+        detections = detection_rows(planned.run_id, injected.watcher, effect, self.batches[batch_index], config)
+        checked_layers = len({row.layer for row in detections if row.layer is not None})
+        result = experiment_result(
+            planned=planned,
+            config=config,
+            device=str(self.subject.device),
+            depth=len(self.subject.cores),
+            batch_index=batch_index,
+            faults=faults,
+            fault_id=fault_id,
+            records=injected.records,
+            losses=(baseline.evaluation.loss, injected.evaluation.loss),
+            effect=effect,
+            detections=detections,
+            metrics=self.monitor.metrics,
+            injection_seconds=injected.forward_seconds,
+            flops=self._flops(batch_index, checked_layers),
+        )
+        return RunRecord(result, tuple(detections), faults)
+
+    def _flops(self, batch_index: int, checked_layers: int) -> tuple[int | None, int | None]:
+        """Return the operations of attention and of bounds, ``None`` where no formula holds for the architecture."""
+        if self._shapes is None:
+            return None, None
+        shape = self._shapes[batch_index]
+        return attention_flops(shape), bounds_flops(dataclasses.replace(shape, layers=checked_layers))
+
+
+def _detectors(config: ExperimentConfig) -> list[Detector]:
+    return [get_detector(name) for name in config.detect.detectors]

@@ -1,0 +1,194 @@
+"""The plan of a campaign: every point of the grid, every repeat, and the identity of each run.
+
+    plan = make_plan(config)
+    plan.runs[0].run_id                     # 16 hex digits
+    plan.config_of(plan.runs[0])            # the configuration of that run alone
+
+A run's identity is the BLAKE2b hash of everything that determines the run: model, data, fault, seed, repeat, and every
+swept value. It does not depend on the order of the grid, on shards, on where results go, or on how many repeats there
+are, so a campaign with more repeats contains the runs of one with fewer. Detectors watch a run and do not determine it:
+two campaigns that differ only in detectors inject the same faults.
+
+Public names: ``PlannedRun``, ``Plan``, ``make_plan``, ``canonical_json``, ``Shard``, ``parse_shard``, ``shard_of``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from experiments.config import ExperimentConfig, known_fields, replaced
+from experiments.errors import UsageError
+
+DETERMINING = ("model.", "data.", "fault.")
+"""Sections whose every field determines a run (but for where the model is computed: ``model.device``)."""
+
+
+def canonical_json(value: Any) -> str:
+    """Return the one JSON text of ``value``: sorted keys, no blanks, floats as ``repr`` writes them."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One run of a plan.
+
+    Attributes:
+        run_id: 16 hex digits.
+        index: position in the plan.
+        repeat: which repeat of its grid point.
+        values: the value of every axis, in the order of ``Plan.axes``.
+    """
+
+    run_id: str
+    index: int
+    repeat: int
+    values: tuple[Any, ...]
+
+    def generator(self) -> np.random.Generator:
+        """Return the generator that everything random in this run is drawn from."""
+        return np.random.Generator(np.random.Philox(key=int(self.run_id, 16)))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All runs of a campaign, in a fixed order: grid points in the order of the axes, repeats innermost."""
+
+    config: ExperimentConfig
+    axes: tuple[str, ...]
+    runs: tuple[PlannedRun, ...]
+
+    def config_of(self, run: PlannedRun) -> ExperimentConfig:
+        """Return the configuration of one run: the campaign's, with the run's axis values in place."""
+        config: Any = self.config
+        for key, value in zip(self.axes, run.values, strict=True):
+            config = replaced(config, key, value)
+        return config if isinstance(config, ExperimentConfig) else _with_sections(config)
+
+    def by_id(self, run_id: str) -> PlannedRun:
+        """Return the run with this identity; ``UsageError`` if the plan has none."""
+        for run in self.runs:
+            if run.run_id == run_id:
+                return run
+        raise UsageError(f"run id: {run_id!r} is not in this plan of {len(self.runs)} runs")
+
+
+def _with_sections(sections: Any) -> ExperimentConfig:
+    return ExperimentConfig(**{f.name: getattr(sections, f.name) for f in dataclasses.fields(sections)})
+
+
+def make_plan(config: ExperimentConfig) -> Plan:
+    """Return the plan of ``config``.
+
+    Raises:
+        UsageError: a combination of axis values that is not allowed, or two points that are the same run.
+    """
+    axes = tuple(config.sweep)
+    for key, values in config.sweep.items():
+        for value in values:
+            replaced(config, key, value)
+    base = _determining(config)
+    runs: list[PlannedRun] = []
+    seen: set[str] = set()
+    for values in itertools.product(*config.sweep.values()):
+        point = {**base, **dict(zip(axes, values, strict=True))}
+        prefix = hashlib.blake2b(canonical_json(point).encode(), digest_size=32)
+        for repeat in range(config.num_runs):
+            digest = prefix.copy()
+            digest.update(b"#%d" % repeat)
+            run_id = digest.hexdigest()[:16]
+            if run_id in seen:
+                raise UsageError(f"sweep: two runs of the grid are identical ({dict(zip(axes, values, strict=True))})")
+            seen.add(run_id)
+            runs.append(PlannedRun(run_id, len(runs), repeat, values))
+    _check_combinations(config, axes)
+    return Plan(config, axes, tuple(runs))
+
+
+def _determining(config: ExperimentConfig) -> dict[str, Any]:
+    keys = [key for key in known_fields() if key.startswith(DETERMINING) and key != "model.device"]
+    return {key: _plain(field_of(config, key)) for key in [*keys, "seed"]}
+
+
+def _check_combinations(config: ExperimentConfig, axes: tuple[str, ...]) -> None:
+    """Refuse values that are allowed alone but not together (a bit that one of the swept dtypes does not have)."""
+    together = [
+        key for key in axes if key in ("model.dtype", "fault.bit", "fault.location", "fault.kind", "fault.rate")
+    ]
+    for values in itertools.product(*(config.sweep[key] for key in together)):
+        checked: Any = config
+        for key, value in zip(together, values, strict=True):
+            head, _, rest = key.partition(".")
+            checked = replaced(checked, f"{head}.{rest}", value)
+
+
+def field_of(config: Any, key: str) -> Any:
+    """Return the value of a dotted field."""
+    for name in key.split("."):
+        config = getattr(config, name)
+    return config
+
+
+def _plain(value: Any) -> Any:
+    return dict(value) if isinstance(value, Mapping) else value
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Part ``number`` (from 1) of ``count``."""
+
+    number: int = 1
+    count: int = 1
+
+    @property
+    def file_name(self) -> str:
+        """Return the stem of the shard's files; a campaign begun with many shards can be finished with few."""
+        return f"{self.number:04d}"
+
+
+def parse_shard(text: str | None, environment: Mapping[str, str]) -> Shard:
+    """Return the shard of ``--shard i/n``, else of a Slurm array task, else the whole.
+
+    Raises:
+        UsageError: not of the form ``i/n`` with 1 <= i <= n; array variables that make no sense.
+    """
+    if text is not None:
+        match = re.fullmatch(r"(\d+)/(\d+)", text)
+        if match is None or not 1 <= int(match[1]) <= int(match[2]):
+            raise UsageError(f"--shard: got {text!r}, allowed i/n with 1 <= i <= n, e.g. 3/16")
+        return Shard(int(match[1]), int(match[2]))
+    task, count = environment.get("SLURM_ARRAY_TASK_ID"), environment.get("SLURM_ARRAY_TASK_COUNT")
+    if task is None or count is None:
+        return Shard()
+    first = int(environment.get("SLURM_ARRAY_TASK_MIN", "0"))
+    step = int(environment.get("SLURM_ARRAY_TASK_STEP", "1"))
+    number = (int(task) - first) // step + 1
+    if not 1 <= number <= int(count):
+        raise UsageError(f"SLURM_ARRAY_TASK_ID: task {task} does not fit an array of {count} from {first} by {step}")
+    return Shard(number, int(count))
+
+
+def shard_of(plan: Plan, shard: Shard) -> list[PlannedRun]:
+    """Return the runs of ``shard``, grouped so that runs of one model and one data set are done together."""
+    context = [i for i, key in enumerate(plan.axes) if key == "seed" or key.startswith(("model.", "data."))]
+    mine = plan.runs[shard.number - 1 :: shard.count]
+    order: dict[str, int] = {}
+    for run in plan.runs if not context else mine:
+        order.setdefault(canonical_json([run.values[i] for i in context]), len(order))
+        if not context:
+            break
+    return sorted(mine, key=lambda run: order[canonical_json([run.values[i] for i in context])])
+
+
+def grid_size(config: ExperimentConfig) -> int:
+    """Return the number of runs without making them."""
+    return config.num_runs * math.prod(len(values) for values in config.sweep.values())

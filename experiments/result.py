@@ -1,0 +1,183 @@
+"""One run's row of numbers, and the columns of every result file.
+
+A column exists once: as a field of a dataclass here. Its unit is in its name, its meaning in ``meaning``; the readme in
+``results/`` is generated from these (``python -m experiments.result``), so it cannot drift.
+
+Cells: a number that does not exist is an empty cell, never 0; floats are written by ``repr`` so that they read back to
+the same bits; ``value_after`` may be ``nan`` or ``inf``; booleans are ``True`` and ``False``.
+
+Public names: ``ExperimentResult``, ``DetectionRow``, ``CleanRow``, ``FailureRow``, ``columns``, ``cell``, ``TIMINGS``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+OUTCOMES = ("masked", "benign", "critical", "nonfinite")
+
+
+def _column(meaning: str, *, timing: bool = False) -> Any:
+    return field(default=None, metadata={"meaning": meaning, "timing": timing})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExperimentResult:
+    """One run: one fault paired with its fault-free baseline. The fields are the columns of ``runs.csv``."""
+
+    run_id: str = _column("identity of the run: 16 hex digits of everything that determines it")
+    repeat: int = _column("which repeat of its grid point")
+    seed: int = _column("seed of the campaign (or of this point, where it is swept)")
+    model: str = _column("model.path")
+    dtype: str = _column("dtype of the model")
+    device: str = _column("where the model was computed")
+    source: str = _column("data.source")
+    batch_index: int = _column("which batch of the data the run used")
+    layer: int = _column("first injected attention layer, in the order of evaluation")
+    layers: str = _column("all injected layers, joined by ';'")
+    module: str = _column("qualified name of the first injected attention module")
+    layer_type: str = _column("kind of the injected layer (attn)")
+    layer_depth: str = _column("early, mid or late third of the model's attention layers")
+    location: str = _column("q, k, v, scores (before scale and mask), weights or out")
+    kind: str = _column("kind of the fault")
+    bit: int | None = _column("the bit, where the fault has exactly one; 0 is the least significant")
+    bits: str | None = _column("all bits of the fault, joined by ';'")
+    bit_field: str | None = _column("sign, exponent or mantissa; mixed where the bits differ in it")
+    index_batch: int | None = _column("sequence in the batch of the (first) hit element")
+    index_head: int | None = _column("head of the hit element; of keys and values: the key/value head")
+    index_row: int | None = _column("position of the hit element: query (q, scores, weights, out) or key (k, v)")
+    index_col: int | None = _column("column of the hit element: key (scores, weights) or channel")
+    masked_position: bool | None = _column("whether the hit element is a key that its query does not see")
+    effective: bool = _column("whether the fault changed a bit pattern (and, at a masked position, the output)")
+    value_before: float | None = _column("the hit element before the fault")
+    value_after: float | None = _column("the hit element after the fault; may be nan or inf")
+    bits_before: str | None = _column("its bit pattern before, hexadecimal")
+    bits_after: str | None = _column("its bit pattern after, hexadecimal")
+    fault_id: str = _column("hash of input and fault: equal for runs that are the same experiment; count distinct ones")
+    baseline_loss: float | None = _column("loss of the fault-free pass, nats; empty for bare encoders")
+    injected_loss: float | None = _column("loss of the injected pass, nats; nan where it is")
+    loss_diff: float | None = _column("injected_loss - baseline_loss, nats")
+    relative_change: float | None = _column("L2 change of the model's output relative to the fault-free one")
+    kl_mean: float | None = _column("mean KL divergence of the predictions, baseline to injected, nats")
+    top1_changed: int | None = _column("positions whose most likely token changed")
+    nonfinite: bool = _column("whether the output or the loss holds NaN or Inf")
+    outcome: str = _column("masked, benign, critical or nonfinite")
+    violation_detected: bool = _column("whether a detector fired that sees the faulty pass only")
+    detectors: str = _column("names of those detectors, joined by ';'")
+    num_violations: int = _column("rows in which they fired, summed over detectors and layers")
+    oracle_detected: bool | None = _column("whether an oracle_* detector fired (those read the fault-free pass)")
+    oracle_detectors: str = _column("names of those detectors, joined by ';'")
+    epsilon_margin: float | None = _column("smallest distance of epsilon from its bounds (s@w) in the injected layer")
+    baseline_seconds: float | None = _column("fault-free forward pass, detectors excluded", timing=True)
+    injection_seconds: float | None = _column("injected forward pass, detectors excluded", timing=True)
+    bounds_seconds: float | None = _column("computing bounds in the injected pass", timing=True)
+    detection_seconds: float | None = _column("deciding on violations in the injected pass", timing=True)
+    total_seconds: float | None = _column("the whole run", timing=True)
+    peak_memory_mb: float | None = _column("peak resident (CPU) or allocated (CUDA) memory", timing=True)
+    attention_flops: int | None = _column("floating-point operations of the attention products of one pass")
+    bounds_flops: int | None = _column("floating-point operations of the bounds of one pass")
+    execution: str = _column("engine and shortcuts that computed the run")
+    hits: int = _column("elements that the fault touched")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectionRow:
+    """What one detector said of one layer of one run. The fields are the columns of ``detections.csv``."""
+
+    run_id: str = _column("the run")
+    detector: str = _column("name of the detector")
+    online: bool = _column("whether it sees the faulty pass only")
+    layer: int | None = _column("attention layer; empty for the model's output")
+    module: str = _column("its module, or output")
+    applicable: bool = _column("whether the detector applies here")
+    reason: str | None = _column("why it does not")
+    rows_checked: int = _column("rows checked")
+    violations: int = _column("rows in violation, non-finite ones included")
+    nonfinite: int = _column("rows with non-finite values")
+    largest_ratio: float | None = _column("largest residual divided by its tolerance")
+    smallest_margin: float | None = _column("smallest distance to the bounds, in the detector's unit")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CleanRow:
+    """What one detector said of one layer of one fault-free pass. The fields are the columns of ``clean.csv``."""
+
+    baseline: str = _column("hash of model and input")
+    detector: str = _column("name of the detector")
+    layer: int | None = _column("attention layer")
+    module: str = _column("its module")
+    applicable: bool = _column("whether the detector applies here")
+    reason: str | None = _column("why it does not")
+    rows_checked: int = _column("rows checked")
+    violations: int = _column("rows in violation: false positives")
+    largest_ratio: float | None = _column("largest residual divided by its tolerance")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FailureRow:
+    """A run that raised. The fields are the columns of ``failures.csv``."""
+
+    run_id: str = _column("the run")
+    exception: str = _column("type and message, on one line")
+    traceback: str = _column("file with the traceback, below the campaign's folder")
+
+
+def columns(row_type: type[Any]) -> list[str]:
+    """Return the column names of a row type, in order."""
+    return [f.name for f in dataclasses.fields(row_type)]
+
+
+TIMINGS = tuple(f.name for f in dataclasses.fields(ExperimentResult) if f.metadata["timing"])
+"""Columns of ``runs.csv`` that differ from one execution of a run to the next; all others are reproducible bitwise."""
+
+
+def cell(value: Any) -> str:
+    """Return the text of one cell."""
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return repr(value)
+    return " ".join(str(value).split()) if isinstance(value, str) else str(value)
+
+
+def cells(row: Any) -> list[str]:
+    """Return the cells of a row in the order of ``columns``."""
+    return [cell(getattr(row, f.name)) for f in dataclasses.fields(row)]
+
+
+_FILES: dict[str, tuple[type[Any], str]] = {
+    "runs.csv": (ExperimentResult, "one row per run"),
+    "detections.csv": (DetectionRow, "one row per run, detector and layer checked"),
+    "clean.csv": (CleanRow, "one row per fault-free pass, detector and layer: the false positives"),
+    "failures.csv": (FailureRow, "one row per run that raised and was not repeated successfully"),
+}
+
+
+def readme_lines() -> Iterable[str]:
+    """Yield the lines of ``results/README.md``."""
+    yield "# Result files"
+    yield ""
+    yield "Generated by `python -m experiments.result > results/README.md` from the schema in code."
+    yield ""
+    yield "Campaigns are folders here: `config.yaml`, `provenance.json`, `plan.csv`, `shards/`, `trace/`, `logs/`, and"
+    yield "after the merge the tables below. An empty cell means that the number does not exist; pandas reads it as"
+    yield "NaN. Where the value itself is NaN the cell says `nan`, which pandas also reads as NaN: use the `nonfinite`"
+    yield "columns to tell them apart, or `pandas.read_csv(path, keep_default_na=False)`. Columns marked *timing* differ"
+    yield "between executions; all others are reproducible bit for bit."
+    for name, (row_type, meaning) in _FILES.items():
+        yield ""
+        yield f"## {name}"
+        yield ""
+        yield f"{meaning[0].upper()}{meaning[1:]}."
+        yield ""
+        yield "| column | meaning |"
+        yield "|---|---|"
+        for f in dataclasses.fields(row_type):
+            mark = " *(timing)*" if f.metadata["timing"] else ""
+            yield f"| `{f.name}` | {f.metadata['meaning']}{mark} |"
+
+
+if __name__ == "__main__":
+    print("\n".join(readme_lines()))

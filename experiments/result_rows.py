@@ -1,0 +1,197 @@
+"""Turn what a run measured into the rows of the result files.
+
+Public names: ``experiment_result``, ``detection_rows``, ``clean_rows``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from bounds import Verdict
+from experiments.baseline import Baseline
+from experiments.config import ExperimentConfig
+from experiments.outcome import Effect
+from experiments.plan import PlannedRun
+from experiments.result import CleanRow, DetectionRow, ExperimentResult
+from experiments.watcher import Watcher, is_oracle
+from fault_injection import Fault, InjectionRecord, bit_field
+from fault_injection.bits import float_format
+from monitoring import PerformanceMetrics
+
+OUTPUT = "output"
+"""The module name of the check of the model's own output."""
+
+
+def detection_rows(
+    run_id: str, watcher: Watcher, effect: Effect, batch: Mapping[str, Tensor], config: ExperimentConfig
+) -> list[DetectionRow]:
+    """Return one row for every detector and layer that was checked.
+
+    The ``finite`` check also looks at the model's output: a fault may overflow behind the last attention layer.
+    """
+    rows = [
+        _detection_row(run_id, name, layer, watcher.modules[layer], verdict)
+        for (name, layer), verdict in watcher.verdicts.items()
+    ]
+    if "finite" in config.detect.detectors:
+        rows.append(
+            DetectionRow(
+                run_id=run_id,
+                detector="finite",
+                online=True,
+                layer=None,
+                module=OUTPUT,
+                applicable=True,
+                reason=None,
+                rows_checked=batch["input_ids"].numel(),
+                violations=effect.nonfinite_rows,
+                nonfinite=effect.nonfinite_rows,
+                largest_ratio=None,
+                smallest_margin=None,
+            )
+        )
+    return rows
+
+
+def _detection_row(run_id: str, name: str, layer: int, module: str, verdict: Verdict) -> DetectionRow:
+    return DetectionRow(
+        run_id=run_id,
+        detector=name,
+        online=not is_oracle(name),
+        layer=layer,
+        module=module,
+        applicable=verdict.applicable,
+        reason=verdict.reason,
+        rows_checked=verdict.rows_checked,
+        violations=verdict.violations,
+        nonfinite=verdict.nonfinite,
+        largest_ratio=verdict.largest_ratio,
+        smallest_margin=verdict.smallest_margin,
+    )
+
+
+def clean_rows(baseline_id: str, baseline: Baseline, layer_names: Sequence[str]) -> list[CleanRow]:
+    """Return what the detectors said of a fault-free pass."""
+    return [
+        CleanRow(
+            baseline=baseline_id,
+            detector=name,
+            layer=layer,
+            module=layer_names[layer],
+            applicable=verdict.applicable,
+            reason=verdict.reason,
+            rows_checked=verdict.rows_checked,
+            violations=verdict.violations,
+            largest_ratio=verdict.largest_ratio,
+        )
+        for (name, layer), verdict in baseline.verdicts.items()
+    ]
+
+
+def experiment_result(
+    *,
+    planned: PlannedRun,
+    config: ExperimentConfig,
+    device: str,
+    depth: int,
+    batch_index: int,
+    faults: Sequence[Fault],
+    fault_id: str,
+    records: Sequence[InjectionRecord],
+    losses: tuple[float | None, float | None],
+    effect: Effect,
+    detections: Sequence[DetectionRow],
+    metrics: PerformanceMetrics,
+    injection_seconds: float,
+    flops: tuple[int | None, int | None],
+) -> ExperimentResult:
+    """Return the row of ``runs.csv``; see ``ExperimentResult`` for what each column means."""
+    changed = sum(record.changed for record in records) > 0
+    masked = any(fault.masked_position for fault in faults)
+    return ExperimentResult(
+        run_id=planned.run_id,
+        repeat=planned.repeat,
+        seed=config.seed,
+        model=config.model.path,
+        dtype=config.model.dtype,
+        device=device,
+        source=config.data.source,
+        batch_index=batch_index,
+        layer=faults[0].layer,
+        layers=";".join(str(fault.layer) for fault in faults),
+        module=faults[0].module,
+        layer_type="attn",
+        layer_depth=layer_depth(faults[0].layer, depth),
+        location=config.fault.location,
+        kind=config.fault.kind,
+        **_site_columns(faults, records),
+        masked_position=masked,
+        effective=changed and not (masked and effect.outcome == "masked"),
+        fault_id=fault_id,
+        baseline_loss=losses[0],
+        injected_loss=losses[1],
+        loss_diff=effect.loss_diff,
+        relative_change=effect.relative_change,
+        kl_mean=effect.kl_mean,
+        top1_changed=effect.top1_changed,
+        nonfinite=effect.outcome == "nonfinite",
+        outcome=effect.outcome,
+        **_detection_columns(detections, faults[0].layer),
+        baseline_seconds=metrics.baseline_forward_time,
+        injection_seconds=injection_seconds,
+        bounds_seconds=metrics.bounds_computation_time,
+        detection_seconds=metrics.violation_detection_time,
+        total_seconds=metrics.total_time,
+        peak_memory_mb=metrics.peak_memory_mb,
+        attention_flops=flops[0],
+        bounds_flops=flops[1],
+        execution="plain",
+        hits=sum(len(fault.elements) for fault in faults),
+    )
+
+
+def layer_depth(layer: int, depth: int) -> str:
+    """Return ``early``, ``mid`` or ``late`` by the centre of the layer: thirds of ``(layer + 1/2) / depth``.
+
+    >>> [layer_depth(i, 4) for i in range(4)]
+    ['early', 'mid', 'mid', 'late']
+    """
+    centre = (layer + 0.5) / depth
+    return "early" if centre < 1 / 3 else "mid" if centre < 2 / 3 else "late"
+
+
+def _site_columns(faults: Sequence[Fault], records: Sequence[InjectionRecord]) -> dict[str, Any]:
+    first = faults[0]
+    index = first.index or (None, None, None, None)
+    hit = next((record for record in records if record.fault is first), None)
+    found: dict[str, Any] = dict(zip(("index_batch", "index_head", "index_row", "index_col"), index, strict=True))
+    bits = first.bits
+    fields = {bit_field(hit.dtype, bit) for bit in bits} if hit is not None else set()
+    found["bit"] = bits[0] if len(bits) == 1 else None
+    found["bits"] = ";".join(str(bit) for bit in bits) or None
+    found["bit_field"] = None if not fields else fields.pop() if len(fields) == 1 else "mixed"
+    if hit is not None:
+        digits = float_format(hit.dtype).width // 4
+        found["value_before"], found["value_after"] = hit.value_before, hit.value_after
+        for name, pattern in (("bits_before", hit.bits_before), ("bits_after", hit.bits_after)):
+            found[name] = None if pattern is None else f"0x{pattern:0{digits}x}"
+    return found
+
+
+def _detection_columns(detections: Sequence[DetectionRow], layer: int) -> dict[str, Any]:
+    fired = [row for row in detections if row.violations > 0]
+    online = list(dict.fromkeys(row.detector for row in fired if row.online))
+    oracle = list(dict.fromkeys(row.detector for row in fired if not row.online))
+    has_oracle = any(not row.online for row in detections)
+    margin = next((row.smallest_margin for row in detections if (row.detector, row.layer) == ("s@w", layer)), None)
+    return {
+        "violation_detected": bool(online),
+        "detectors": ";".join(online),
+        "num_violations": sum(row.violations for row in fired if row.online),
+        "oracle_detected": bool(oracle) if has_oracle else None,
+        "oracle_detectors": ";".join(oracle),
+        "epsilon_margin": margin,
+    }

@@ -1,0 +1,112 @@
+"""Run experiments from Python: your model, your data, one configuration.
+
+    config = ExperimentConfig(exp_name="demo", injection_location="scores", injection_bit=30, num_runs=10)
+    runner = CompleteExperimentRunner(config)
+    results = runner.run_all(model, dataloader)         # a list of ExperimentResult
+    result = runner.run_single(3, model, dataloader)    # the same numbers as results[3]
+
+Public name: ``CompleteExperimentRunner``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from experiments.config import ExperimentConfig
+from experiments.config_sections import check_choice
+from experiments.contexts import check_runs
+from experiments.errors import UsageError
+from experiments.models import FAMILIES
+from experiments.paired_run import PairedRunner, RunRecord
+from experiments.plan import PlannedRun, make_plan
+from experiments.provenance import set_determinism
+from experiments.result import ExperimentResult
+from experiments.subject import Subject
+from monitoring import ForwardCache, TraceWriter
+from monitoring.backend_stats import BackendStats
+from monitoring.cached_forward import CachedForward
+
+
+class CompleteExperimentRunner:
+    """Pairs fault-free and injected passes on a model of yours.
+
+    Before the first run on a model and its data, the equivalence gate and the control run must pass.
+
+    Args:
+        config: what to inject and which detectors look. Its ``model`` and ``data`` sections describe what a campaign
+            would load and are not used here, but for the identity of the runs.
+        family: ``causal``, ``masked``, ``encoder`` or ``encoder-decoder``; read from the model if not given.
+        trace: where one line per forward pass goes (default: nowhere).
+        set_deterministic: fix threads and algorithms as a campaign does (``run.threads``).
+
+    Attributes:
+        records: what the last call yielded, with the rows of every detector and the faults.
+    """
+
+    def __init__(
+        self,
+        config: ExperimentConfig,
+        *,
+        family: str | None = None,
+        trace: TraceWriter | None = None,
+        set_deterministic: bool = True,
+    ) -> None:
+        foreign = [key for key in config.sweep if key.startswith(("model.", "data."))]
+        if foreign:
+            raise UsageError(f"sweep.{foreign[0]}: model and data are given to the runner and cannot be swept here")
+        if family is not None:
+            check_choice("family", family, [*FAMILIES, "encoder-decoder"])
+        self.config = config
+        self.plan = make_plan(config)
+        self.records: list[RunRecord] = []
+        self._family = family
+        self._cache, self._stats = ForwardCache(), BackendStats()
+        self._trace = trace or TraceWriter(None)
+        self._set_deterministic = set_deterministic
+
+    def run_all(self, model: nn.Module, dataloader: Iterable[Any]) -> list[ExperimentResult]:
+        """Execute every run of the plan on the batches of ``dataloader`` (a list or any iterable of batches).
+
+        A batch is a mapping with ``input_ids`` (batch, token), or the tensor itself.
+
+        Raises:
+            UsageError: an empty dataloader, a batch that is none, layers or bits that the model does not have.
+            CheckRefusedError: the gate or the control run refuses.
+        """
+        return self._execute(self.plan.runs, model, dataloader)
+
+    def run_single(self, run_id: int | str, model: nn.Module, dataloader: Iterable[Any]) -> ExperimentResult:
+        """Execute one run, by its number in the plan or by its id."""
+        if isinstance(run_id, str):
+            planned = self.plan.by_id(run_id)
+        elif 0 <= run_id < len(self.plan.runs):
+            planned = self.plan.runs[run_id]
+        else:
+            raise UsageError(f"run_id: got {run_id}, allowed 0..{len(self.plan.runs) - 1} or the id of a run")
+        return self._execute([planned], model, dataloader)[0]
+
+    def _execute(
+        self, runs: Iterable[PlannedRun], model: nn.Module, dataloader: Iterable[Any]
+    ) -> list[ExperimentResult]:
+        with self._pairs(model, dataloader) as pairs:
+            configs = {run.values: self.plan.config_of(run) for run in runs}
+            check_runs(pairs, configs.values())
+            pairs.prepare(self.config)
+            self.records = [pairs.run(run, configs[run.values]) for run in runs]
+        return [record.result for record in self.records]
+
+    @contextmanager
+    def _pairs(self, model: nn.Module, dataloader: Iterable[Any]) -> Iterator[PairedRunner]:
+        if self._set_deterministic:
+            set_determinism(self.config.run.threads)
+        batches = list(dataloader)
+        if not batches:
+            raise UsageError("dataloader: got no batches")
+        force_kv = self.config.model.force_kv_equal
+        with Subject(model, self._family, force_kv_equal=force_kv) as subject:
+            forward = CachedForward(self._cache, self._trace, self._stats, model=model, device=subject.device)
+            yield PairedRunner(subject, [subject.to_device(batch) for batch in batches], forward)

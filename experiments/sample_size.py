@@ -1,0 +1,41 @@
+"""How many runs a rate needs: the sample size of statistical fault injection.
+
+Source: R. Leveugle, A. Calvez, P. Maistri, P. Vanhauwaert, "Statistical fault injection: quantified error and
+confidence", DATE 2009, equation 2: n = N / (1 + e^2 (N - 1) / (t^2 p (1 - p))).
+
+Public name: ``sample_size``.
+
+>>> sample_size(0.01, 0.95), sample_size(0.05, 0.95), sample_size(0.01, 0.99)
+(9604, 385, 16588)
+"""
+
+from __future__ import annotations
+
+import math
+
+from scipy.stats import norm
+
+
+def sample_size(margin: float, confidence: float, population: int | None = None, rate: float = 0.5) -> int:
+    """Return the number of faults to draw, without replacement, for a margin of error.
+
+    Args:
+        margin: half width of the interval, in (0, 1).
+        confidence: its confidence, in (0, 1).
+        population: how many different faults there are; ``None`` for the limit of infinitely many.
+        rate: the expected rate; 0.5 is the worst case.
+
+    Raises:
+        ValueError: a number out of range.
+    """
+    for name, value in (("margin", margin), ("confidence", confidence), ("rate", rate)):
+        if not 0 < value < 1:
+            raise ValueError(f"{name}: got {value}, allowed a number between 0 and 1")
+    if population is not None and population < 1:
+        raise ValueError(f"population: got {population}, allowed 1 or more")
+    # The usual tables round t to two or three digits: 1.96 for 95 %, 2.576 for 99 %.
+    quantile = round(float(norm.ppf(0.5 + confidence / 2)), 3)
+    unlimited = quantile**2 * rate * (1 - rate) / margin**2
+    if population is None:
+        return math.ceil(unlimited - 1e-6)
+    return math.ceil(population / (1 + (population - 1) / unlimited) - 1e-6)

@@ -1,0 +1,51 @@
+"""YAML as users expect it: ``1e-6`` is a number and ``1:32`` is a text.
+
+YAML 1.1, which PyYAML reads, takes ``1e-6`` for a text and ``1:32`` for 92 (base 60); both would be silent traps here.
+
+Public names: ``load_yaml``, ``dump_yaml``.
+
+>>> load_yaml("{tolerance: 1e-6, bits: 1:32}")
+{'tolerance': 1e-06, 'bits': '1:32'}
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import yaml
+
+
+class _Loader(yaml.SafeLoader):
+    """The safe loader with JSON's idea of a number."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":float", ":int"))]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:int", re.compile(r"^[-+]?(0x[0-9a-fA-F]+|0|[1-9][0-9_]*)$"), list("-+0123456789")
+)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^([-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"),
+    list("-+0123456789."),
+)
+
+
+class _Dumper(yaml.SafeDumper):
+    """The safe dumper; texts that our loader would take for numbers are quoted."""
+
+
+_Dumper.yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
+
+
+def load_yaml(text: str) -> Any:
+    """Read one YAML document; ``yaml.YAMLError`` if it is none."""
+    return yaml.load(text, Loader=_Loader)
+
+
+def dump_yaml(value: Any) -> str:
+    """Write ``value`` as YAML in the order it has; ``load_yaml`` reads it back."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, default_flow_style=None, width=120)
