@@ -46,7 +46,7 @@ from fault_injection.bits import check_bits
 from fault_injection.model_outputs import bitwise_equal
 from monitoring import PerformanceMonitor
 from monitoring.cached_forward import CachedForward
-from monitoring.fingerprints import digest, input_fingerprint
+from monitoring.fingerprints import digest, input_fingerprint, model_fingerprint
 from monitoring.flops import attention_flops, attention_formula_gap, attention_shape, bounds_flops
 
 
@@ -124,7 +124,9 @@ class PairedRunner:
             if isinstance(spec.bits, tuple):
                 check_bits(spec.bits, site.dtype)
 
-    def baseline(self, batch_index: int, config: ExperimentConfig, run_id: str | None = None) -> Baseline:
+    def baseline(
+        self, batch_index: int, config: ExperimentConfig, run_id: str = "", model_id: str | None = None
+    ) -> Baseline:
         """Return the fault-free pass of a batch, computed once for each input, model and set of detectors."""
         batch = self.batches[batch_index]
         detectors, tolerance = _detectors(config), config.detect.tolerance
@@ -134,9 +136,9 @@ class PairedRunner:
             dict(batch),
             {"detectors": [d.name for d in detectors], "tolerance": tolerance, "family": self.subject.family},
             lambda: compute_baseline(self.subject, batch, detectors, tolerance),
-            model=self.subject.model,
+            model=model_id or model_fingerprint(self.subject.model),
             phase="baseline",
-            run_id=run_id or "",
+            run_id=run_id,
         )
         for row in clean_rows(self._input_ids[batch_index], baseline, self.subject.layer_names):
             self.clean.setdefault((row.baseline, row.detector, row.layer), row)
@@ -158,14 +160,15 @@ class PairedRunner:
         start = time.perf_counter()
         random = planned.generator()
         batch_index = int(random.integers(len(self.batches)))
-        baseline = self.baseline(batch_index, config, planned.run_id)
+        model_id = model_fingerprint(self.subject.model)
+        baseline = self.baseline(batch_index, config, planned.run_id, model_id)
         faults = self._draw(config, baseline, random)
         fault_id = digest(self._input_ids[batch_index], *(fault.to_json() for fault in faults))[:16]
         baseline_first = bool(random.integers(2))
         seconds = baseline.forward_seconds
         if not config.run.reuse_baseline and baseline_first:
             seconds = self._repeat_baseline(baseline, batch_index)
-        injected = self._inject(faults, fault_id, baseline, batch_index, config, planned.run_id)
+        injected = self._inject(faults, fault_id, baseline, batch_index, config, planned.run_id, model_id)
         if not config.run.reuse_baseline and not baseline_first:
             seconds = self._repeat_baseline(baseline, batch_index)
         effect = effect_of(
@@ -201,6 +204,7 @@ class PairedRunner:
         batch_index: int,
         config: ExperimentConfig,
         run_id: str,
+        model_id: str,
     ) -> InjectedPass:
         injector = Injector(faults)
         first_layer = min(fault.layer for fault in faults)
@@ -224,7 +228,7 @@ class PairedRunner:
             f"fault:{fault_id}",
             dict(self.batches[batch_index]),
             injected_pass,
-            model=self.subject.model,
+            model=model_id,
             run_id=run_id,
             fault=[fault.to_json() for fault in faults],
             details=lambda answer: {

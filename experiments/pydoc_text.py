@@ -17,8 +17,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping
 
-from experiments.errors import MissingResourceError
-
 # Of the ten classes of names this one shares the least text with the other nine among those of about a tenth.
 _HELD_OUT_CLASS = 8
 _CLASSES = 10
@@ -81,6 +79,9 @@ def _all_topics() -> dict[str, str]:
     try:
         from pydoc_data.topics import topics
     except ImportError as error:
+        # Late, because that module brings in all of torch, which nobody needs to read a text.
+        from experiments.errors import MissingResourceError
+
         raise MissingResourceError(
             "pydoc_data.topics: not installed with this Python; needed for the text of its language reference"
             " (Debian and Ubuntu have it in libpython3-stdlib)"

@@ -37,9 +37,6 @@ REFERENCE_CONFIG = GPT2Config(
     n_head=4,
     # the same function as GPT-2's gelu_new, in one kernel
     activation_function="gelu_pytorch_tanh",
-    embd_pdrop=0.0,
-    resid_pdrop=0.0,
-    attn_pdrop=0.0,
     bos_token_id=END_OF_DOCUMENT,
     eos_token_id=END_OF_DOCUMENT,
     pad_token_id=0,
@@ -63,11 +60,12 @@ def build_reference(config: GPT2Config, *, key_value_shared: bool, seed: int) ->
     """Return a freshly initialised float32 model in training mode; equal arguments give bitwise equal weights.
 
     Args:
-        config: The architecture; left as it is.
+        config: The architecture, left as it is; the model gets a copy without dropout.
         key_value_shared: Whether keys and values come from one projection in every layer.
         seed: Of the initial weights; the global generator is left as it was.
     """
     config = copy.deepcopy(config)
+    config.embd_pdrop = config.resid_pdrop = config.attn_pdrop = 0.0
     config._attn_implementation = "sdpa"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

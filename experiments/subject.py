@@ -57,19 +57,14 @@ class Subject:
         self._accepts_cache = "use_cache" in inspect.signature(model.forward).parameters
         self._training = model.training
         model.eval()
+        example = None if first_batch is None else self._arguments(first_batch)
         if self._owns_patch:
-            example = None if first_batch is None else self._arguments(first_batch)
             monkey_patch_model(model, force_kv_equal=force_kv_equal, example_inputs=example)
         self.cores: list[AttentionCore] = attention_cores(model)
         parameter = next(model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
-        self.kv_equal = {
-            core.index: bool(found.kv_equal)
-            for core, found in (
-                (core, kv.get(core.name)) for kv in [check_kv_consistency(model)] for core in self.cores
-            )
-            if found is not None
-        }
+        consistency = check_kv_consistency(model, example_inputs=example)
+        self.kv_equal = {core.index: bool(consistency[core.name].kv_equal) for core in self.cores}
 
     def __enter__(self) -> Subject:
         return self

@@ -17,7 +17,7 @@ from fault_injection.discovery import NoAttentionError, UncoveredArchitectureErr
 from fault_injection.fault import KINDS, Fault, FaultSpec, draw_fault
 from fault_injection.injector import FaultMissedError, InjectionRecord, Injector, injected
 from fault_injection.instrument import attention_cores, instrumentation_of, is_patched, suspended, tapped
-from fault_injection.kv_consistency import check_kv_consistency, force_kv_consistent
+from fault_injection.kv_consistency import KVConsistency, check_kv_consistency, force_kv_consistent
 from fault_injection.layer_choice import LAYER_MODES, candidate_layers, choose_layers
 from fault_injection.monkey_patch import monkey_patch_model, patched, unpatch_model
 from fault_injection.probe import ProbeError
@@ -36,6 +36,7 @@ __all__ = [
     "FaultSpec",
     "InjectionRecord",
     "Injector",
+    "KVConsistency",
     "NoAttentionError",
     "ProbeError",
     "Site",

@@ -91,7 +91,7 @@ class Instrumentation:
         self._selected = SelectedImplementation(configurations(model.modules()))
         self.injection_layers: tuple[int, ...] | None = None
         self.cores: list[AttentionCore] = []
-        with _evaluation_mode(model):
+        with evaluation_mode(model):
             try:
                 self._selected.select("eager")
                 self.cores = discover_cores(model, inputs)
@@ -177,8 +177,8 @@ class Instrumentation:
             raise UncoveredArchitectureError(f"{core.name}: its eager attention function is gone")
         if isinstance(mask, Tensor) and mask.dtype == torch.bool:
             raise ValueError(
-                f"{core.name}: got a boolean attention mask; eager attention adds its mask to the scores, so True would "
-                "hide nothing. Pass a 2-D mask of 0 and 1, or an additive float mask (0 and finfo.min)"
+                f"{core.name}: got a boolean attention mask; eager attention adds its mask to the scores, so True "
+                "would hide nothing. Pass a 2-D mask of 0 and 1, or an additive float mask (0 and finfo.min)"
             )
         scaling = keywords.get("scaling")
         scaling = float(tensors[0].shape[-1] ** -0.5 if scaling is None else scaling)
@@ -254,7 +254,8 @@ def forget(model: nn.Module) -> None:
 
 
 @contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluate without gradients and dropout; every module's own training flag comes back."""
     training = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -62,7 +62,7 @@ def monkey_patch_model(
     try:
         instrumentation.injection_layers = _checked_layers(injection_layers, len(instrumentation.cores))
         if force_kv_equal:
-            forcing = force_kv_consistent(model)
+            forcing = force_kv_consistent(model, example_inputs=example_inputs)
             forcing.__enter__()
             _forced[model] = forcing
     except BaseException:

@@ -116,8 +116,8 @@ class AttentionProbe(TorchFunctionMode):
         """Raise ``ProbeError`` unless scores, weights and out were all seen."""
         if self._phase != "done":
             raise ProbeError(
-                f"{self._call.core.name} ({type(self._call.core.module).__name__}): its forward ended while waiting for "
-                f"the {self._phase!r} step of attention; this code path is not covered"
+                f"{self._call.core.name} ({type(self._call.core.module).__name__}): its forward ended while waiting "
+                f"for the {self._phase!r} step of attention; this code path is not covered"
             )
 
     def _scores(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

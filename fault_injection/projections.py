@@ -29,7 +29,7 @@ from fault_injection.attention_call import AttentionCall, AttentionCore
 from fault_injection.example_inputs import example_inputs as make_example_inputs
 from fault_injection.instrument import (
     Instrumentation,
-    _evaluation_mode,
+    evaluation_mode,
     attention_cores,
     forget,
     is_patched,
@@ -103,7 +103,7 @@ def discover_projections(
     modules = [module for module in model.modules() if isinstance(module, (nn.Linear, Conv1D))]
     code = _SparseCode(modules)
     reader = _Reader(code)
-    with _instrumented(model, inputs), _evaluation_mode(model), _unscaled_rotations(model):
+    with _instrumented(model, inputs), evaluation_mode(model), _unscaled_rotations(model):
         cores = attention_cores(model)
         for digit in range(code.digits):
             with reader.hooked(digit), tapped(model, reader):
@@ -174,7 +174,7 @@ class _SparseCode:
             features = int(getattr(module, "out_features", None) or module.nf)  # type: ignore[arg-type]
             self._places[module] = len(self._owners), features
             self._owners.extend((module, row) for row in range(features))
-        self.digits = 2
+        self.digits = 1
         while self.base**self.digits < self.base * len(self._owners):
             self.digits += 1
         numbers = random.Random(0).sample(range(self.base**self.digits), len(self._owners))

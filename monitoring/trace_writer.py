@@ -4,9 +4,9 @@
     labelled          context manager that sets the ``probe`` of every event written inside it
     current_label     the label now
 
-Each line goes out in one ``os.write`` on an ``O_APPEND`` descriptor, so that lines of threads and processes
-never mix. Yet prefer one file per process: network file systems do not promise as much. A line cut off by
-a crash is closed by the next writer, whose first line says so in ``recovered_tail``.
+Each line goes out in one ``os.write`` on an ``O_APPEND`` descriptor under the file's advisory lock, so that lines
+of threads and processes never mix. Yet prefer one file per process: network file systems may not promise
+as much. A line that a crash cut off is closed by the next writer, whose next line says so in ``recovered_tail``.
 
 >>> with TraceWriter(None) as trace, labelled("bits"), labelled("00ab"):
 ...     current_label()
@@ -17,6 +17,7 @@ a crash is closed by the next writer, whose first line says so in ``recovered_ta
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import logging
 import math
@@ -42,7 +43,7 @@ FIELDS = (
     *("batch_id", "batch_size", "rows", "status", "error", "device_ms"),
 )
 _WRITER_FIELDS = ("schema", "writer", "pid", "tid", "seq", "mono_ns", "recovered_tail", "nonfinite")
-_LIVE_LINE_S = 0.05
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 _label: ContextVar[str | None] = ContextVar("trace_label", default=None)
 
@@ -86,11 +87,9 @@ class TraceWriter:
         self.lines = self.dropped = self.recovered_tail = 0
         self._lock = threading.Lock()
         self._unreported = 0
-        self._torn = False
-        self._begin_sequence()
-        self._fd = None if self.path is None else _open_for_append(self.path)
-        if self._fd is not None and _tail_is_torn(self._fd):
-            self._close_torn_line(self._fd)
+        self._fd: int | None = None
+        if self.path is not None:
+            self._open(self.path)
 
     def __enter__(self) -> Self:
         return self
@@ -126,12 +125,10 @@ class TraceWriter:
             if self._fd is None:
                 self.dropped += 1
                 return
-            if self._torn:
-                self._close_torn_line(self._fd)
-            self._append(self._fd, self._stamped(plain))
-            self.lines += 1
-            self._seq += 1
-            self._unreported = 0
+            if os.getpid() != self._pid:  # forked: a lock of its own, and its own numbering
+                os.close(self._fd)
+                self._open(self.path)
+            self._append(self._fd, plain)
 
     def close(self) -> None:
         """Close the file; closing again does nothing."""
@@ -140,33 +137,40 @@ class TraceWriter:
                 os.close(self._fd)
                 self._fd = None
 
-    def _begin_sequence(self) -> None:
+    def _open(self, path: Path) -> None:
         self._pid = os.getpid()
         self._writer = os.urandom(4).hex()
         self._seq = 0
+        self._fd = _open_for_append(path)
+        with _locked(self._fd):
+            self._close_torn_line(self._fd)
 
-    def _stamped(self, plain: dict[str, Any]) -> bytes:
-        if os.getpid() != self._pid:  # a forked child numbers its own lines
-            self._begin_sequence()
-        plain |= {"schema": SCHEMA, "writer": self._writer, "pid": self._pid, "seq": self._seq}
-        plain |= {"tid": threading.get_native_id(), "mono_ns": time.monotonic_ns()}
-        if self._unreported:
-            plain["recovered_tail"] = self._unreported
-        return json.dumps(plain, allow_nan=False, separators=(",", ":")).encode("ascii") + b"\n"
+    def _append(self, fd: int, event: dict[str, Any]) -> None:
+        with _locked(fd):
+            self._close_torn_line(fd)
+            event |= {"schema": SCHEMA, "writer": self._writer, "pid": self._pid, "seq": self._seq}
+            event |= {"tid": threading.get_native_id(), "mono_ns": time.monotonic_ns()}
+            if self._unreported:
+                event["recovered_tail"] = self._unreported
+            self._write(fd, json.dumps(event, allow_nan=False, separators=(",", ":")).encode("ascii") + b"\n")
+        self.lines += 1
+        self._seq += 1
+        self._unreported = 0
 
     def _close_torn_line(self, fd: int) -> None:
-        self._append(fd, b"\n")
-        self._torn = False
-        self.recovered_tail += 1
-        self._unreported += 1
+        """End a line that a dead writer, or a full disk, left without its end; the caller holds the lock."""
+        size = os.fstat(fd).st_size
+        if size and os.pread(fd, 1, size - 1) != b"\n":
+            self._write(fd, b"\n")
+            self.recovered_tail += 1
+            self._unreported += 1
 
-    def _append(self, fd: int, line: bytes) -> None:
+    def _write(self, fd: int, line: bytes) -> None:
         written = 0
         try:
             while written < len(line):  # once, unless the disk is full or a limit is hit
                 written += os.write(fd, line[written:])
         except OSError as error:
-            self._torn = self._torn or written > 0
             raise OSError(error.errno, f"trace line not written: {error.strerror}", str(self.path)) from error
 
 
@@ -175,18 +179,25 @@ def _open_for_append(path: Path) -> int:
         path.parent.mkdir(parents=True, exist_ok=True)
         return os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
     except OSError as error:
-        reason = error.strerror or errno.errorcode.get(error.errno or 0, "unknown error")
+        reason = error.strerror or "unknown error"
         raise OSError(error.errno, f"trace file cannot be opened for appending: {reason}", str(path)) from error
 
 
-def _tail_is_torn(fd: int) -> bool:
-    """Whether the file ends inside a line; looked at twice, as another live writer may be half way through one."""
-    for patience in (_LIVE_LINE_S, 0.0):
-        size = os.fstat(fd).st_size
-        if size == 0 or os.pread(fd, 1, size - 1) == b"\n":
-            return False
-        time.sleep(patience)
-    return True
+@contextmanager
+def _locked(fd: int) -> Iterator[None]:
+    """Hold the file's lock, without which a line being written by a live process looks like a torn one."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        logger.debug("trace: this file system has no locks; use one trace file per process")
+        yield
+        return
+    try:
+        yield
+    finally:
+        fcntl.flock(fd, fcntl.LOCK_UN)
 
 
 def _strict(value: Any, place: str, nonfinite: list[str]) -> Any:

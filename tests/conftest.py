@@ -1,0 +1,95 @@
+"""What every test shares: one torch thread, fixed seeds, and the zoo's models built once.
+
+Fixtures: ``zoo_model(name, dtype)`` (a cached model: leave it as it was), ``tensors_of(model, inputs)`` (every tensor
+of one patched pass), ``survey_of(model, inputs)`` (its sites).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+from torch import Tensor, nn
+from zoo import ZOO
+
+from fault_injection import OBSERVED, AttentionCall, SiteSurvey, is_patched, tapped
+
+settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.load_profile("repeatable")
+
+Recorded = dict[tuple[int, int, str], Tensor]
+
+
+def pytest_configure() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seeds() -> None:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@cache
+def _built(name: str, dtype: torch.dtype) -> nn.Module:
+    return ZOO[name].build().to(dtype)
+
+
+@pytest.fixture(scope="session")
+def zoo_model() -> Callable[..., nn.Module]:
+    """Return ``get(name, dtype=torch.float32)``: a model shared by all tests, eager and in evaluation mode."""
+
+    def get(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+        model = _built(name, dtype)
+        assert not is_patched(model), f"an earlier test left {name} patched"
+        return model
+
+    return get
+
+
+class _Recorder:
+    """A tap that copies every tensor it is shown."""
+
+    locations = frozenset(OBSERVED)
+    layers = None
+
+    def __init__(self) -> None:
+        self.tensors: Recorded = {}
+
+    def on(self, location: str, tensor: Tensor, call: AttentionCall) -> None:
+        key = call.core.index, call.number, location
+        assert key not in self.tensors, f"{key} was shown twice"
+        self.tensors[key] = tensor.detach().clone()
+
+
+@pytest.fixture(scope="session")
+def tensors_of() -> Callable[[nn.Module, Mapping[str, Any]], Recorded]:
+    """Return ``record(model, inputs)``: copies by ``(layer, call, location)`` of one pass of a patched model."""
+
+    def record(model: nn.Module, inputs: Mapping[str, Any]) -> Recorded:
+        recorder = _Recorder()
+        with torch.no_grad(), tapped(model, recorder):
+            model(**inputs)
+        return recorder.tensors
+
+    return record
+
+
+@pytest.fixture(scope="session")
+def survey_of() -> Callable[[nn.Module, Mapping[str, Any]], SiteSurvey]:
+    """Return ``survey(model, inputs)``: the sites of one pass of a patched model."""
+
+    def survey(model: nn.Module, inputs: Mapping[str, Any]) -> SiteSurvey:
+        sites = SiteSurvey(next(model.parameters()).dtype)
+        with torch.no_grad(), tapped(model, sites):
+            model(**inputs)
+        return sites
+
+    return survey
