@@ -46,7 +46,6 @@ check refused, 2 bad usage, 3 a needed resource is missing.
 def main(arguments: Sequence[str]) -> int:
     """Run the command with these arguments and return its exit status; refusals are one line on standard error."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    # Long campaigns must not stop because a hub cannot be asked for a newer version of what is here.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         return _command(arguments)
@@ -72,7 +71,11 @@ def _command(arguments: Sequence[str]) -> int:
 
 
 def _find(name: str) -> Callable[[Sequence[str]], int]:
-    # Imported here: --help and a misspelt command should not wait for torch.
+    # Imported here: --help should not wait for torch.
+    from transformers.utils import logging as transformers_logging
+
+    # One progress bar, ours.
+    transformers_logging.disable_progress_bar()
     if name == "sweep":
         from experiments.commands.sweep import sweep
 

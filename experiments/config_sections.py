@@ -15,18 +15,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from bounds import get_detector
 from experiments.errors import UsageError
+from experiments.sources import parse_source
 from fault_injection.bits import check_bits
 from fault_injection.fault import FaultSpec
 from fault_injection.layer_choice import LAYER_MODES, compiled_pattern
 from fault_injection.names import nearest
 from fault_injection.site import ElementIndex
 
-DTYPES = {"float64": 64, "float32": 32, "bfloat16": 16, "float16": 16}
-"""Model dtypes and their width in bits."""
-
-SOURCES = ("pydoc", "synthetic", "text:PATH", "json:PATH", "csv:PATH", "hf:NAME[:CONFIG]")
+DTYPES = ("float64", "float32", "bfloat16", "float16")
 AIMS = ("uniform",)
 
 
@@ -63,7 +63,7 @@ class ModelConfig:
     revision: str | None = None
 
     def __post_init__(self) -> None:
-        check_choice("model.dtype", self.dtype, list(DTYPES))
+        check_choice("model.dtype", self.dtype, DTYPES)
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
             raise UsageError(f"model.device: got {self.device!r}, allowed auto, cpu, cuda, cuda:N")
         if not self.path:
@@ -91,11 +91,7 @@ class DataConfig:
     split: str = "test"
 
     def __post_init__(self) -> None:
-        name, colon, rest = self.source.partition(":")
-        known = [source.partition(":")[0] for source in SOURCES]
-        takes_path = name not in ("pydoc", "synthetic")
-        if name not in known or takes_path != bool(colon and rest):
-            raise UsageError(f"data.source: got {self.source!r}, allowed {', '.join(SOURCES)}{nearest(name, known)}")
+        parse_source(self.source)
         for key, lowest in (("num_samples", 1), ("seq_len", 2), ("batch_size", 1)):
             check_at_least(f"data.{key}", getattr(self, key), lowest)
         if self.num_samples % self.batch_size:
@@ -186,13 +182,12 @@ class FaultConfig:
 
     def check_bits_of(self, dtype: str) -> None:
         """Refuse bits that no tensor of a model of this dtype has; scores and weights may be wider than the model."""
-        import torch
-
-        upcast = self.location in ("scores", "weights", "q", "k") and DTYPES[dtype] < 32
+        native = getattr(torch, dtype)
+        upcast = self.location in ("scores", "weights", "q", "k") and native.itemsize < torch.float32.itemsize
         bits = self.spec().bits
         if isinstance(bits, tuple):
             try:
-                check_bits(bits, torch.float32 if upcast else getattr(torch, dtype))
+                check_bits(bits, torch.float32 if upcast else native)
             except ValueError as error:
                 raise UsageError(_with_key("fault.bit", str(error))) from error
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from experiments.model_facts import facts_from_config
+from experiments.model_facts import facts_from_config, model_family
 from experiments.objective import Evaluation, loss_and_logits
 from experiments.windows import model_inputs, validate_batch
 from fault_injection import (
@@ -52,7 +52,7 @@ class Subject:
     ) -> None:
         self.model = model
         self._facts = facts_from_config(model.config)
-        self.family = family or self._facts.family
+        self.family = family or model_family(model)
         self._owns_patch = not is_patched(model)
         self._accepts_cache = "use_cache" in inspect.signature(model.forward).parameters
         self._training = model.training

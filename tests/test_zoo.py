@@ -125,12 +125,13 @@ def test_every_location_of_every_core_can_be_hit_and_a_rewrite_without_effect_ch
         expected, survey = forward(model, inputs), survey_of(model, inputs)
         sites = survey.sites()
         assert set(sites) == {(layer, location) for layer in range(entry.cores) for location in LOCATIONS}
-        for site in sites.values():
-            fault = without_effect(high_flip(site, 0))
-            with injected(model, [fault]) as injector:
+        faults = [without_effect(high_flip(site, 0)) for site in sites.values()]
+        # One at a time in float32, all together in the narrow dtypes.
+        for group in [[fault] for fault in faults] if dtype == torch.float32 else [faults]:
+            with injected(model, group) as injector:
                 output = forward(model, inputs)
-            assert [record.changed for record in injector.records] == [0], site
-            assert bitwise_equal_outputs(output, expected), site
+            assert [record.changed for record in injector.records] == [0] * len(group), group
+            assert bitwise_equal_outputs(output, expected), group
 
 
 @every_dtype
@@ -160,7 +161,7 @@ def test_hidden_keys_have_no_weight_and_visible_ones_have_some(
         visible = mask.expand_as(weights)
         # A padding query of a left-padded sequence sees nothing; its weights mean nothing.
         some = visible.any(-1, keepdim=True)
-        assert not bool((weights[some & ~visible] if some.all() else weights * (some & ~visible)).any())
+        assert not bool(weights[some & ~visible].any())
         if dtype == torch.float32:
             assert bool((weights > 0)[visible].all())
 
@@ -194,24 +195,23 @@ def test_tensors_satisfy_the_equations_of_attention(entry: ZooEntry, zoo_model: 
             torch.testing.assert_close(products, scores.double(), atol=2e-5, rtol=2e-5)
 
 
-@pytest.mark.parametrize(
-    "entry",
-    [p for p in zoo_parameters() if "padded" not in p.id and p.id != "gemma2" and "vision" not in p.values[0].kind],
-)
+@pytest.mark.parametrize("entry", [p for p in zoo_parameters() if "padded" not in p.id and p.id != "gemma2"])
 def test_the_stated_scaling_is_the_one_that_was_used(entry: ZooEntry, zoo_model: Any, survey_of: Any) -> None:
-    """Logits are scaling times q·k plus what depends on positions alone: the same for both sequences of the batch."""
+    """Logits are scaling times q·k plus what depends on positions alone: the same for both sequences of a batch."""
     model, biases = zoo_model(entry.name), Biases()
     with instrumented(entry, model) as inputs:
         survey = survey_of(model, inputs)
         with torch.no_grad(), tapped(model, biases):
             model(**inputs)
     assert len(biases.seen) == entry.calls
-    for (layer, call), bias in biases.seen.items():
-        visible = survey.visible[layer, call].expand_as(bias)[..., : bias.shape[-1]]
-        both = visible[0] & visible[1]
-        # gpt_oss subtracts the maximum of each row: compare rows from their first key on.
-        rows = bias - bias[..., :1] if entry.name == "gpt_oss" else bias
-        torch.testing.assert_close(rows[0][both], rows[1][both], atol=2e-5, rtol=1e-5)
+    for call, bias in biases.seen.items():
+        if entry.name == "gpt_oss":  # It subtracts the maximum of each row: compare with the diagonal.
+            bias = bias - bias.diagonal(dim1=-2, dim2=-1)[..., None]
+        visible = survey.visible[call][..., : bias.shape[-1]].expand_as(bias)
+        # An image of Qwen-VL is a batch of its own, without any bias.
+        other = bias[-1] if len(bias) > 1 else torch.zeros_like(bias[0])
+        both = visible[0] & visible[-1]
+        torch.testing.assert_close(bias[0][both], other[both], atol=2e-5, rtol=1e-5)
 
 
 class Biases:

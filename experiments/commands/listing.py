@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from bounds import list_detectors
 from experiments.config import ExperimentConfig, known_fields
-from experiments.config_sections import SOURCES, check_choice
+from experiments.config_sections import check_choice
 from experiments.models import BUILT_IN_MODELS, load_model
+from experiments.sources import SOURCES
 from experiments.subject import Subject
 from fault_injection import LOCATIONS
 
@@ -19,14 +20,6 @@ _LOCATION_MEANINGS = {
     "scores": "what QK^T gave, before mask (and before the scale where the model applies it after)",
     "weights": "what the softmax returned",
     "out": "weights times values, per head",
-}
-_SOURCE_MEANINGS = {
-    "pydoc": "held-out topics of Python's own documentation",
-    "synthetic": "uniformly random tokens",
-    "text:PATH": "a text file",
-    "json:PATH": "a JSON array or JSON lines, of texts or of objects with a text field",
-    "csv:PATH": "a CSV file with a text column",
-    "hf:NAME[:CONFIG]": "a dataset of the Hugging Face hub, or a local folder",
 }
 
 
@@ -44,8 +37,8 @@ def print_list(what: str, config: ExperimentConfig) -> None:
         for detector in list_detectors():
             print(f"{detector.name:14} {detector.statement}  [cost: {detector.cost}; reads {_joined(detector.needs)}]")
     elif what == "sources":
-        for name in SOURCES:
-            print(f"{name:18} {_SOURCE_MEANINGS[name]}")
+        for name, meaning in SOURCES.items():
+            print(f"{name:18} {meaning}")
     elif what == "fields":
         print("\n".join(known_fields()))
     else:

@@ -22,7 +22,7 @@ def main() -> None:
         num_runs=10,
     )
     loaded = load_model(config.model)
-    batches = make_batches(config.data, loaded.tokenizer, config.seed, loaded.family, loaded.facts.vocab_size)
+    batches = make_batches(config.data, loaded.tokenizer, config.seed, loaded.family, len(loaded.tokenizer))
 
     for name, layer in check_kv_consistency(loaded.model).items():
         print(f"{name}: K = V is {layer.kv_equal}, relative difference {layer.relative_difference:.3f}")
