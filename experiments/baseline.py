@@ -11,15 +11,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from bounds import Detector, Verdict, reduce_statistics
+from bounds import Detector, Verdict
 from experiments.objective import Evaluation
 from experiments.subject import Subject
-from experiments.watcher import Situation, Watcher, is_oracle
+from experiments.watcher import Situation, Watcher
 from fault_injection import Site, SiteSurvey
 
 
@@ -42,22 +41,19 @@ class Baseline:
     forward_seconds: float
 
 
-def compute_baseline(
-    subject: Subject, batch: Mapping[str, Tensor], detectors: Sequence[Detector], tolerance: float
-) -> Baseline:
+def compute_baseline(subject: Subject, batch: Mapping[str, Tensor], detectors: Sequence[Detector]) -> Baseline:
     """Survey the input, let the detectors look at the clean pass, then time a plain one.
 
     The three passes go through the same kernels; the output is that of the last, timed one.
     """
     survey = SiteSurvey(subject.dtype)
     subject.forward(batch, survey)
-    situation = Situation(dict(survey.visible), dict(survey.plain_logits), subject.kv_equal)
-    reduce = reduce_statistics if any(is_oracle(detector.name) for detector in detectors) else None
-    watcher = Watcher(detectors, situation, tolerance=tolerance, reduce=reduce)
+    kv_equal = {key: same and subject.kv_equal[key[0]] for key, same in survey.kv_identical.items()}
+    situation = Situation(dict(survey.visible), dict(survey.plain_logits), kv_equal)
+    watcher = Watcher(detectors, situation)
     subject.forward(batch, watcher)
     evaluation, seconds = timed_forward(subject, batch)
-    oracle_view: dict[tuple[int, int], Any] = watcher.statistics
-    situation = Situation(situation.visible, situation.plain_logits, situation.kv_equal, oracle_view)
+    situation = replace(situation, baseline=watcher.statistics)
     return Baseline(evaluation, survey.sites(), situation, watcher.verdicts, seconds)
 
 

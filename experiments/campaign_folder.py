@@ -64,11 +64,11 @@ class CampaignFolder:
 
     def check_writable(self) -> None:
         """Raise ``UsageError`` unless the folder can be made and written to; nothing is left behind."""
-        parent = self.path
-        while not parent.exists():
-            parent = parent.parent
-        if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-            raise UsageError(f"output_dir: {self.path} cannot be written ({parent} is not a writable folder)")
+        for path in (self.path, self.shards, self.file("trace"), self.file("logs")):
+            while not path.exists():
+                path = path.parent
+            if not path.is_dir() or not os.access(path, os.W_OK | os.X_OK):
+                raise UsageError(f"output_dir: {self.path} cannot be written ({path} is not a writable folder)")
 
     def check_same(self, config: ExperimentConfig) -> None:
         """Raise ``UsageError`` with the differing keys if the folder holds a campaign with another configuration."""

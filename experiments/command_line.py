@@ -52,13 +52,18 @@ def main(arguments: Sequence[str]) -> int:
     except (UsageError, MissingResourceError, CheckRefusedError) as error:
         print(f"run_sweep.py: {' '.join(str(error).split())}", file=sys.stderr)
         return error.exit_status
-    except KeyboardInterrupt:
-        print("run_sweep.py: interrupted; the same command goes on where it stopped", file=sys.stderr)
-        return 130
     except BrokenPipeError:
         # The reader went away (head, less); there is nobody left to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        # A full disk, a folder that went away: say so in one line, and where from at debug level.
+        logging.getLogger(__name__).debug("traceback", exc_info=error)
+        print(f"run_sweep.py: {error}", file=sys.stderr)
+        return MissingResourceError.exit_status
+    except KeyboardInterrupt:
+        print("run_sweep.py: interrupted; the same command goes on where it stopped", file=sys.stderr)
+        return 130
 
 
 def _command(arguments: Sequence[str]) -> int:

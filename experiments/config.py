@@ -13,6 +13,7 @@ Public names: ``ExperimentConfig``, ``load_config``, ``config_from_mapping``, ``
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -188,6 +189,7 @@ def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
     return nested
 
 
+@functools.cache
 def _parser() -> ArgumentParser:
     parser = ArgumentParser(exit_on_error=False, add_help=False)
     parser.add_class_arguments(Sections)
@@ -206,22 +208,34 @@ def config_from_mapping(mapping: Mapping[str, Any], base: Mapping[str, Any] | No
     for key in flat:
         if key not in known:
             raise UsageError(f"{key}: no such field{nearest(key, known)}")
-    config = _parsed(_nested(flat))
     axes = {key: axis_values(key, value) for key, value in _flatten(sweep).items()}
     for key, values in axes.items():
-        _check_axis(config, key, values, known)
+        _check_axis(key, values, known)
+        # Fields that are swept together must also be allowed together, so the base is the first point of the grid.
+        flat[key] = values[0]
+    config = _parsed(_nested(flat))
+    for key, values in axes.items():
+        for value in values:
+            replaced(config, key, value)
     return _as_config(dataclasses.replace(config, sweep=axes))
 
 
-def _check_axis(config: Sections, key: str, values: list[Any], known: Sequence[str]) -> None:
+def _check_axis(key: str, values: list[Any], known: Sequence[str]) -> None:
     if key in ("name", "output_dir", "num_runs") or key.startswith("slurm."):
         raise UsageError(f"sweep.{key}: this field belongs to the campaign as a whole and cannot be swept")
     if key not in known:
         raise UsageError(f"sweep.{key}: no such field{nearest(key, known)}")
     for value in values:
+        _check_type(key, value)
+
+
+def _check_type(key: str, value: Any) -> None:
+    """Refuse a value of another type; whether it is allowed is decided with the rest of the configuration."""
+    try:
         _parsed(_nested({key: value}), f"sweep.{key}")
-    for value in values:
-        replaced(config, key, value)
+    except UsageError as error:
+        if f"sweep.{key}" in str(error):
+            raise
 
 
 def _parsed(nested: Mapping[str, Any], shown_key: str | None = None) -> Sections:

@@ -101,7 +101,7 @@ class Contexts:
             loaded.tokenizer,
             config.seed,
             loaded.family,
-            vocab_size=_vocabulary(loaded),
+            vocab_size=loaded.vocabulary,
         )
         pairs = PairedRunner(subject, [subject.to_device(batch) for batch in made], self._forward(subject))
         pairs.clean = self.clean
@@ -137,12 +137,6 @@ class Contexts:
         if self._loaded is not None:
             self._loaded[2].close()
         self._loaded = self._open = None
-
-
-def _vocabulary(loaded: LoadedModel) -> int:
-    if loaded.facts.vocab_size is None:
-        raise UsageError(f"model.path: {loaded.path} reads no token ids; campaigns need a text model")
-    return loaded.facts.vocab_size
 
 
 def check_runs(pairs: PairedRunner, configs: Iterable[ExperimentConfig]) -> None:

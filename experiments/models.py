@@ -81,6 +81,13 @@ class LoadedModel:
     revision: str | None
     facts: ModelFacts
 
+    @property
+    def vocabulary(self) -> int:
+        """Number of token ids; ``UsageError`` for a model that reads none."""
+        if self.facts.vocab_size is None:
+            raise UsageError(f"model.path: {self.path} reads no token ids; campaigns need a text model")
+        return self.facts.vocab_size
+
 
 @dataclass(frozen=True)
 class _Place:

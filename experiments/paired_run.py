@@ -135,7 +135,7 @@ class PairedRunner:
             "base",
             dict(batch),
             {"detectors": [d.name for d in detectors], "tolerance": tolerance, "family": self.subject.family},
-            lambda: compute_baseline(self.subject, batch, detectors, tolerance),
+            lambda: compute_baseline(self.subject, batch, detectors),
             model=model_id or model_fingerprint(self.subject.model),
             phase="baseline",
             run_id=run_id,
@@ -213,7 +213,6 @@ class PairedRunner:
             baseline.situation,
             # Layers before the first fault are bitwise those of the baseline, and so are their verdicts.
             layers=frozenset(range(first_layer, len(self.subject.cores))),
-            tolerance=config.detect.tolerance,
             synchronize=self.subject.synchronize,
         )
 
@@ -283,4 +282,4 @@ class PairedRunner:
 
 
 def _detectors(config: ExperimentConfig) -> list[Detector]:
-    return [get_detector(name) for name in config.detect.detectors]
+    return [get_detector(name, config.detect.tolerance) for name in config.detect.detectors]

@@ -3,7 +3,7 @@
 Per attention call it hands the tensors of that call to every detector as the last of them appears, keeps only verdicts
 and reduced statistics, and forgets the tensors: nothing is collected.
 
-    watcher = Watcher(detectors, situation, model_kv_equal)
+    watcher = Watcher(detectors, situation)
     with tapped(model, watcher):
         model(**batch)
     watcher.verdicts[("s@w", 0)]
@@ -16,7 +16,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -40,30 +40,29 @@ class Situation:
     Attributes:
         visible: by ``(layer, call)``, which keys each query sees.
         plain_logits: by ``(layer, call)``, whether the logits are the scaled scores and nothing else.
-        kv_equal: by layer, whether the model has K = V there.
-        baseline: by ``(layer, call)``, the reduced statistics of the fault-free pass; for ``oracle_*`` only.
+        kv_equal: by ``(layer, call)``, whether the model guarantees equal keys and values there: equal projections, and
+            nothing between them and the attention that sets them apart (a rotation of the keys).
+        baseline: by ``(layer, call)`` and detector, what an ``oracle_*`` kept of the fault-free pass.
     """
 
     visible: Mapping[tuple[int, int], Tensor]
     plain_logits: Mapping[tuple[int, int], bool]
-    kv_equal: Mapping[int, bool]
-    baseline: Mapping[tuple[int, int], Any] = field(default_factory=dict)
+    kv_equal: Mapping[tuple[int, int], bool]
+    baseline: Mapping[tuple[int, int], Mapping[str, Any]] = field(default_factory=dict)
 
 
 class Watcher:
     """Runs detectors inside a pass.
 
     Args:
-        detectors: those to run; ``oracle_*`` ones are left out where there is no baseline (the fault-free pass itself).
+        detectors: those to run; ``oracle_*`` ones only reduce where there is no baseline (the fault-free pass itself).
         situation: what they may know.
         layers: the layers to look at (default: all).
-        tolerance: added to every proved tolerance.
-        reduce: makes the statistics that ``oracle_*`` detectors compare with; ``None`` keeps none.
         synchronize: called before every reading of the clock.
 
     Attributes:
         verdicts: by ``(detector, layer)``, merged over the calls of one pass.
-        statistics: by ``(layer, call)``, what ``reduce`` returned.
+        statistics: by ``(layer, call)`` and oracle, what it keeps of this pass.
         bounds_seconds, detection_seconds: time spent on statistics and on decisions.
     """
 
@@ -75,20 +74,16 @@ class Watcher:
         situation: Situation,
         *,
         layers: AbstractSet[int] | None = None,
-        tolerance: float = 0.0,
-        reduce: Callable[[AttentionState], Any] | None = None,
         synchronize: Callable[[], None] = lambda: None,
     ) -> None:
         self.layers = layers
         self.verdicts: dict[tuple[str, int], Verdict] = {}
         self.modules: dict[int, str] = {}
-        self.statistics: dict[tuple[int, int], Any] = {}
+        self.statistics: dict[tuple[int, int], dict[str, Any]] = {}
         self.bounds_seconds = 0.0
         self.detection_seconds = 0.0
         self._detectors = detectors
         self._situation = situation
-        self._tolerance = tolerance
-        self._reduce = reduce
         self._synchronize = synchronize
 
     def on(self, location: str, tensor: Tensor, call: AttentionCall) -> None:
@@ -101,8 +96,8 @@ class Watcher:
         start = self._now()
         with torch.no_grad():
             state = self._state(call)
-            if self._reduce is not None:
-                self.statistics[key] = self._reduce(state)
+            oracles = [detector for detector in self._detectors if detector.oracle]
+            self.statistics[key] = {detector.name: detector.reduce(state) for detector in oracles}
             prepared = self._now()
             self.bounds_seconds += prepared - start
             for detector in self._detectors:
@@ -125,17 +120,41 @@ class Watcher:
             weights=kept["weights"],
             out=kept["out"],
             visible=self._situation.visible[key],
-            scaling=call.scaling,
-            kv_equal=self._situation.kv_equal.get(call.core.index, False),
-            has_bias_or_cap=not self._situation.plain_logits[key],
+            # Without a stated factor epsilon is in the usual unit, and nothing is said of q·o.
+            scaling=kept["q"].shape[-1] ** -0.5 if call.scaling is None else call.scaling,
+            kv_equal=self._situation.kv_equal[key],
+            has_bias_or_cap=None if call.scaling is None else not self._situation.plain_logits[key],
             layer=call.core.index,
-            module=call.core.name,
+            name=call.core.name,
         )
 
     def _check(self, detector: Detector, state: AttentionState, key: tuple[int, int]) -> None:
-        baseline = self._situation.baseline.get(key)
-        if is_oracle(detector.name) and baseline is None:
+        baseline = self._situation.baseline.get(key, {}).get(detector.name) if detector.oracle else None
+        if detector.oracle and baseline is None:
             return
-        verdict = detector.check(state, baseline=baseline, tolerance=self._tolerance)
+        verdict = detector.check(state, baseline)
         known = self.verdicts.get((detector.name, key[0]))
-        self.verdicts[detector.name, key[0]] = verdict if known is None else known.merged(verdict)
+        self.verdicts[detector.name, key[0]] = verdict if known is None else _merged(known, verdict)
+
+
+def _merged(first: Verdict, second: Verdict) -> Verdict:
+    """Join what one detector said of two evaluations of one core in one pass."""
+    if not second.applicable:
+        return first
+    if not first.applicable:
+        return second
+    return replace(
+        first,
+        rows_checked=first.rows_checked + second.rows_checked,
+        violations=first.violations + second.violations,
+        nonfinite=first.nonfinite + second.nonfinite,
+        positions=first.positions or second.positions,
+        largest_ratio=_extreme(torch.max, first.largest_ratio, second.largest_ratio),
+        smallest_margin=_extreme(torch.min, first.smallest_margin, second.smallest_margin),
+    )
+
+
+def _extreme(reduce: Callable[[Tensor], Tensor], *values: float | None) -> float | None:
+    # torch's max and min keep a NaN; the built-in ones lose it, depending on the order.
+    present = [value for value in values if value is not None]
+    return float(reduce(torch.tensor(present, dtype=torch.float64))) if present else None

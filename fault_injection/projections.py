@@ -29,8 +29,8 @@ from fault_injection.attention_call import AttentionCall, AttentionCore
 from fault_injection.example_inputs import example_inputs as make_example_inputs
 from fault_injection.instrument import (
     Instrumentation,
-    evaluation_mode,
     attention_cores,
+    evaluation_mode,
     forget,
     is_patched,
     tapped,

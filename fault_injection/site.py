@@ -146,6 +146,7 @@ class SiteSurvey:
 
     Attributes:
         visible: by ``(layer, call)``, which keys each query sees, with a learned sink's column if there is one.
+        kv_identical: by ``(layer, call)``, whether the keys are bitwise the values.
         plain_logits: by ``(layer, call)``, whether the visible logits are the scaled scores and nothing else (no bias,
             no soft cap), to within the rounding of the scaling.
     """
@@ -160,6 +161,8 @@ class SiteSurvey:
         self._sites: dict[tuple[int, str], Site] = {}
         self._masks: list[Tensor] = []
         self._scores: Tensor | None = None
+        self._key: Tensor | None = None
+        self.kv_identical: dict[tuple[int, int], bool] = {}
 
     def on(self, location: str, tensor: Tensor, call: AttentionCall) -> None:
         """Note the tensor's shape and dtype; from the logits, which keys are visible."""
@@ -170,6 +173,11 @@ class SiteSurvey:
         if location == "scores":
             # A copy: some architectures scale the scores in place.
             self._scores = tensor.detach().clone()
+        if location == "k":
+            self._key = tensor
+        if location == "v" and self._key is not None:
+            self.kv_identical[key] = torch.equal(self._key, tensor)
+            self._key = None
         if call.number == 0:
             batch, head, row, col = tensor.shape
             columns = self._sites[key[0], "scores"].columns if location == "weights" else col

@@ -71,8 +71,12 @@ def state(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in (*model.named_parameters(), *model.named_buffers())}
 
 
-def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
-    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+def differing(left: dict[str, Tensor], right: dict[str, Tensor]) -> list[str]:
+    """Name the tensors that are not equal in both, and those that only one has."""
+    both = left.keys() & right.keys()
+    return sorted(left.keys() ^ right.keys()) + [
+        name for name in left if name in both and not torch.equal(left[name], right[name])
+    ]
 
 
 class Unchanged:
@@ -89,7 +93,7 @@ class Unchanged:
     def check(self) -> None:
         after = snapshot(self.model)
         assert {key: value for key, value in after.items() if self.notes[key] != value} == {}
-        assert same(state(self.model), self.tensors)
+        assert differing(state(self.model), self.tensors) == []
         assert not is_patched(self.model)
         assert bitwise_equal_outputs(forward(self.model.eval(), self.inputs), self.output)
 
@@ -564,11 +568,11 @@ def test_gradients_flow_through_faults(name: str, location: str, zoo_model: Any,
         faults = [flips(survey, location, seed) for seed in range(3)]
         clean, faulty = gradients(model, inputs, []), gradients(model, inputs, faults)
         no_effect = gradients(model, inputs, [without_effect(fault) for fault in faults])
-    assert same(clean, unpatched)
-    assert same(no_effect, clean)
+    assert differing(clean, unpatched) == []
+    assert differing(no_effect, clean) == []
     assert faulty.keys() == clean.keys() == dict(model.named_parameters()).keys()
     assert all(bool(torch.isfinite(gradient).all()) for gradient in faulty.values())
-    assert not same(faulty, clean)
+    assert differing(faulty, clean)
 
 
 def gradients_unpatched(model: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -595,10 +599,10 @@ def test_recomputed_activations_are_as_faulty_as_the_first(trained: Any, reentra
     inputs = ZOO["gpt2"].inputs(trained)
     faults = [flips(survey_of(trained, inputs), "weights")]
     clean, expected = gradients(trained, inputs, []), gradients(trained, inputs, faults)
-    assert not same(clean, expected)
+    assert differing(clean, expected)
     trained.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    assert same(gradients(trained, inputs, []), clean), "checkpointing alone changes the gradients"
-    assert same(gradients(trained, inputs, faults), expected), "the recomputed pass was clean"
+    assert differing(gradients(trained, inputs, []), clean) == [], "checkpointing alone changes the gradients"
+    assert differing(gradients(trained, inputs, faults), expected) == [], "the recomputed pass was clean"
 
 
 def test_a_miss_in_training_is_an_error_too(trained: Any, survey_of: Any) -> None:

@@ -166,7 +166,7 @@ def test_hidden_keys_have_no_weight_and_visible_ones_have_some(
             assert bool((weights > 0)[visible].all())
 
 
-# ---------------------------------------------------------------------------------- the tensors are what they are called
+# -------------------------------------------------------------------------------- the tensors are what they are called
 
 
 def repeated(tensor: Tensor, heads: int) -> Tensor:

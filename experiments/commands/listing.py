@@ -5,7 +5,7 @@ Public name: ``print_list``.
 
 from __future__ import annotations
 
-from bounds import list_detectors
+from bounds import get_detector, list_detectors
 from experiments.config import ExperimentConfig, known_fields
 from experiments.config_sections import check_choice
 from experiments.models import BUILT_IN_MODELS, load_model
@@ -34,7 +34,7 @@ def print_list(what: str, config: ExperimentConfig) -> None:
         for name in LOCATIONS:
             print(f"{name:8} {_LOCATION_MEANINGS[name]}")
     elif what == "detectors":
-        for detector in list_detectors():
+        for detector in map(get_detector, list_detectors()):
             print(f"{detector.name:14} {detector.statement}  [cost: {detector.cost}; reads {_joined(detector.needs)}]")
     elif what == "sources":
         for name, meaning in SOURCES.items():

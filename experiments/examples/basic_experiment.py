@@ -22,7 +22,7 @@ def main() -> None:
         num_runs=10,
     )
     loaded = load_model(config.model)
-    batches = make_batches(config.data, loaded.tokenizer, config.seed, loaded.family, len(loaded.tokenizer))
+    batches = make_batches(config.data, loaded.tokenizer, config.seed, loaded.family, loaded.vocabulary)
 
     for name, layer in check_kv_consistency(loaded.model).items():
         print(f"{name}: K = V is {layer.kv_equal}, relative difference {layer.relative_difference:.3f}")

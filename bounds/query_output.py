@@ -1,0 +1,157 @@
+"""The q@o path: epsilon from the output, ``(a* - alpha q.o) / alpha``, and how far it may be from the weights' epsilon.
+
+If the values equal the keys, ``alpha q.o = sum_j w_j alpha q.k_j = sum_j w_j a_j``: the output of attention knows
+epsilon without the weights. If they differ, the two are at most ``alpha |q| max_j |v_j - k_j|`` apart, over the
+visible keys (docs/theory.md, T6); that slack widens the bounds. The rounding tolerance is F4.
+
+Public names: ``QueryOutput``, ``query_output_reason``, ``compute_query_output``.
+
+>>> from bounds.epsilon import compute_attention_bounds
+>>> q, k = torch.tensor([1.0, 2.0]).view(1, 1, 1, 2), torch.eye(2).view(1, 1, 2, 2)
+>>> a = q @ k.mT
+>>> w = torch.softmax(a, -1)
+>>> state = AttentionState(query=q, key=k, value=k, logits=a, weights=w, out=w @ k, scaling=1.0,
+...                        kv_equal=True, has_bias_or_cap=False)
+>>> bounds = compute_attention_bounds(a, w, d=2, scale=1.0)
+>>> path = compute_query_output(state, bounds)
+>>> bool((path.epsilon - bounds.epsilon).abs() <= path.tolerance), float(path.slack)
+(True, 0.0)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bounds.attention_state import AttentionState
+from bounds.blocks import row_blocks
+from bounds.epsilon import AttentionBounds, visible_keys
+from bounds.rounding import Storage, accumulation, gamma, reduced_precision, storage
+
+
+@dataclass(frozen=True, eq=False)
+class QueryOutput:
+    """Epsilon by the q@o path; all tensors float64 (B, H, T), in units of epsilon.
+
+    Attributes:
+        epsilon: ``a* / alpha - q.o``.
+        slack: by how much T6 widens the bounds; 0 when the model has K = V.
+        tolerance: rounding tolerance on top of that of the bounds (F4).
+    """
+
+    epsilon: Tensor
+    slack: Tensor
+    tolerance: Tensor
+
+
+def query_output_reason(state: AttentionState) -> str | None:
+    """Return why T6 says nothing about ``state``, or None when it applies."""
+    if state.has_bias_or_cap is None:
+        return "it is not known whether the logits have a bias or soft cap"
+    if state.has_bias_or_cap:
+        return "the logits have a bias or soft cap: they are not scaling * q.k, so q.o is not their weighted mean"
+    size, value_size = state.query.shape[-1], state.value.shape[-1]
+    if size != value_size:
+        return f"queries have {size} channels and values {value_size}: q.o does not exist"
+    keys, columns = state.key.shape[2], state.logits.shape[-1]
+    if keys != columns:
+        return f"the softmax has {columns} columns for {keys} keys (sinks): their logits are no q.k"
+    return reduced_precision(state.query) or reduced_precision(state.value)
+
+
+@torch.no_grad()
+def compute_query_output(state: AttentionState, bounds: AttentionBounds) -> QueryOutput:
+    """Return epsilon by the q@o path, its slack and its rounding tolerance.
+
+    Args:
+        state: a state to which T6 applies (``query_output_reason`` is None).
+        bounds: the bounds of the same state's logits and weights, with ``scale=state.scaling``.
+
+    Raises:
+        ValueError: when T6 does not apply.
+    """
+    if (reason := query_output_reason(state)) is not None:
+        raise ValueError(f"q@o does not apply to {state.name or 'this state'}: {reason}")
+    query, out = state.query.double(), state.out.double()
+    length = query.square().sum(-1).sqrt()
+    terms = (query * out).abs().sum(-1)
+    mass, farthest, reach = _key_sums(state)
+    slack = length * farthest
+    tolerance = _tolerance(state, bounds, length, query.abs().sum(-1), terms, mass, reach)
+    tolerance = tolerance + slack * bounds.error.row_sum(bounds.upper * bounds.scale, bounds.n)
+    checker = 2.0**-52 * (bounds.n + query.shape[-1] + 16).double() * (length * mass + terms + slack)
+    return QueryOutput(
+        epsilon=bounds.a_star / bounds.scale - (query * out).sum(-1),
+        slack=slack,
+        tolerance=(tolerance + checker) * (1 + 2.0**-28),
+    )
+
+
+def _tolerance(
+    state: AttentionState,
+    bounds: AttentionBounds,
+    length: Tensor,
+    absolute_query: Tensor,
+    terms: Tensor,
+    mass: Tensor,
+    reach: Tensor,
+) -> Tensor:
+    """Return the three rounding terms of docs/theory.md, F4: value product, cast of the weights, score product."""
+    channels = state.query.shape[-1]
+    sums, products = accumulation(state.out.dtype), accumulation(state.query.dtype)
+    n = bounds.n.double()
+    stored_out, cast = storage(state.out.dtype), _cast(state)
+    output = gamma(n + 2, sums.roundoff) * (1 + cast.roundoff) * length * mass + stored_out.roundoff * terms
+    output = output + (stored_out.absolute + (n + 2) * sums.underflow) * absolute_query
+    weights = length * (cast.roundoff * mass + cast.absolute * reach)
+    stored = _coarsest([t.dtype for t in (state.query, state.scores, state.logits) if t is not None])
+    # The scores may be stored twice: after the product and after the scaling.
+    twice = 2 * stored.roundoff + stored.roundoff**2
+    flushed = (1 + 1 / bounds.scale) * (stored.absolute + (channels + 2) * products.underflow)
+    total = 1 + bounds.error.row_sum(bounds.upper * bounds.scale, bounds.n)
+    scores = gamma(channels + 3, products.roundoff) * length * mass + twice * bounds.magnitude + flushed * total
+    return output + weights + scores
+
+
+def _cast(state: AttentionState) -> Storage:
+    # A softmax that returns float32 inside a half-precision model is rounded once more before the value product.
+    same = state.weights.dtype == state.value.dtype
+    return Storage(0.0, 0.0) if same else storage(state.value.dtype)
+
+
+def _coarsest(dtypes: list[torch.dtype]) -> Storage:
+    stored = [storage(dtype) for dtype in dtypes]
+    return Storage(max(s.roundoff for s in stored), max(s.absolute for s in stored))
+
+
+def _key_sums(state: AttentionState) -> tuple[Tensor, Tensor, Tensor]:
+    """Return sum_j |w_j| m_j, max_j |v_j - k_j| and sum_j |v_j| over the visible keys, float64 (B, H, T).
+
+    m_j is the larger of |k_j| and |v_j|. The distance is 0 by definition where the model has K = V.
+    """
+    key, value = state.key.double(), state.value.double()
+    value_length = value.square().sum(-1).sqrt()
+    longest = torch.maximum(key.square().sum(-1).sqrt(), value_length)
+    columns = [longest, value_length]
+    if not state.kv_equal:
+        columns.append((value - key).square().sum(-1).sqrt())
+    longest, value_length, *distance = (state.per_query_head(column)[:, :, None, :] for column in columns)
+    mass, farthest, reach = torch.zeros((3, *state.rows), dtype=torch.float64, device=key.device)
+    visible = visible_keys(state.visible, state.weights.shape)
+    visible = None if visible is None else visible.expand(state.weights.shape)
+    cast = _cast(state).absolute > 0
+    for block in row_blocks(state.rows, state.weights.shape[-1]):
+        seen = None if visible is None else visible[block]
+        heads = block[:2]
+        mass[block] = _select(seen, state.weights[block].abs() * longest[heads]).sum(-1)
+        if distance:
+            farthest[block] = _select(seen, distance[0][heads]).amax(-1)
+        if cast:
+            reach[block] = _select(seen, value_length[heads]).sum(-1)
+    return mass, farthest, reach
+
+
+def _select(visible: Tensor | None, values: Tensor) -> Tensor:
+    return values if visible is None else torch.where(visible, values, 0.0)
