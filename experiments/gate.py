@@ -100,4 +100,5 @@ def control_run(
 
 def _no_op(site: Site) -> Fault:
     element = Element(0, float_format(site.dtype).all_bits, 0)
-    return Fault(site.location, site.layer, site.module, "bitflip", site.shape, (0, 0, 0, 0), (), (element,))
+    dtype = str(site.dtype).removeprefix("torch.")
+    return Fault(site.location, site.layer, site.module, "bitflip", dtype, site.shape, (0, 0, 0, 0), (), (element,))

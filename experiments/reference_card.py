@@ -70,8 +70,8 @@ the same loss. Another Python carries a slightly different text; the split by na
 
 ## Intended use
 
-Subject of fault-injection experiments, tests and examples. It continues Python documentation plausibly for a few words
-and is good for nothing else.
+Subject of fault-injection experiments, tests and examples. It has learnt the look of Python documentation, not
+its meaning, and is good for nothing else.
 
 ## Licence of the text
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import Protocol
+from weakref import ref
 
 from torch import Tensor, nn
 
@@ -39,15 +40,25 @@ class AttentionCore:
         index: position in the order of first evaluation in a forward pass; this is what ``layer`` means.
         name: qualified module name, e.g. ``transformer.h.0.attn``.
         path: ``A`` if the module dispatches through transformers' attention interface, ``R`` if its forward is wrapped.
-        module: the module itself.
-        score_product: which batched product of the call gives the scores (0 unless others come before it).
+        reference: the module, held weakly: a patched model that is dropped must be freed.
+        score_product, out_product: which batched products of an evaluation give the scores and the output (0 and 1
+            unless there are others).
     """
 
     index: int
     name: str
     path: str
-    module: nn.Module = field(repr=False, compare=False)
+    reference: ref[nn.Module] = field(repr=False, compare=False)
     score_product: int = 0
+    out_product: int = 1
+
+    @property
+    def module(self) -> nn.Module:
+        """The module; ``ReferenceError`` once the model is gone."""
+        module = self.reference()
+        if module is None:
+            raise ReferenceError(f"{self.name}: the model this attention belonged to is gone")
+        return module
 
 
 @dataclass
@@ -56,7 +67,8 @@ class AttentionCall:
 
     Attributes:
         core: the core that is evaluated.
-        number: how often this core was evaluated before in the same session (0 for an ordinary forward pass).
+        number: how often this core was evaluated before in the session of the tap that is called (0 for an ordinary
+            forward pass). A recomputation by gradient checkpointing has the number of the evaluation it repeats.
         scaling: the factor between QK^T and the logits where the architecture states it, else ``None``.
         tensors: what a tap chose to keep for the rest of the call; dropped when the call ends.
     """

@@ -9,6 +9,7 @@ Public names: ``IMPLEMENTATION``, ``register``, ``configurations``, ``SelectedIm
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -41,14 +42,30 @@ def configurations(modules: Iterable[nn.Module]) -> list[Any]:
     return list(found.values())
 
 
+_in_use: dict[int, weakref.ref[Any]] = {}
+
+
 class SelectedImplementation:
     """Selects an attention implementation on configuration objects, and puts back what each had.
 
     The field is set per object: ``set_attn_implementation`` would flatten the choices of nested configurations.
+
+    Raises:
+        ValueError: a configuration is also that of another patched model; the two would switch together.
     """
 
     def __init__(self, configs: Iterable[Any]) -> None:
-        self._before = [(config, getattr(config, _FIELD)) for config in configs]
+        # A copy of a patched model has a copy of its configuration, in which our name was selected by nobody.
+        self._before = [(config, _own_choice(config)) for config in configs]
+        for config, _ in self._before:
+            holder = _in_use.get(id(config))
+            if holder is not None and holder() is config:
+                raise ValueError(
+                    f"{type(config).__name__}: this configuration object is shared with a model that is patched; "
+                    "unpatch that one first, or build one of them from a copy of the config"
+                )
+        for config, _ in self._before:
+            _in_use[id(config)] = weakref.ref(config)
 
     def select(self, name: str, configs: Iterable[Any] | None = None) -> None:
         """Select ``name`` on ``configs`` (default: all)."""
@@ -64,3 +81,9 @@ class SelectedImplementation:
         """Put back every object's own choice."""
         for config, name in self._before:
             setattr(config, _FIELD, name)
+            _in_use.pop(id(config), None)
+
+
+def _own_choice(config: Any) -> str | None:
+    chosen: str | None = getattr(config, _FIELD)
+    return "eager" if chosen == IMPLEMENTATION else chosen

@@ -161,6 +161,9 @@ def rewrite_bits(tensor: Tensor, flat_index: Sequence[int], keep: Sequence[int],
         raise ValueError(f"got {len(flat_index)} positions, {len(keep)} keep masks, {len(toggle)} toggle masks")
     if len(set(flat_index)) != len(flat_index):
         raise ValueError("the positions of one fault must be distinct")
+    for mask in (*keep, *toggle):
+        if not 0 <= mask <= layout.all_bits:
+            raise ValueError(f"mask: got {mask:#x}, allowed 0..{layout.all_bits:#x} for {tensor.dtype}")
     for position in flat_index:
         if not 0 <= position < tensor.numel():
             raise IndexError(f"element {position} does not exist in a tensor of {tensor.numel()} elements")
@@ -178,11 +181,21 @@ def rewrite_bits(tensor: Tensor, flat_index: Sequence[int], keep: Sequence[int],
 
 
 def _clone_with_strides(tensor: Tensor) -> Tensor:
-    expanded = any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
-    if expanded:
+    if _may_overlap(tensor):
         return tensor.clone(memory_format=torch.contiguous_format)
     clone = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
     return clone.copy_(tensor)
+
+
+def _may_overlap(tensor: Tensor) -> bool:
+    """Whether two elements may share memory (expanded or windowed views); one rewrite would then change both."""
+    reach = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride <= reach:
+                return True
+            reach += stride * (size - 1)
+    return False
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -190,7 +203,7 @@ class _StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: object, clean: Tensor, faulty: Tensor) -> Tensor:
-        return faulty.clone()
+        return _clone_with_strides(faulty)
 
     @staticmethod
     def backward(ctx: object, gradient: Tensor) -> tuple[Tensor, None]:

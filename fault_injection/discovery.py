@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import CodeType, FrameType
@@ -25,7 +26,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from fault_injection.attention_call import AttentionCore
-from fault_injection.probe import SOFTMAXES, product_operands
+from fault_injection.probe import is_batched_softmax, product_operands
 
 EAGER_SUFFIX = "eager_attention_forward"
 
@@ -58,15 +59,18 @@ def eager_function(module: nn.Module) -> Callable[..., Any] | None:
 
 @dataclass(frozen=True)
 class _Event:
-    """One operation that attention is made of: ``product``, ``softmax`` or ``fused``; shapes of result and left factor.
+    """One operation that attention is made of: ``product``, ``softmax``, ``einsum`` or ``fused``.
 
-    ``interface_call`` numbers the calls of the architecture's eager function within one forward; ``None`` is outside.
+    ``shape`` is that of the result, ``left`` that of the left factor. ``interface_call`` numbers the calls of the
+    architecture's eager function within one forward; ``None`` is outside. ``ordinal`` counts the batched
+    products, those of child modules included, since the eager function or else the forward began.
     """
 
     kind: str
     shape: tuple[int, ...]
     left: tuple[int, ...] = ()
     interface_call: int | None = None
+    ordinal: int = 0
 
 
 @dataclass
@@ -77,10 +81,13 @@ class _Evaluation:
     module: nn.Module
     eager_code: CodeType | None
     events: list[_Event] = field(default_factory=list)
-    eager_frames: list[FrameType] = field(default_factory=list)
+    products: int = 0
+    eager_frames: list[tuple[FrameType, int]] = field(default_factory=list)
 
-    def add(self, kind: str, shape: torch.Size, left: tuple[int, ...] = ()) -> None:
-        self.events.append(_Event(kind, tuple(shape), tuple(left), self._interface_call()))
+    def add(self, kind: str, shape: tuple[int, ...], left: tuple[int, ...] = ()) -> None:
+        call = self._interface_call()
+        start = 0 if call is None else self.eager_frames[call][1]
+        self.events.append(_Event(kind, tuple(shape), tuple(left), call, self.products - start))
 
     def _interface_call(self) -> int | None:
         frame: FrameType | None = sys._getframe(2)
@@ -88,10 +95,21 @@ class _Evaluation:
             frame = frame.f_back
         if frame is None:
             return None
-        if not any(frame is seen for seen in self.eager_frames):
+        if not any(frame is seen for seen, _ in self.eager_frames):
             # A kept frame cannot be recycled, so identity tells the calls apart.
-            self.eager_frames.append(frame)
+            self.eager_frames.append((frame, self.products))
         return len(self.eager_frames) - 1
+
+
+FUSED: frozenset[Any] = frozenset(
+    {
+        F.scaled_dot_product_attention,
+        F.multi_head_attention_forward,
+        torch._native_multi_head_attention,
+        torch._transformer_encoder_layer_fwd,
+    }
+)
+"""Attention that torch evaluates inside one function, where nothing can be seen."""
 
 
 class _Scout(TorchFunctionMode):
@@ -122,13 +140,21 @@ class _Scout(TorchFunctionMode):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         if self._stack:
-            if (operands := product_operands(func, args, kwargs)) is not None:
-                self._stack[-1].add("product", result.shape, operands[0].shape)
-            elif func in SOFTMAXES and result.dim() >= 3:
-                self._stack[-1].add("softmax", result.shape)
-            elif func is F.scaled_dot_product_attention:
-                self._stack[-1].add("fused", result.shape)
+            self._note(func, args, kwargs, result)
         return result
+
+    def _note(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        top = self._stack[-1]
+        if (operands := product_operands(func, args, kwargs)) is not None:
+            top.add("product", result.shape, operands[0].shape)
+            for evaluation in self._stack:
+                evaluation.products += 1
+        elif is_batched_softmax(func, args, kwargs):
+            top.add("softmax", result.shape)
+        elif func is torch.einsum and result.dim() >= 3:
+            top.add("einsum", result.shape)
+        elif func in FUSED:
+            top.add("fused", ())
 
 
 def discover_cores(model: nn.Module, inputs: Mapping[str, Any]) -> list[AttentionCore]:
@@ -160,11 +186,11 @@ def discover_cores(model: nn.Module, inputs: Mapping[str, Any]) -> list[Attentio
 def _cores_of(evaluations: list[_Evaluation], model: nn.Module) -> list[AttentionCore]:
     cores: dict[nn.Module, AttentionCore] = {}
     for evaluation in evaluations:
-        for path, position in _attention_in(evaluation):
+        for path, products in _attention_in(evaluation):
             module, known = evaluation.module, cores.get(evaluation.module)
             if known is None:
-                cores[module] = AttentionCore(len(cores), evaluation.name, path, module, position)
-            elif (known.path, known.score_product) != (path, position):
+                cores[module] = AttentionCore(len(cores), evaluation.name, path, weakref.ref(module), *products)
+            elif (known.path, known.score_product, known.out_product) != (path, *products):
                 raise _uncovered(evaluation, "computes attention in two different ways within one forward pass")
     if not cores:
         raise NoAttentionError(
@@ -174,8 +200,8 @@ def _cores_of(evaluations: list[_Evaluation], model: nn.Module) -> list[Attentio
     return list(cores.values())
 
 
-def _attention_in(evaluation: _Evaluation) -> Iterator[tuple[str, int]]:
-    """Yield ``(path, score product)`` of every attention in one forward of one module.
+def _attention_in(evaluation: _Evaluation) -> Iterator[tuple[str, tuple[int, int]]]:
+    """Yield path and products of every attention in one forward of one module.
 
     Path A may evaluate its eager function several times (one call per image or window); path R attends once.
     """
@@ -183,47 +209,45 @@ def _attention_in(evaluation: _Evaluation) -> Iterator[tuple[str, int]]:
     for event in evaluation.events:
         calls.setdefault(event.interface_call, []).append(event)
     for call, events in calls.items():
-        position = _score_product(evaluation, events)
-        if position is not None:
-            yield ("R" if call is None else "A"), position
+        products = _products(evaluation, events)
+        if products is not None:
+            yield ("R" if call is None else "A"), products
 
 
-def _score_product(evaluation: _Evaluation, events: list[_Event]) -> int | None:
-    """Return which product gives the scores, ``None`` if these events are no attention."""
-    if any(event.kind == "fused" for event in events):
+def _products(evaluation: _Evaluation, events: list[_Event]) -> tuple[int, int] | None:
+    """Return which products give scores and output, ``None`` if these events are no attention."""
+    kinds = [event.kind for event in events]
+    if "fused" in kinds:
         raise _uncovered(evaluation, "uses a fused attention kernel although eager attention was asked for")
-    softmaxes = [i for i, event in enumerate(events) if event.kind == "softmax"]
-    attending = [i for i in softmaxes if _scores_before(events, i) or _product_after(events, i)]
+    softmaxes = [i for i, kind in enumerate(kinds) if kind == "softmax"]
+    attending = [i for i in softmaxes if _scores_before(events, i) or _outputs_after(events, i)]
     if not attending:
-        if any(len(events[i].shape) >= 4 for i in softmaxes):
-            raise _uncovered(evaluation, "applies a softmax to 4-D scores that no batched product computed")
+        if softmaxes and ("einsum" in kinds or any(len(events[i].shape) >= 4 for i in softmaxes)):
+            raise _uncovered(evaluation, "applies a softmax to scores that no batched product computed")
         return None
     if len(attending) > 1:
         raise _uncovered(evaluation, f"evaluates {len(attending)} attention softmaxes in one call")
-    before = _scores_before(events, attending[0])
-    if len(before) != 1 or not _product_after(events, attending[0]):
-        used = "uses" if _product_after(events, attending[0]) else "does not use"
-        raise _uncovered(evaluation, f"has {len(before)} score products before its softmax and {used} its weights")
-    products = [i for i, event in enumerate(events) if event.kind == "product"]
-    return products.index(before[0])
+    before, after = _scores_before(events, attending[0]), _outputs_after(events, attending[0])
+    if len(before) != 1 or len(after) != 1:
+        found = f"{len(before)} score products before its softmax and {len(after)} uses of its weights after it"
+        raise _uncovered(evaluation, f"has {found}, expected one of each")
+    return before[0].ordinal, after[0].ordinal
 
 
-def _scores_before(events: list[_Event], softmax: int) -> list[int]:
+def _scores_before(events: list[_Event], softmax: int) -> list[_Event]:
+    """Return the products before a softmax with a row for each query; relative positions may have other columns."""
+    rows = events[softmax].shape[-2]
+    return [event for event in events[:softmax] if event.kind == "product" and event.shape[-2] == rows]
+
+
+def _outputs_after(events: list[_Event], softmax: int) -> list[_Event]:
     rows, columns = events[softmax].shape[-2:]
     return [
-        i
-        for i, event in enumerate(events[:softmax])
-        # A learned sink adds one column between the product and the softmax.
-        if event.kind == "product" and event.shape[-2] == rows and event.shape[-1] in (columns, columns - 1)
-    ]
-
-
-def _product_after(events: list[_Event], softmax: int) -> bool:
-    rows, columns = events[softmax].shape[-2:]
-    return any(
-        event.kind == "product" and event.left[-2] == rows and event.left[-1] in (columns, columns - 1)
+        event
         for event in events[softmax + 1 :]
-    )
+        # A learned sink has a column in the softmax and none in the weights.
+        if event.kind == "product" and event.left[-2] == rows and event.left[-1] in (columns, columns - 1)
+    ]
 
 
 def _uncovered(evaluation: _Evaluation, reason: str) -> UncoveredArchitectureError:

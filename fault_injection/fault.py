@@ -39,6 +39,12 @@ _BIT_KINDS: dict[str, Callable[[tuple[int, ...], torch.dtype], tuple[int, int]]]
 }
 
 
+def _check_names(location: str, kind: str) -> None:
+    for key, got, allowed in (("location", location, LOCATIONS), ("kind", kind, KINDS)):
+        if got not in allowed:
+            raise ValueError(f"fault.{key}: got {got!r}, allowed {', '.join(allowed)}{nearest(str(got), allowed)}")
+
+
 @dataclass(frozen=True)
 class FaultSpec:
     """What kind of fault to draw.
@@ -65,9 +71,7 @@ class FaultSpec:
     rate: float | None = None
 
     def __post_init__(self) -> None:
-        for key, got, allowed in (("location", self.location, LOCATIONS), ("kind", self.kind, KINDS)):
-            if got not in allowed:
-                raise ValueError(f"fault.{key}: got {got!r}, allowed {', '.join(allowed)}{nearest(str(got), allowed)}")
+        _check_names(self.location, self.kind)
         self._check_bits()
         if (self.kind == "bit_error_rate") != (self.rate is not None):
             wanted = "needs" if self.kind == "bit_error_rate" else "has no use for"
@@ -83,7 +87,10 @@ class FaultSpec:
                 f"fault.bit: got {self.bits!r}, allowed a bit number, a list of them, or {', '.join(FIELDS)}"
                 f"{nearest(self.bits, FIELDS)}"
             )
+        if self.bits is not None and not isinstance(self.bits, (str, tuple)):
+            raise ValueError(f"fault.bit: got {self.bits!r}, allowed a tuple of bit numbers, a field name or None")
         if isinstance(self.bits, tuple):
+            object.__setattr__(self, "bits", tuple(int(bit) for bit in self.bits))
             if not self.bits:
                 raise ValueError("fault.bit: got an empty list; leave it out to draw any bit")
             check_bits(self.bits, torch.float64)
@@ -104,7 +111,7 @@ class Fault:
 
     Attributes:
         location, layer, module, kind: what is hit, and how.
-        shape: the shape of the tensor that ``elements`` refer to.
+        dtype, shape: of the tensor that ``elements`` refer to.
         index: ``(batch, head, row, col)`` of the first element; ``None`` if a bit error rate hit none.
         bits: the bits of a ``bitflip`` or ``stuck_at``; empty for the other kinds.
         elements: every changed element.
@@ -116,12 +123,25 @@ class Fault:
     layer: int
     module: str
     kind: str
+    dtype: str
     shape: tuple[int, int, int, int]
     index: tuple[int, int, int, int] | None
     bits: tuple[int, ...]
     elements: tuple[Element, ...]
     masked_position: bool = False
     call: int = 0
+
+    def __post_init__(self) -> None:
+        _check_names(self.location, self.kind)
+        float_format(self.torch_dtype)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype of the hit tensor; ``ValueError`` if torch has none of this name."""
+        dtype = getattr(torch, self.dtype, None)
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"fault.dtype: got {self.dtype!r}, allowed the name of a torch dtype")
+        return dtype
 
     def to_json(self) -> str:
         """Return the canonical JSON text: sorted keys, no blanks."""
@@ -144,6 +164,8 @@ def draw_fault(spec: FaultSpec, site: Site, random: np.random.Generator) -> Faul
         ValueError: a bit that the site's native dtype does not have.
         IndexError: a coordinate that does not exist.
     """
+    if spec.location != site.location:
+        raise ValueError(f"fault.location: the specification says {spec.location!r}, but the site is {site.location!r}")
     if spec.kind == "bit_error_rate":
         return _draw_error_rate(spec, site, random)
     index = site.draw(spec.index, random, include_masked=spec.include_masked)
@@ -161,6 +183,7 @@ def draw_fault(spec: FaultSpec, site: Site, random: np.random.Generator) -> Faul
         site.layer,
         site.module,
         spec.kind,
+        str(site.dtype).removeprefix("torch."),
         site.shape,
         index,
         bits,
@@ -181,44 +204,42 @@ def _draw_error_rate(spec: FaultSpec, site: Site, random: np.random.Generator) -
     """Flip every bit of every candidate independently: a binomial count, then distinct (element, bit) pairs."""
     candidates = _candidates(spec, site)
     layout = float_format(site.dtype)
-    count = int(random.binomial(len(candidates) * layout.width, spec.rate or 0.0))
-    pairs: set[int] = set()
-    while len(pairs) < count:
-        pairs.update(random.integers(len(candidates) * layout.width, size=count - len(pairs)).tolist())
+    places = len(candidates) * layout.width
+    count = int(random.binomial(places, spec.rate or 0.0))
+    hit, bits = np.divmod(random.choice(places, size=count, replace=False, shuffle=False), layout.width)
     toggles: dict[int, int] = {}
-    for pair in sorted(pairs):
-        element, bit = divmod(pair, layout.width)
+    for element, bit in zip(hit.tolist(), bits.tolist(), strict=True):
         position = int(candidates[element])
         toggles[position] = toggles.get(position, 0) | 1 << bit
+    toggles = dict(sorted(toggles.items()))
     elements = tuple(Element(position, layout.all_bits, toggle) for position, toggle in toggles.items())
     index: tuple[int, int, int, int] | None = None
     if elements:
         batch, head, row, col = (int(i) for i in np.unravel_index(elements[0].flat, site.shape))
         index = batch, head, row, col
-    hidden = index is not None and not site.sees(index)
     return Fault(
         spec.location,
         site.layer,
         site.module,
         spec.kind,
+        str(site.dtype).removeprefix("torch."),
         site.shape,
         index,
         (),
         elements,
-        masked_position=hidden,
+        masked_position=index is not None and not site.sees(index),
     )
 
 
 def _candidates(spec: FaultSpec, site: Site) -> np.ndarray:
-    site.draw(spec.index, np.random.default_rng(0), include_masked=True)  # refuses coordinates that do not exist
-    allowed = np.ones(site.extent, dtype=bool)
-    if site.visible is not None and not spec.include_masked:
-        allowed &= site.visible.cpu().numpy()
+    site.check(spec.index)
+    window = np.ones(site.extent, dtype=bool)
     for axis, given in enumerate(spec.index.as_tuple()):
         if given is not None:
             others = np.arange(site.extent[axis]) != given
-            np.moveaxis(allowed, axis, 0)[others] = False
-    positions = np.ravel_multi_index(np.nonzero(allowed), site.shape)
-    if not len(positions):
-        raise ValueError(f"fault.index: no visible element of {site.location} agrees with {spec.index}")
-    return positions
+            np.moveaxis(window, axis, 0)[others] = False
+    allowed = window
+    if site.visible is not None and not spec.include_masked:
+        allowed = window & site.visible.cpu().numpy()
+    # As for single faults: what was asked for is never dropped, even where every key is hidden.
+    return np.ravel_multi_index(np.nonzero(allowed if allowed.any() else window), site.shape)

@@ -58,23 +58,29 @@ class Injector:
     """
 
     def __init__(self, faults: Sequence[Fault]) -> None:
-        self._pending: dict[tuple[int, str, int], list[Fault]] = defaultdict(list)
+        self._faults: dict[tuple[int, str, int], list[Fault]] = defaultdict(list)
         for fault in faults:
-            self._pending[fault.layer, fault.location, fault.call].append(fault)
+            self._faults[fault.layer, fault.location, fault.call].append(fault)
+        self._applied: set[tuple[int, str, int]] = set()
         self.locations = frozenset(fault.location for fault in faults)
         self.layers = frozenset(fault.layer for fault in faults)
         self.records: list[InjectionRecord] = []
 
     def on(self, location: str, tensor: Tensor, call: AttentionCall) -> Tensor | None:
         """Return the faulty tensor where a fault belongs, else ``None``."""
-        faults = self._pending.pop((call.core.index, location, call.number), None)
-        if faults is None:
+        key = call.core.index, location, call.number
+        if key not in self._faults:
             return None
-        for fault in faults:
-            tensor = self._apply(fault, tensor, call)
+        for fault in self._faults[key]:
+            tensor = self._apply(fault, tensor, call, recorded=key in self._applied)
+        self._applied.add(key)
         return tensor
 
-    def _apply(self, fault: Fault, tensor: Tensor, call: AttentionCall) -> Tensor:
+    def _apply(self, fault: Fault, tensor: Tensor, call: AttentionCall, *, recorded: bool) -> Tensor:
+        if tensor.dtype != fault.torch_dtype:
+            raise FaultMissedError(
+                f"the fault was drawn for {fault.location} of {fault.module} in {fault.dtype}, but met {tensor.dtype}"
+            )
         if tuple(tensor.shape) != fault.shape or call.core.name != fault.module:
             raise FaultMissedError(
                 f"the fault was drawn for {fault.location} of {fault.module} with shape {fault.shape}, but met "
@@ -82,12 +88,13 @@ class Injector:
             )
         flat = [element.flat for element in fault.elements]
         faulty = rewrite_bits(tensor, flat, [e.keep for e in fault.elements], [e.toggle for e in fault.elements])
-        self.records.append(_record(fault, _elements(tensor, flat), _elements(faulty, flat)))
+        if not recorded:
+            self.records.append(_record(fault, _elements(tensor, flat), _elements(faulty, flat)))
         return faulty
 
     def finish(self) -> None:
         """Raise ``FaultMissedError`` unless every fault was applied."""
-        missed = [fault for faults in self._pending.values() for fault in faults]
+        missed = [fault for key, faults in self._faults.items() if key not in self._applied for fault in faults]
         if missed:
             names = ", ".join(f"{fault.location} of layer {fault.layer} ({fault.module})" for fault in missed)
             raise FaultMissedError(f"the forward pass never reached {names}; nothing was injected there")

@@ -16,11 +16,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from types import MethodType
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from fault_injection.attention_call import AttentionCall, AttentionCore, Tap
 from fault_injection.attention_interface import (
@@ -30,8 +32,8 @@ from fault_injection.attention_interface import (
     register,
 )
 from fault_injection.discovery import UncoveredArchitectureError, discover_cores, eager_function
-from fault_injection.model_outputs import bitwise_equal_outputs
-from fault_injection.probe import AttentionProbe
+from fault_injection.model_outputs import bitwise_equal_outputs, output_tensors
+from fault_injection.probe import AttentionProbe, Emit
 from fault_injection.scaling import stated_scaling
 
 _instrumented: WeakKeyDictionary[nn.Module, Instrumentation] = WeakKeyDictionary()
@@ -60,7 +62,7 @@ def attention_cores(model: nn.Module) -> list[AttentionCore]:
 def tapped(model: nn.Module, *taps: Tap) -> Iterator[None]:
     """Let ``taps`` see the attention of ``model``, in the order given: put injectors before observers.
 
-    Sessions nest: the taps of an outer session see the tensors first. Call numbers start at zero in every session.
+    Sessions nest: the taps of an outer one see the tensors first. Each session counts evaluations from its own start.
     """
     with instrumentation_of(model).session(taps):
         yield
@@ -85,9 +87,11 @@ class Instrumentation:
     """
 
     def __init__(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
-        self._taps: tuple[Tap, ...] = ()
-        self._calls: Counter[int] = Counter()
-        self._wrapped: list[tuple[nn.Module, Any]] = []
+        if any(module in _owners for module in model.modules()):
+            raise ValueError(f"{type(model).__name__}: a part of it, or the whole, is already patched")
+        self._sessions: list[_Session] = []
+        self._own_forwards: dict[int, Callable[..., Any]] = {}
+        self._mask_check: RemovableHandle | None = None
         self._selected = SelectedImplementation(configurations(model.modules()))
         self.injection_layers: tuple[int, ...] | None = None
         self.cores: list[AttentionCore] = []
@@ -101,6 +105,7 @@ class Instrumentation:
             except BaseException:
                 self.remove()
                 raise
+        self._mask_check = model.register_forward_pre_hook(_refuse_boolean_mask, with_kwargs=True)
         _instrumented[model] = self
 
     def _install(self) -> None:
@@ -113,14 +118,16 @@ class Instrumentation:
         for core in self.cores:
             _owners[core.module] = (self, core)
             if core.path == "R":
-                self._wrapped.append((core.module, core.module.__dict__.get("forward")))
-                core.module.forward = self._wrapper(core)
+                if "forward" in core.module.__dict__:
+                    self._own_forwards[core.index] = core.module.__dict__["forward"]
+                # A bound method: in a deep copy it is bound to the copy, which nobody owns.
+                core.module.__dict__["forward"] = MethodType(_wrapped_forward, core.module)
 
     def remove(self) -> None:
         """Undo everything: forwards, configurations, ownership."""
         self._uninstall()
-        for core in self.cores:
-            _owners.pop(core.module, None)
+        if self._mask_check is not None:
+            self._mask_check.remove()
         self._selected.restore()
 
     @contextmanager
@@ -134,22 +141,21 @@ class Instrumentation:
             self._install()
 
     def _uninstall(self) -> None:
-        for module, own_forward in self._wrapped:
-            if own_forward is None:
-                del module.forward
-            else:
-                module.forward = own_forward
-        self._wrapped.clear()
+        for core in self.cores:
+            if _owners.pop(core.module, None) is not None and core.path == "R":
+                del core.module.__dict__["forward"]
+                if core.index in self._own_forwards:
+                    core.module.__dict__["forward"] = self._own_forwards.pop(core.index)
 
     @contextmanager
     def session(self, taps: tuple[Tap, ...]) -> Iterator[None]:
         """Add ``taps`` for the duration of the block."""
-        before, calls = self._taps, self._calls
-        self._taps, self._calls = (*before, *taps), Counter()
+        session = _Session(taps)
+        self._sessions.append(session)
         try:
             yield
         finally:
-            self._taps, self._calls = before, calls
+            self._sessions.remove(session)
 
     def _check(self, model: nn.Module, inputs: Mapping[str, Any], expected: Any) -> None:
         counter = _ReachCounter()
@@ -158,56 +164,82 @@ class Instrumentation:
         missing = [core.name for core in self.cores if core.index not in counter.reached]
         if missing:
             raise UncoveredArchitectureError(f"patched, but these attention cores were not reached: {missing}")
+        if not output_tensors(expected):
+            raise UncoveredArchitectureError(
+                f"{type(model).__name__}: its output holds no tensor that could be compared"
+            )
         if not bitwise_equal_outputs(expected, got):
             raise UncoveredArchitectureError(
                 f"{type(model).__name__}: the instrumented attention is not bitwise equal to the model's own eager "
                 "attention; this architecture is not covered"
             )
 
-    def _begin(self, core: AttentionCore, scaling: float | None) -> tuple[tuple[Tap, ...], AttentionCall]:
-        number = self._calls[core.index]
-        self._calls[core.index] += 1
-        taps = tuple(tap for tap in self._taps if tap.layers is None or core.index in tap.layers)
-        return taps, AttentionCall(core, number, scaling)
-
-    def interface_call(self, core: AttentionCore, tensors: tuple[Tensor, ...], mask: Any, keywords: Any) -> Any:
+    def evaluate_interface(
+        self, core: AttentionCore, tensors: tuple[Tensor, ...], mask: Any, keywords: Mapping[str, Any]
+    ) -> Any:
         """Evaluate a path-A core: its own eager function, under the probe if any tap wants it."""
         function = eager_function(core.module)
         if function is None:
             raise UncoveredArchitectureError(f"{core.name}: its eager attention function is gone")
         if isinstance(mask, Tensor) and mask.dtype == torch.bool:
-            raise ValueError(
-                f"{core.name}: got a boolean attention mask; eager attention adds its mask to the scores, so True "
-                "would hide nothing. Pass a 2-D mask of 0 and 1, or an additive float mask (0 and finfo.min)"
-            )
+            raise ValueError(f"{core.name}: {_BOOLEAN_MASK}")
         scaling = keywords.get("scaling")
-        scaling = float(tensors[0].shape[-1] ** -0.5 if scaling is None else scaling)
-        taps, call = self._begin(core, scaling)
-        if not taps:
+        emit = self._emitter(core, float(tensors[0].shape[-1] ** -0.5 if scaling is None else scaling))
+        if emit is None:
             return function(core.module, *tensors, mask, **keywords)
-        emit = _emitter(taps)
-        tensors = tuple(emit(name, t, call) for name, t in zip(("q", "k", "v"), tensors, strict=True))
-        probe = AttentionProbe(call, emit, tensors[0].shape[0], operands=False)
+        query, key, value = (emit(name, t) for name, t in zip(("q", "k", "v"), tensors, strict=True))
+        probe = AttentionProbe(core, emit, query.shape[0], operands=False)
         with probe:
-            result = function(core.module, *tensors, mask, **keywords)
+            result = function(core.module, query, key, value, mask, **keywords)
         probe.finish()
         return result
 
-    def _wrapper(self, core: AttentionCore) -> Callable[..., Any]:
-        own_forward = core.module.forward
+    def evaluate_forward(self, core: AttentionCore, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Evaluate a path-R core: its own forward, under the probe if any tap wants it."""
+        own_forward = self._own_forwards.get(core.index) or MethodType(type(core.module).forward, core.module)
+        emit = self._emitter(core, stated_scaling(core.module))
+        if emit is None:
+            return own_forward(*args, **kwargs)
+        batch = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)).shape[0]
+        probe = AttentionProbe(core, emit, batch, operands=True)
+        with probe:
+            result = own_forward(*args, **kwargs)
+        probe.finish()
+        return result
 
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            taps, call = self._begin(core, stated_scaling(core.module))
-            if not taps:
-                return own_forward(*args, **kwargs)
-            batch = next(a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)).shape[0]
-            probe = AttentionProbe(call, _emitter(taps), batch, operands=True)
-            with probe:
-                result = own_forward(*args, **kwargs)
-            probe.finish()
-            return result
+    def _emitter(self, core: AttentionCore, scaling: float | None) -> Emit | None:
+        """Begin an evaluation; return what offers its tensors to the taps, ``None`` if no tap wants this core."""
+        begun = [(session.taps, session.begin(core, scaling)) for session in self._sessions]
+        wanted = [(tap, call) for taps, call in begun for tap in taps if tap.layers is None or core.index in tap.layers]
 
-        return forward
+        def emit(location: str, tensor: Tensor) -> Tensor:
+            for tap, call in wanted:
+                if location in tap.locations:
+                    replacement = tap.on(location, tensor, call)
+                    tensor = tensor if replacement is None else replacement
+            return tensor
+
+        return emit if wanted else None
+
+
+class _Session:
+    """Taps, and how often each core was evaluated since they were added."""
+
+    def __init__(self, taps: tuple[Tap, ...]) -> None:
+        self.taps = taps
+        self._evaluations: Counter[int] = Counter()
+
+    def begin(self, core: AttentionCore, scaling: float | None) -> AttentionCall:
+        number = self._evaluations[core.index]
+        if _in_backward() and number > 0:
+            # Gradient checkpointing computes the last evaluation again; what hit it hits its repetition.
+            return AttentionCall(core, number - 1, scaling)
+        self._evaluations[core.index] += 1
+        return AttentionCall(core, number, scaling)
+
+
+def _in_backward() -> bool:
+    return bool(torch._C._current_graph_task_id() != -1)
 
 
 class _ReachCounter:
@@ -223,28 +255,38 @@ class _ReachCounter:
         self.reached.add(call.core.index)
 
 
-def _emitter(taps: tuple[Tap, ...]) -> Callable[[str, Tensor, AttentionCall], Tensor]:
-    def emit(location: str, tensor: Tensor, call: AttentionCall) -> Tensor:
-        for tap in taps:
-            if location in tap.locations:
-                replacement = tap.on(location, tensor, call)
-                tensor = tensor if replacement is None else replacement
-        return tensor
-
-    return emit
+_BOOLEAN_MASK = (
+    "got a boolean attention mask; eager attention adds its mask to the scores, so True would hide nothing. "
+    "Pass a 2-D mask of 0 and 1, or an additive float mask (0 and finfo.min)"
+)
 
 
-def _instrumented_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **keywords: Any
-) -> Any:
+def _refuse_boolean_mask(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    masks = [*args, *(value for key, value in kwargs.items() if key.endswith("attention_mask"))]
+    if any(isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.dim() == 4 for mask in masks):
+        raise ValueError(f"{type(model).__name__}: {_BOOLEAN_MASK}")
+
+
+def _owner_of(module: nn.Module) -> tuple[Instrumentation, AttentionCore]:
     owner = _owners.get(module)
     if owner is None:
         raise UncoveredArchitectureError(
             f"{type(module).__name__} asks for the instrumented attention but was not reached by the dry run of "
             "monkey_patch_model; pass example_inputs= that use it (for a copy of a patched model: patch the copy)"
         )
-    instrumentation, core = owner
-    return instrumentation.interface_call(core, (query, key, value), attention_mask, keywords)
+    return owner
+
+
+def _instrumented_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **keywords: Any
+) -> Any:
+    instrumentation, core = _owner_of(module)
+    return instrumentation.evaluate_interface(core, (query, key, value), attention_mask, keywords)
+
+
+def _wrapped_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    instrumentation, core = _owner_of(module)
+    return instrumentation.evaluate_forward(core, args, kwargs)
 
 
 def forget(model: nn.Module) -> None:

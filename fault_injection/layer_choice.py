@@ -74,6 +74,8 @@ def choose_layers(candidates: Sequence[int], mode: str, random: np.random.Genera
         raise ValueError(
             f"fault.layer_mode: got {mode!r}, allowed {', '.join(LAYER_MODES)}{nearest(mode, LAYER_MODES)}"
         )
+    if not candidates:
+        raise ValueError("fault.layers: got no candidate layers; a run without a layer would inject nothing")
     if mode == "first":
         return (candidates[0],)
     if mode == "random":

@@ -42,6 +42,6 @@ def bitwise_equal(left: Tensor, right: Tensor) -> bool:
 
 
 def bitwise_equal_outputs(left: Any, right: Any) -> bool:
-    """Whether two outputs hold the same tensors, bitwise and in the same order."""
+    """Whether two outputs hold the same tensors, at least one, bitwise and in the same order."""
     lefts, rights = output_tensors(left), output_tensors(right)
-    return len(lefts) == len(rights) and all(bitwise_equal(a, b) for a, b in zip(lefts, rights, strict=True))
+    return 0 < len(lefts) == len(rights) and all(bitwise_equal(a, b) for a, b in zip(lefts, rights, strict=True))

@@ -4,10 +4,11 @@ No attention is reimplemented here. A ``TorchFunctionMode`` watches the calls th
 walks through product (scores) -> softmax (logits in, weights out) -> product (out). What a tap returns replaces the
 result of that call, so every later operation, dtype cast and mask is the model's own.
 
-Public names: ``AttentionProbe``, ``PRODUCTS``, ``SOFTMAXES``, ``product_operands``.
+Public names: ``AttentionProbe``, ``PRODUCTS``, ``SOFTMAXES``, ``product_operands``,
+``is_batched_softmax``.
 
-    with AttentionProbe(call, emit, batch=2, operands=True):
-        module.forward(hidden_states)          # emit(location, tensor, call) sees q, k, scores, logits, weights, v, out
+    with AttentionProbe(core, emit, batch=2, operands=True):
+        module.forward(hidden_states)          # emit(location, tensor) sees q, k, scores, logits, weights, v, out
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from fault_injection.attention_call import AttentionCall
+from fault_injection.attention_call import AttentionCore
 
 PRODUCTS: frozenset[Any] = frozenset(
     {
@@ -36,7 +37,7 @@ PRODUCTS: frozenset[Any] = frozenset(
 _WITH_ADDEND: frozenset[Any] = frozenset({torch.baddbmm, torch.Tensor.baddbmm})
 SOFTMAXES: frozenset[Any] = frozenset({F.softmax, torch.softmax, torch.Tensor.softmax, torch.special.softmax})
 
-Emit = Callable[[str, Tensor, AttentionCall], Tensor]
+Emit = Callable[[str, Tensor], Tensor]
 
 
 class ProbeError(RuntimeError):
@@ -54,11 +55,26 @@ def product_operands(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     return None
 
 
+def is_batched_softmax(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether this call is a softmax over at least 3 dimensions; routers and classifiers work on 2."""
+    if func not in SOFTMAXES:
+        return False
+    tensor = args[0] if args else kwargs.get("input")
+    return isinstance(tensor, Tensor) and tensor.dim() >= 3
+
+
+_FACTOR_NAMES = (("input", "batch1"), ("other", "mat2", "tensor2", "batch2"))
+
+
 def _operand_slots(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int | str, int | str]:
-    if func in _WITH_ADDEND:
-        return (1, 2) if len(args) >= 3 else ("batch1", "batch2")
-    second_name = "mat2" if "mat2" in kwargs else "other"
-    return 0, (1 if len(args) >= 2 else second_name)
+    """Return where the two factors of a product are: a position, or the keyword it was given by."""
+    first = 1 if func in _WITH_ADDEND else 0
+    slots: list[int | str] = []
+    for offset, names in enumerate(_FACTOR_NAMES):
+        position = first + offset
+        named = [name for name in names if name in kwargs and not (func in _WITH_ADDEND and name == "input")]
+        slots.append(position if position < len(args) else named[0] if named else names[-1])
+    return slots[0], slots[1]
 
 
 def _get(args: tuple[Any, ...], kwargs: dict[str, Any], slot: int | str) -> Any:
@@ -79,8 +95,8 @@ class AttentionProbe(TorchFunctionMode):
     """Watches one evaluation of one attention core.
 
     Args:
-        call: the evaluation; handed to ``emit`` with every tensor.
-        emit: called as ``emit(location, tensor, call)`` with tensors in the canonical shapes of
+        core: the core; it says which batched products of the call are the scores and the output.
+        emit: called as ``emit(location, tensor)`` with tensors in the canonical shapes of
             ``fault_injection.attention_call``; its return value takes the tensor's place.
         batch: the batch size, to tell ``(batch * head, query, channel)`` layouts apart.
         operands: emit q, k and v from the factors of the two products (path R); path A emits them before.
@@ -89,9 +105,9 @@ class AttentionProbe(TorchFunctionMode):
         ProbeError: on leaving, when the three steps were not all seen (``finish``).
     """
 
-    def __init__(self, call: AttentionCall, emit: Emit, batch: int, *, operands: bool) -> None:
+    def __init__(self, core: AttentionCore, emit: Emit, batch: int, *, operands: bool) -> None:
         super().__init__()
-        self._call = call
+        self._core = core
         self._emit = emit
         self._batch = batch
         self._operands = operands
@@ -102,21 +118,21 @@ class AttentionProbe(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if self._phase == "scores" and product_operands(func, args, kwargs) is not None:
-            self._products_seen += 1
-            if self._products_seen - 1 == self._call.core.score_product:
-                return self._scores(func, args, kwargs)
-        elif self._phase == "softmax" and func in SOFTMAXES:
+        if self._phase == "softmax" and is_batched_softmax(func, args, kwargs):
             return self._softmax(func, args, kwargs)
-        elif self._phase == "out" and product_operands(func, args, kwargs) is not None:
-            return self._out(func, args, kwargs)
+        if self._phase != "done" and product_operands(func, args, kwargs) is not None:
+            number, self._products_seen = self._products_seen, self._products_seen + 1
+            if (self._phase, number) == ("scores", self._core.score_product):
+                return self._scores(func, args, kwargs)
+            if (self._phase, number) == ("out", self._core.out_product):
+                return self._out(func, args, kwargs)
         return func(*args, **kwargs)
 
     def finish(self) -> None:
         """Raise ``ProbeError`` unless scores, weights and out were all seen."""
         if self._phase != "done":
             raise ProbeError(
-                f"{self._call.core.name} ({type(self._call.core.module).__name__}): its forward ended while waiting "
+                f"{self._core.name} ({type(self._core.module).__name__}): its forward ended while waiting "
                 f"for the {self._phase!r} step of attention; this code path is not covered"
             )
 
@@ -133,7 +149,7 @@ class AttentionProbe(TorchFunctionMode):
         dtype = kwargs.get("dtype")
         # softmax(x, dtype=d) rounds x to d first; what it saw is the rounded tensor.
         narrowed = logits.to(dtype) if dtype is not None and dtype.itemsize < logits.dtype.itemsize else logits
-        self._emit("logits", self._canonical(narrowed), self._call)
+        self._emit("logits", self._canonical(narrowed))
         self._phase = "out"
         return self._result("weights", func(*args, **kwargs))
 
@@ -155,7 +171,7 @@ class AttentionProbe(TorchFunctionMode):
         operand: Tensor = _get(args, kwargs, slot)
         canonical = self._canonical(operand)
         canonical = canonical.transpose(-1, -2) if transposed else canonical
-        emitted = self._emit(location, canonical, self._call)
+        emitted = self._emit(location, canonical)
         if emitted is canonical:
             return args, kwargs
         changed = emitted.transpose(-1, -2) if transposed else emitted
@@ -163,7 +179,7 @@ class AttentionProbe(TorchFunctionMode):
 
     def _result(self, location: str, tensor: Tensor) -> Tensor:
         canonical = self._canonical(tensor)
-        emitted = self._emit(location, canonical, self._call)
+        emitted = self._emit(location, canonical)
         return tensor if emitted is canonical else emitted.reshape(tensor.shape)
 
     def _canonical(self, tensor: Tensor) -> Tensor:
@@ -172,6 +188,6 @@ class AttentionProbe(TorchFunctionMode):
         if tensor.dim() == 3 and tensor.shape[0] % self._batch == 0:
             return tensor.unflatten(0, (self._batch, tensor.shape[0] // self._batch))
         raise ProbeError(
-            f"{self._call.core.name}: attention tensor of shape {tuple(tensor.shape)} with batch {self._batch}; "
+            f"{self._core.name}: attention tensor of shape {tuple(tensor.shape)} with batch {self._batch}; "
             "expected (batch, head, ., .) or (batch * head, ., .)"
         )

@@ -127,11 +127,17 @@ class SoftmaxElsewhere(Core):
 
 REFUSED = [
     (Fused, r"uses a fused attention kernel although eager attention was asked for"),
-    (Einsum, r"applies a softmax to 4-D scores that no batched product computed"),
+    (Einsum, r"applies a softmax to scores that no batched product computed"),
     (TwoSoftmaxes, r"evaluates 2 attention softmaxes in one call"),
-    (TwoScoreProducts, r"has 2 score products before its softmax and uses its weights"),
-    (UnusedWeights, r"has 1 score products before its softmax and does not use its weights"),
-    (Synthesizer, r"has 0 score products before its softmax and uses its weights"),
+    (
+        TwoScoreProducts,
+        r"has 2 score products before its softmax and 1 uses of its weights after it, expected one of each",
+    ),
+    (
+        UnusedWeights,
+        r"has 1 score products before its softmax and 0 uses of its weights after it, expected one of each",
+    ),
+    (Synthesizer, r"has 0 score products before its softmax and 1 uses of its weights after it, expected one of each"),
 ]
 
 
@@ -279,7 +285,7 @@ UNCOVERED = {
 
 @pytest.mark.parametrize("name", UNCOVERED)
 def test_architectures_with_attention_of_their_own_shape_are_refused(name: str) -> None:
-    with pytest.raises(UncoveredArchitectureError, match=r"\(\w+\) applies a softmax to 4-D scores"):
+    with pytest.raises(UncoveredArchitectureError, match=r"\(\w+\) applies a softmax to scores"):
         monkey_patch_model(tiny(name, **UNCOVERED[name]))
 
 

@@ -302,10 +302,12 @@ def test_a_rate_never_hits_a_learned_sink() -> None:
     assert hit == {flat for flat in range(SIZE) if flat % 4 != 3}
 
 
-def test_a_rate_on_nothing_but_hidden_keys_is_refused() -> None:
+def test_a_rate_on_nothing_but_hidden_keys_is_kept_and_recorded_as_masked() -> None:
     asked = spec(kind="bit_error_rate", rate=0.5, index=ElementIndex(row=0, col=3))
-    with pytest.raises(ValueError, match=r"fault\.index: no visible element of scores agrees with"):
-        draw_fault(asked, site(), key(0))
+    fault = draw_fault(asked, site(), key(0))
+    assert fault.index is not None
+    assert fault.index[2:] == (0, 3)
+    assert fault.masked_position
 
 
 # ------------------------------------------------------------------------------------------------------- JSON

@@ -109,6 +109,25 @@ def test_softmax_weights_stay_inside_their_error_bound(dtype, least, keys):
         assert worst > least, "the bound is far from what happens: a term is wrong"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("keys", "delta"), [(2, 0.0), (2, 60.0), (30, 5.0), (1000, 1.0)])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_worst_legal_softmax_stays_inside_the_bound_and_nearly_attains_it(dtype, keys, delta, sign):
+    """Every rounding as large as it may be, and all in one direction."""
+    u, stored = 2.0**-24, storage(dtype).roundoff
+    deltas = np.zeros(keys)
+    deltas[0] = delta
+    terms = np.exp(-deltas)
+    exact = terms / terms.sum()
+    spread = torch.tensor(float((exact * deltas).sum()), dtype=torch.float64)
+    exp = 1 + sign * (4 * u + 3 * u * deltas[0])
+    others = terms * (1 - sign * (4 * u + 3 * u * deltas)) * (1 - sign * u) ** (keys - 1)
+    worst = terms[0] * exp / others.sum() * (1 + sign * u) ** 2 * (1 + sign * stored)
+    error = softmax_error(torch.tensor(keys), spread, dtype)
+    bound = worst * float(error.relative + error.slope * delta) + float(error.absolute)
+    assert 0.8 * bound < abs(worst - exact[0]) <= bound
+
+
 @pytest.mark.parametrize("dtype", HALVES)
 def test_float32_softmax_of_half_logits_and_its_cast_are_covered(dtype):
     logits = (torch.randn(200, 65, generator=torch.Generator().manual_seed(1)) * 3).to(dtype)

@@ -1,0 +1,220 @@
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from experiments import writer_lock
+from experiments.errors import CheckRefusedError
+from experiments.writer_lock import WriterLock
+
+FORK = multiprocessing.get_context("fork")
+
+
+def hold(path: Path, ready: Connection) -> None:
+    with WriterLock(path):
+        ready.send("held")
+        ready.recv()
+
+
+def race(path: Path, ready: Connection) -> None:
+    ready.send("ready")
+    ready.recv()
+    try:
+        with WriterLock(path):
+            ready.send("won")
+            ready.recv()
+    except CheckRefusedError:
+        ready.send("refused")
+
+
+def started(target: Callable[[Path, Connection], None], path: Path) -> tuple[BaseProcess, Connection]:
+    ours, theirs = FORK.Pipe()
+    process = FORK.Process(target=target, args=(path, theirs), daemon=True)
+    process.start()
+    theirs.close()
+    return process, ours
+
+
+@contextmanager
+def holder(path: Path) -> Iterator[tuple[BaseProcess, Connection]]:
+    process, pipe = started(hold, path)
+    try:
+        assert pipe.recv() == "held"
+        yield process, pipe
+    finally:
+        process.kill()
+        process.join()
+        pipe.close()
+
+
+def write_holder(path: Path, **changes: Any) -> None:
+    own = psutil.Process()
+    identity = {"pid": own.pid, "host": socket.gethostname(), "started": own.create_time(), **changes}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(identity))
+
+
+def write_dead_holder(path: Path) -> None:
+    process = FORK.Process(target=signal.pause)
+    process.start()
+    began = psutil.Process(process.pid).create_time()
+    process.kill()
+    process.join()
+    write_holder(path, pid=process.pid, started=began)
+
+
+def only(path: Path) -> bool:
+    """Whether nothing but the lock is in its folder."""
+    return [entry.name for entry in path.parent.iterdir()] == [path.name]
+
+
+def test_a_lock_is_a_file_for_as_long_as_it_is_held(tmp_path: Path) -> None:
+    path = tmp_path / "shards" / "0001.lock"
+    with WriterLock(path):
+        held = json.loads(path.read_text())
+        assert only(path)
+    assert (held["pid"], held["host"]) == (os.getpid(), socket.gethostname())
+    assert list(path.parent.iterdir()) == []
+
+
+def test_it_is_released_after_an_exception_and_can_be_taken_again(tmp_path: Path) -> None:
+    path = tmp_path / "0001.lock"
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="in the block"), WriterLock(path):
+            raise RuntimeError("in the block")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_second_holder_is_refused_and_told_who_holds_it(tmp_path: Path) -> None:
+    path = tmp_path / "0001.lock"
+    with holder(path) as (process, pipe):
+        with pytest.raises(CheckRefusedError, match=rf"0001\.lock: process {process.pid} on {socket.gethostname()}"):
+            WriterLock(path).__enter__()
+        assert only(path)
+        assert json.loads(path.read_text())["pid"] == process.pid
+        pipe.send("let go")
+        process.join()
+        with WriterLock(path):
+            pass
+
+
+def test_the_same_process_cannot_hold_it_twice(tmp_path: Path) -> None:
+    path = tmp_path / "0001.lock"
+    with WriterLock(path):
+        with pytest.raises(CheckRefusedError, match=f"process {os.getpid()}"):
+            WriterLock(path).__enter__()
+        assert path.exists()
+
+
+def test_two_locks_do_not_disturb_each_other(tmp_path: Path) -> None:
+    with WriterLock(tmp_path / "0001.lock"), WriterLock(tmp_path / "0002.lock"):
+        assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_the_lock_of_a_killed_process_is_taken_over(tmp_path: Path) -> None:
+    path = tmp_path / "0001.lock"
+    with holder(path) as (process, _):
+        process.kill()
+        process.join()
+        assert path.exists()
+        with WriterLock(path):
+            assert json.loads(path.read_text())["pid"] == os.getpid()
+            assert only(path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_lock_of_a_killed_process_that_nobody_waited_for_is_taken_over(tmp_path: Path) -> None:
+    # A zombie writes no more; in a container without an init process it stays one for ever.
+    path = tmp_path / "0001.lock"
+    with holder(path) as (process, _):
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGKILL)
+        while psutil.Process(process.pid).status() != psutil.STATUS_ZOMBIE:
+            time.sleep(0.01)
+        with WriterLock(path):
+            assert json.loads(path.read_text())["pid"] == os.getpid()
+
+
+def test_the_lock_of_a_process_whose_number_was_given_to_another_is_taken_over(tmp_path: Path) -> None:
+    path = tmp_path / "0001.lock"
+    write_holder(path, started=psutil.Process().create_time() - 3600)
+    with WriterLock(path):
+        assert json.loads(path.read_text())["started"] == psutil.Process().create_time()
+
+
+def test_the_lock_of_another_host_is_refused_and_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "0001.lock"
+    write_holder(path, pid=1, host="node-17.example", started=0.0)
+    before = path.read_bytes()
+    with pytest.raises(CheckRefusedError, match=r"process 1 on node-17\.example .* delete the file"):
+        WriterLock(path).__enter__()
+    assert path.read_bytes() == before
+    assert only(path)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"pid": "x"}', "\x00\x01"])
+def test_a_lock_that_says_nothing_is_refused_or_taken_but_never_a_traceback(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "0001.lock"
+    path.write_text(content)
+    try:
+        with WriterLock(path):
+            assert json.loads(path.read_text())["pid"] == os.getpid()
+    except CheckRefusedError as refusal:
+        assert "0001.lock" in str(refusal)
+    assert [entry for entry in tmp_path.iterdir() if entry != path] == []
+
+
+def test_one_who_takes_over_late_does_not_take_the_lock_of_one_who_did(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two processes find the same dead holder; the second acts only after the first has taken over."""
+    path = tmp_path / "0001.lock"
+    write_dead_holder(path)
+    real = writer_lock._may_live
+    faster: list[WriterLock] = []
+
+    def overtaken(found: dict[str, object]) -> bool:
+        dead = not real(found)
+        if dead and not faster:
+            faster.append(WriterLock(path))
+            faster[0].__enter__()
+        return not dead
+
+    monkeypatch.setattr(writer_lock, "_may_live", overtaken)
+    with pytest.raises(CheckRefusedError):
+        WriterLock(path).__enter__()
+    assert path.exists()
+    faster[0].__exit__(None, None, None)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("dead_holder", [False, True], ids=["free", "dead holder"])
+def test_of_many_that_race_exactly_one_wins(tmp_path: Path, dead_holder: bool) -> None:
+    path = tmp_path / "shards" / "0001.lock"
+    if dead_holder:
+        write_dead_holder(path)
+    racers = [started(race, path) for _ in range(8)]
+    assert [pipe.recv() for _, pipe in racers] == ["ready"] * 8
+    for _, pipe in racers:
+        pipe.send("go")
+    results = [pipe.recv() for _, pipe in racers]
+    for (process, pipe), result in zip(racers, results, strict=True):
+        if result == "won":
+            pipe.send("let go")
+        process.join()
+        pipe.close()
+    assert sorted(results) == ["refused"] * 7 + ["won"]
+    assert list(path.parent.iterdir()) == []
