@@ -12,11 +12,13 @@ Public names: ``ExperimentConfig``, ``load_config``, ``config_from_mapping``, ``
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import re
+import typing
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -121,60 +123,91 @@ class ExperimentConfig(Sections):
     """A campaign's configuration, immutable.
 
     Takes the sections by name (``fault=FaultConfig(...)``), their fields in the flat spelling
-    (``injection_location="scores"``), or both.
+    (``injection_location="scores"``), or both; a flat spelling counts more than its section.
 
     Raises:
-        UsageError: an unknown keyword (with the nearest name) or a value that is not allowed.
+        UsageError: an unknown keyword (with the nearest name), a wrong type, or a value that is not allowed.
     """
 
     def __init__(self, **keywords: Any) -> None:
-        own = {f.name for f in dataclasses.fields(Sections)}
-        flat = {_FLAT[key]: value for key, value in keywords.items() if key in _FLAT}
-        unknown = [key for key in keywords if key not in own and key not in _FLAT]
-        if unknown:
-            raise UsageError(f"{unknown[0]}: no such field{nearest(unknown[0], [*own, *_FLAT])}")
-        sections = {key: value for key, value in keywords.items() if key in own}
-        config = Sections(**sections)
-        for key, value in flat.items():
-            value = list(value) if isinstance(value, tuple) else value
-            config = replaced(config, key, value)
-        for f in dataclasses.fields(Sections):
-            object.__setattr__(self, f.name, getattr(config, f.name))
+        own = {f.name: type(f.default_factory()) for f in _FIELDS if f.default_factory is not dataclasses.MISSING}
+        names = [f.name for f in _FIELDS]
+        flat: dict[str, Any] = {}
+        for key, value in sorted(keywords.items(), key=lambda item: item[0] in _FLAT):
+            if key not in names and key not in _FLAT:
+                raise UsageError(f"{key}: no such field{nearest(key, [*names, *_FLAT])}")
+            if key in own and key != "sweep":
+                if not isinstance(value, own[key]):
+                    raise UsageError(f"{key}: got {type(value).__name__}, allowed {own[key].__name__}")
+                flat.update(_flatten(dataclasses.asdict(value), f"{key}."))
+            elif key != "sweep":
+                flat[_FLAT.get(key, key)] = list(value) if isinstance(value, tuple) else value
+        self._take(_build(flat, keywords.get("sweep", {})))
+
+    def _take(self, sections: Sections) -> None:
+        for f in _FIELDS:
+            object.__setattr__(self, f.name, getattr(sections, f.name))
+
+    @classmethod
+    def of(cls, sections: Sections) -> ExperimentConfig:
+        """Return sections that were checked as a configuration."""
+        config = object.__new__(cls)
+        config._take(sections)
+        return config
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise dataclasses.FrozenInstanceError(f"{name}: a configuration cannot be changed; use with_field")
+
+    def __delattr__(self, name: str) -> None:
+        raise dataclasses.FrozenInstanceError(f"{name}: a configuration cannot be changed; use with_field")
 
     def with_field(self, key: str, value: Any) -> ExperimentConfig:
-        """Return a copy in which the dotted field ``key`` is ``value``."""
-        return _as_config(replaced(self, key, value))
+        """Return a copy in which the dotted field ``key`` (or ``sweep``) is ``value``."""
+        flat = _flatten({f.name: _plain(getattr(self, f.name)) for f in _FIELDS})
+        sweep = flat.pop("sweep")
+        if key == "sweep":
+            return self.of(_build(flat, value))
+        return self.of(_build({**flat, key: value}, {axis: v for axis, v in sweep.items() if axis != key}))
 
     def with_name(self, name: str) -> ExperimentConfig:
         """Return a copy with another name."""
         return self.with_field("name", name)
 
 
-def replaced(config: Any, key: str, value: Any) -> Any:
-    """Return a copy of a (nested) dataclass in which the dotted field ``key`` is ``value``; checks run again."""
-    head, _, rest = key.partition(".")
-    inner = replaced(getattr(config, head), rest, value) if rest else value
+_FIELDS = dataclasses.fields(Sections)
+
+
+def replaced(config: Any, changes: Mapping[str, Any]) -> Any:
+    """Return a copy of (nested) sections with dotted fields changed at once; what is allowed together is checked.
+
+    For values whose types were checked before; a plan calls this for every run.
+    """
     fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-    cls = Sections if isinstance(config, Sections) else type(config)
-    return cls(**{**fields, head: inner})
+    below: dict[str, dict[str, Any]] = {}
+    for key, value in changes.items():
+        head, _, rest = key.partition(".")
+        if rest:
+            below.setdefault(head, {})[rest] = value
+        else:
+            fields[head] = value
+    fields.update({head: replaced(fields[head], inner) for head, inner in below.items()})
+    return (Sections if isinstance(config, Sections) else type(config))(**fields)
 
 
-def _as_config(sections: Sections) -> ExperimentConfig:
-    return ExperimentConfig(**{f.name: getattr(sections, f.name) for f in dataclasses.fields(Sections)})
-
-
-def known_fields() -> list[str]:
+@functools.cache
+def known_fields() -> tuple[str, ...]:
     """Return the dotted names of all fields that can be set or swept."""
-    return [key for key in _flatten(dataclasses.asdict(Sections())) if key != "sweep"]
+    return tuple(key for key in _flatten(dataclasses.asdict(Sections())) if key != "sweep")
 
 
-def _flatten(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flatten(mapping: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested mappings by dotted names; the axes below ``sweep`` stay together."""
     flat: dict[str, Any] = {}
     for key, value in mapping.items():
-        if isinstance(value, Mapping) and prefix + key != "sweep":
+        if isinstance(value, Mapping) and value and f"{prefix}{key}" != "sweep":
             flat.update(_flatten(value, f"{prefix}{key}."))
         else:
-            flat[prefix + key] = value
+            flat[f"{prefix}{key}"] = value
     return flat
 
 
@@ -196,58 +229,104 @@ def _parser() -> ArgumentParser:
     return parser
 
 
-def config_from_mapping(mapping: Mapping[str, Any], base: Mapping[str, Any] | None = None) -> ExperimentConfig:
-    """Return the configuration that a nested mapping describes, over the (nested) ``base``.
+def config_from_mapping(mapping: Mapping[str, Any]) -> ExperimentConfig:
+    """Return the configuration that a nested mapping describes, over the defaults.
 
     Raises:
         UsageError: an unknown key (with the nearest name), a wrong type, or a value that is not allowed.
     """
-    flat = {**_flatten(base or {}), **_flatten(mapping)}
-    sweep = dict(flat.pop("sweep", None) or {})
-    known = known_fields()
+    flat = _flatten(mapping)
+    return ExperimentConfig.of(_build(flat, flat.pop("sweep", None) or {}))
+
+
+def _build(given: Mapping[str, Any], sweep: Any) -> Sections:
+    """Return checked sections from dotted fields and axes."""
+    flat = copy.deepcopy(dict(given))
     for key in flat:
-        if key not in known:
-            raise UsageError(f"{key}: no such field{nearest(key, known)}")
-    axes = {key: axis_values(key, value) for key, value in _flatten(sweep).items()}
+        if key not in known_fields():
+            raise UsageError(f"{key}: no such field{nearest(key, known_fields())}")
+    if not isinstance(sweep, Mapping):
+        raise UsageError(f"sweep: got {type(sweep).__name__}, allowed a mapping of fields to values")
+    axes = {key: _axis(key, values) for key, values in _flatten(sweep).items()}
     for key, values in axes.items():
-        _check_axis(key, values, known)
         # Fields that are swept together must also be allowed together, so the base is the first point of the grid.
         flat[key] = values[0]
-    config = _parsed(_nested(flat))
+    config = _parsed(flat)
     for key, values in axes.items():
         for value in values:
-            replaced(config, key, value)
-    return _as_config(dataclasses.replace(config, sweep=axes))
+            replaced(config, {key: value})
+    return dataclasses.replace(config, sweep=axes)
 
 
-def _check_axis(key: str, values: list[Any], known: Sequence[str]) -> None:
+def _axis(key: str, values: Any) -> list[Any]:
     if key in ("name", "output_dir", "num_runs") or key.startswith("slurm."):
         raise UsageError(f"sweep.{key}: this field belongs to the campaign as a whole and cannot be swept")
-    if key not in known:
-        raise UsageError(f"sweep.{key}: no such field{nearest(key, known)}")
-    for value in values:
-        _check_type(key, value)
+    if key not in known_fields():
+        raise UsageError(f"sweep.{key}: no such field{nearest(key, known_fields())}")
+    written = axis_values(key, copy.deepcopy(values), text=_is_text(key))
+    return [_typed({key: value}, f"sweep.{key}")[key] for value in written]
 
 
-def _check_type(key: str, value: Any) -> None:
-    """Refuse a value of another type; whether it is allowed is decided with the rest of the configuration."""
-    try:
-        _parsed(_nested({key: value}), f"sweep.{key}")
-    except UsageError as error:
-        if f"sweep.{key}" in str(error):
-            raise
+@functools.cache
+def _types() -> dict[str, Any]:
+    """Return the annotation of every field by its dotted name."""
+
+    def below(cls: type[Any], prefix: str) -> Iterator[tuple[str, Any]]:
+        for name, hint in typing.get_type_hints(cls).items():
+            if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+                yield from below(hint, f"{prefix}{name}.")
+            else:
+                yield prefix + name, hint
+
+    return dict(below(Sections, ""))
 
 
-def _parsed(nested: Mapping[str, Any], shown_key: str | None = None) -> Sections:
-    parser = _parser()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            namespace = parser.parse_object(dict(nested))
-            values = parser.instantiate(namespace)
-    except ArgumentError as error:
-        raise UsageError(_one_line(str(error), shown_key)) from error
-    return Sections(**vars(values))
+def _is_text(key: str) -> bool:
+    """Whether a field holds a text and nothing else (but for ``null``)."""
+    return _types()[key] in (str, str | None)
+
+
+def _typed(flat: Mapping[str, Any], shown_key: str | None = None) -> dict[str, Any]:
+    """Return the values as their fields' types have them; ``UsageError`` for another type."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            parsed = _flatten(_parser().parse_object(_nested(copy.deepcopy(dict(flat)))).as_dict())
+        except ArgumentError as error:
+            raise UsageError(_one_line(str(error), shown_key)) from error
+    return {key: _unconverted(shown_key or key, key, given, parsed[key]) for key, given in flat.items()}
+
+
+def _unconverted(shown_key: str, key: str, given: Any, parsed: Any) -> Any:
+    """Undo what the parser reads into a text ("12" as a number, "#" as nothing); refuse any other conversion."""
+    hint = _types()[key]
+    whole_to_float = type(given) is int and type(parsed) is float
+    missing = given is None and type(None) not in typing.get_args(hint)
+    if not missing and (whole_to_float or _kinds(given) == _kinds(parsed)):
+        return parsed
+    if isinstance(given, str) and (hint is str or str in typing.get_args(hint)):
+        return given
+    kinds = " or ".join(getattr(kind, "__name__", str(kind)) for kind in typing.get_args(hint) or (hint,))
+    raise UsageError(f"{shown_key}: got {given!r}, allowed {kinds.replace('NoneType', 'null')}")
+
+
+def _kinds(value: Any) -> Any:
+    return [_kinds(item) for item in value] if isinstance(value, list) else type(value)
+
+
+def _parsed(flat: Mapping[str, Any]) -> Sections:
+    sections: Any = Sections
+    return typing.cast(Sections, _instance(sections, _nested(_typed(flat))))
+
+
+def _instance(cls: type[Any], nested: Mapping[str, Any]) -> Any:
+    hints = typing.get_type_hints(cls)
+    return cls(
+        **{
+            name: _instance(hints[name], value) if dataclasses.is_dataclass(hints[name]) else value
+            for name, value in nested.items()
+        }
+    )
 
 
 def _one_line(message: str, shown_key: str | None) -> str:
@@ -272,17 +351,16 @@ def load_config(arguments: Sequence[str]) -> ExperimentConfig:
         MissingResourceError: the configuration file does not exist.
     """
     options, sweeps, path = _split(arguments)
-    base = read_config_file(path or DEFAULT_CONFIG)
-    merged = _flatten(base)
+    merged = _flatten(read_config_file(DEFAULT_CONFIG if path is None else path))
+    axes = merged.pop("sweep", None) or {}
+    if not isinstance(axes, Mapping):
+        raise UsageError(f"sweep: got {type(axes).__name__}, allowed a mapping of fields to values")
     merged.update(options)
-    axes = _flatten(merged.pop("sweep", None) or {})
-    for key in options:
-        axes.pop(key, None)
-    axes.update(sweeps)
-    return config_from_mapping({**_nested(merged), "sweep": axes})
+    kept = {key: values for key, values in _flatten(axes).items() if key not in options}
+    return config_from_mapping({**merged, "sweep": {**kept, **sweeps}})
 
 
-def read_config_file(path: str | Path) -> dict[str, Any]:
+def read_config_file(path: str | Path) -> dict[Any, Any]:
     """Return the mapping in a YAML file, with dotted keys allowed at any level."""
     path = Path(path)
     if not path.is_file():
@@ -293,7 +371,7 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
         raise UsageError(f"--config: {path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise UsageError(f"--config: {path} must hold a mapping of fields, got {type(content).__name__}")
-    return {str(key): value for key, value in content.items()}
+    return content
 
 
 def _split(arguments: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any], str | None]:
@@ -312,14 +390,19 @@ def _split(arguments: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any], st
             value = pending.pop(0)
         if key == "config":
             path = value
+        elif key == "sweep":
+            raise UsageError("--sweep: needs a field, e.g. --sweep.fault.bit 0:32")
         elif key.startswith("sweep."):
             sweeps[key.removeprefix("sweep.")] = value
         else:
-            options[key] = _scalar(key, value)
+            options.update(_flatten({key: _value(key, value)}))
     return options, sweeps, path
 
 
-def _scalar(key: str, text: str) -> Any:
+def _value(key: str, text: str) -> Any:
+    if key in known_fields() and _is_text(key):
+        optional = type(None) in typing.get_args(_types()[key])
+        return None if optional and text == "null" else text
     try:
         return load_yaml(text) if text else text
     except yaml.YAMLError as error:

@@ -14,7 +14,6 @@ Public names: ``PlannedRun``, ``Plan``, ``make_plan``, ``canonical_json``, ``Sha
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import itertools
 import json
@@ -69,10 +68,7 @@ class Plan:
 
     def config_of(self, run: PlannedRun) -> ExperimentConfig:
         """Return the configuration of one run: the campaign's, with the run's axis values in place."""
-        config: Any = self.config
-        for key, value in zip(self.axes, run.values, strict=True):
-            config = replaced(config, key, value)
-        return config if isinstance(config, ExperimentConfig) else _with_sections(config)
+        return ExperimentConfig.of(replaced(self.config, dict(zip(self.axes, run.values, strict=True))))
 
     def by_id(self, run_id: str) -> PlannedRun:
         """Return the run with this identity; ``UsageError`` if the plan has none."""
@@ -82,10 +78,6 @@ class Plan:
         raise UsageError(f"run id: {run_id!r} is not in this plan of {len(self.runs)} runs")
 
 
-def _with_sections(sections: Any) -> ExperimentConfig:
-    return ExperimentConfig(**{f.name: getattr(sections, f.name) for f in dataclasses.fields(sections)})
-
-
 def make_plan(config: ExperimentConfig) -> Plan:
     """Return the plan of ``config``.
 
@@ -93,9 +85,7 @@ def make_plan(config: ExperimentConfig) -> Plan:
         UsageError: a combination of axis values that is not allowed, or two points that are the same run.
     """
     axes = tuple(config.sweep)
-    for key, values in config.sweep.items():
-        for value in values:
-            replaced(config, key, value)
+    _check_combinations(config)
     base = _determining(config)
     runs: list[PlannedRun] = []
     seen: set[str] = set()
@@ -110,7 +100,6 @@ def make_plan(config: ExperimentConfig) -> Plan:
                 raise UsageError(f"sweep: two runs of the grid are identical ({dict(zip(axes, values, strict=True))})")
             seen.add(run_id)
             runs.append(PlannedRun(run_id, len(runs), repeat, values))
-    _check_combinations(config, axes)
     return Plan(config, axes, tuple(runs))
 
 
@@ -119,16 +108,20 @@ def _determining(config: ExperimentConfig) -> dict[str, Any]:
     return {key: _plain(field_of(config, key)) for key in [*keys, "seed"]}
 
 
-def _check_combinations(config: ExperimentConfig, axes: tuple[str, ...]) -> None:
+_CHECKED_TOGETHER = (
+    ("data.num_samples", "data.batch_size"),
+    ("fault.layers", "fault.layer_mode", "fault.layer_pattern"),
+    ("model.dtype", "fault.bit", "fault.location", "fault.kind", "fault.rate"),
+)
+"""Fields that restrict each other."""
+
+
+def _check_combinations(config: ExperimentConfig) -> None:
     """Refuse values that are allowed alone but not together (a bit that one of the swept dtypes does not have)."""
-    together = [
-        key for key in axes if key in ("model.dtype", "fault.bit", "fault.location", "fault.kind", "fault.rate")
-    ]
-    for values in itertools.product(*(config.sweep[key] for key in together)):
-        checked: Any = config
-        for key, value in zip(together, values, strict=True):
-            head, _, rest = key.partition(".")
-            checked = replaced(checked, f"{head}.{rest}", value)
+    for group in _CHECKED_TOGETHER:
+        axes = [key for key in group if key in config.sweep]
+        for values in itertools.product(*(config.sweep[key] for key in axes)):
+            replaced(config, dict(zip(axes, values, strict=True)))
 
 
 def field_of(config: Any, key: str) -> Any:
@@ -169,12 +162,15 @@ def parse_shard(text: str | None, environment: Mapping[str, str]) -> Shard:
     task, count = environment.get("SLURM_ARRAY_TASK_ID"), environment.get("SLURM_ARRAY_TASK_COUNT")
     if task is None or count is None:
         return Shard()
-    first = int(environment.get("SLURM_ARRAY_TASK_MIN", "0"))
-    step = int(environment.get("SLURM_ARRAY_TASK_STEP", "1"))
-    number = (int(task) - first) // step + 1
-    if not 1 <= number <= int(count):
-        raise UsageError(f"SLURM_ARRAY_TASK_ID: task {task} does not fit an array of {count} from {first} by {step}")
-    return Shard(number, int(count))
+    first, step = environment.get("SLURM_ARRAY_TASK_MIN", "0"), environment.get("SLURM_ARRAY_TASK_STEP", "1")
+    numbers = [int(text) if re.fullmatch(r"\d+", text) else -1 for text in (task, count, first, step)]
+    if min(numbers) >= 0 and numbers[3] > 0:
+        number, rest = divmod(numbers[0] - numbers[2], numbers[3])
+        if rest == 0 and 1 <= number + 1 <= numbers[1]:
+            return Shard(number + 1, numbers[1])
+    raise UsageError(
+        f"SLURM_ARRAY_TASK_ID: task {task!r} does not fit an array of {count!r} from {first!r} by {step!r}"
+    )
 
 
 def shard_of(plan: Plan, shard: Shard) -> list[PlannedRun]:

@@ -23,22 +23,26 @@ from experiments.yaml_text import load_yaml
 _RANGE = re.compile(r"(-?\d+):(-?\d+)(?::(-?\d+))?")
 
 
-def axis_values(key: str, values: Any) -> list[Any]:
+def axis_values(key: str, values: Any, *, text: bool = False) -> list[Any]:
     """Return the values of the axis ``key``.
 
     Args:
         key: the dotted field, for messages.
         values: a comma list or a ``start:stop[:step]`` range as text, or a list (whose texts may be ranges).
+        text: the field holds texts: what looks like a number, a range or YAML is taken as it is.
 
     Raises:
-        UsageError: an empty axis or range, or a value that is given twice.
+        UsageError: an empty axis or range, text that is no YAML, or a value that is given twice.
     """
+    written = isinstance(values, str)
     if isinstance(values, str):
-        text = values.strip()
-        parts = load_list(key, text) if text.startswith("[") else [part.strip() for part in text.split(",")]
+        stripped = values.strip()
+        parts = load_list(key, stripped) if stripped.startswith("[") else [part.strip() for part in stripped.split(",")]
+        parts = [] if parts == [""] else parts
+        written = not stripped.startswith("[")
     else:
-        parts = values if isinstance(values, list) else [values]
-    expanded = [value for part in parts for value in _expanded(key, part, parsed=not isinstance(values, list))]
+        parts = list(values) if isinstance(values, (list, tuple)) else [values]
+    expanded = [value for part in parts for value in ([part] if text else _expanded(key, part, parsed=written))]
     if not expanded:
         raise UsageError(f"sweep.{key}: got no values")
     for position, value in enumerate(expanded):
@@ -49,11 +53,15 @@ def axis_values(key: str, values: Any) -> list[Any]:
 
 def load_list(key: str, text: str) -> list[Any]:
     """Read a YAML list."""
-    try:
-        loaded = load_yaml(text)
-    except yaml.YAMLError as error:
-        raise UsageError(f"sweep.{key}: got {text!r}, which is not a valid list") from error
+    loaded = _loaded(key, text)
     return loaded if isinstance(loaded, list) else [loaded]
+
+
+def _loaded(key: str, text: str) -> Any:
+    try:
+        return load_yaml(text)
+    except yaml.YAMLError as error:
+        raise UsageError(f"sweep.{key}: got {text!r}, which is not valid YAML") from error
 
 
 def _expanded(key: str, part: Any, *, parsed: bool) -> list[Any]:
@@ -61,7 +69,7 @@ def _expanded(key: str, part: Any, *, parsed: bool) -> list[Any]:
         return [part]
     match = _RANGE.fullmatch(part)
     if match is None:
-        return [load_yaml(part) if parsed and part else part]
+        return [_loaded(key, part) if parsed and part else part]
     start, stop, step = int(match[1]), int(match[2]), int(match[3] or 1)
     if step == 0 or not range(start, stop, step):
         raise UsageError(f"sweep.{key}: the range {part} is empty")

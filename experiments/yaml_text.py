@@ -1,4 +1,4 @@
-"""YAML as users expect it: ``1e-6`` is a number and ``1:32`` is a text.
+"""YAML as users expect it: ``1e-6`` is a number, ``1:32`` and ``2024-01-01`` are texts, no key counts twice.
 
 YAML 1.1, which PyYAML reads, takes ``1e-6`` for a text and ``1:32`` for 92 (base 60); both would be silent traps here.
 
@@ -11,17 +11,30 @@ Public names: ``load_yaml``, ``dump_yaml``.
 from __future__ import annotations
 
 import re
+from collections.abc import Hashable
 from typing import Any
 
 import yaml
 
 
 class _Loader(yaml.SafeLoader):
-    """The safe loader with JSON's idea of a number."""
+    """The safe loader with JSON's idea of a number, without dates, and with every key once."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, Hashable) and key in seen:
+                raise yaml.constructor.ConstructorError(
+                    "while reading a mapping", node.start_mark, f"the key {key!r} is given twice", key_node.start_mark
+                )
+            if isinstance(key, Hashable):
+                seen.add(key)
+        return super().construct_mapping(node, deep=deep)
 
 
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":float", ":int"))]
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":float", ":int", ":timestamp"))]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver(

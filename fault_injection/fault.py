@@ -91,6 +91,8 @@ class FaultSpec:
             raise ValueError(f"fault.bit: got {self.bits!r}, allowed a tuple of bit numbers, a field name or None")
         if isinstance(self.bits, tuple):
             object.__setattr__(self, "bits", tuple(int(bit) for bit in self.bits))
+            if min(self.bits, default=0) < 0:
+                raise ValueError(f"bit: got {min(self.bits)}, allowed 0 or more")
             if not self.bits:
                 raise ValueError("fault.bit: got an empty list; leave it out to draw any bit")
             check_bits(self.bits, torch.float64)

@@ -202,11 +202,9 @@ def test_what_belongs_to_the_whole_campaign_cannot_be_swept(key: str) -> None:
         (["--seed", ""], "seed: got"),
         (["--num_runs", "0"], "num_runs: got 0, allowed 1 or more"),
         (["--num_runs", "1e2"], "num_runs: got 100.0, allowed int"),
-        (["--name", "5"], "name: got 5, allowed str"),
         (["--name", "../x"], "name: got '../x', allowed letters, digits"),
         (["--name", ".hidden"], "name: got '.hidden'"),
         (["--name", "a/b"], "name: got 'a/b'"),
-        (["--model.path", "5"], "model.path: got 5, allowed str"),
         (["--model.path="], "model.path: got an empty text"),
         (["--model.dtype", "floot32"], "model.dtype: got 'floot32', .*did you mean 'float32'"),
         (["--model.device", "gpu"], "model.device: got 'gpu', allowed auto, cpu, cuda, cuda:N"),
@@ -222,7 +220,7 @@ def test_what_belongs_to_the_whole_campaign_cannot_be_swept(key: str) -> None:
         (["--fault.bit", "expnent"], "fault.bit: got 'expnent', .*did you mean 'exponent'"),
         (["--fault.bit", "[]"], "fault.bit: got an empty list"),
         (["--fault.bit", "[3, 3]"], "fault.bit: 3 is given twice"),
-        (["--fault.bit", "-1"], "fault.bit: got -1, allowed 0..31 for float32"),
+        (["--fault.bit", "-1"], "fault.bit: got -1, allowed 0 or more"),
         (["--fault.bit", "null", "--fault.kind", "bit_error_rate"], "fault.rate: kind 'bit_error_rate' needs a rate"),
         (["--fault.bit", "null", "--fault.rate", "0.1"], "fault.rate: kind 'bitflip' has no use for a rate"),
         (["--fault.kind", "zero", "--fault.bit", "3"], "fault.bit: kind 'zero' has no use for a bit"),
@@ -253,7 +251,7 @@ def test_what_belongs_to_the_whole_campaign_cannot_be_swept(key: str) -> None:
         (["--sweep.fault.location", "q,weigths"], "fault.location: got 'weigths', .*did you mean 'weights'"),
         (["--sweep.fault.location", "q,"], r"(sweep\.)?fault.location: got ''"),
         (["--sweep.fault.layer_pattern", "h,("], r"fault.layer_pattern: '\(' is no regular expression"),
-        (["--sweep.fault.location", "{"], "sweep.fault.location"),
+        (["--sweep.fault.location", "{"], "fault.location: got '{'"),
         (["--seed", "[1"], r"seed: got '\[1', which is not valid YAML"),
     ],
 )
@@ -412,6 +410,7 @@ def test_axes_are_written_and_read_back_equal(sweep: dict[str, Any]) -> None:
     config = ExperimentConfig(sweep=sweep)
     again = config_from_mapping(load_yaml(dump_config(config)))
     assert again.sweep == sweep
+    assert again == config, "a campaign begun from Python could not be resumed"
     assert [run.run_id for run in make_plan(again).runs] == [run.run_id for run in make_plan(config).runs]
 
 

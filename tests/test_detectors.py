@@ -122,6 +122,22 @@ def test_no_detector_fires_on_clean_attention(dtype, kv_equal):
                 assert not detector.check(state, detector.reduce(state)).fired, (name, options, mask)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kv_equal", [False, True])
+def test_no_violation_on_the_rows_counted_in_the_documentation(dtype, kv_equal):
+    rows = dict.fromkeys(("s@w", "q@o", "comb"), 0)
+    for keys, seeds in ((64, 12), (256, 4), (1024, 1)):
+        for seed, gain, mask in itertools.product(range(seeds), [0.3, 1, 4, 16], ["causal", "padded"]):
+            options = {"dtype": dtype, "rows": keys, "keys": keys, "gain": gain, "kv_heads": 2}
+            state = random_state(seed, mask=mask, kv_equal=kv_equal, **options)
+            for name in rows:
+                verdict = get_detector(name).check(state)
+                assert not verdict.fired, (name, options, mask, verdict)
+                rows[name] += verdict.rows_checked
+    assert set(rows.values()) == {165_296}
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_float32_softmax_inside_a_half_precision_model_is_clean(dtype):
     for kv_equal, gain in itertools.product([False, True], [0.5, 8.0]):

@@ -104,13 +104,6 @@ def test_a_run_twice_in_one_shard_counts_once(made: Made) -> None:
     assert made.merged() == [0, 1]
 
 
-def test_a_run_twice_in_one_shard_keeps_its_detections_once(made: Made) -> None:
-    made.runs("0001", [1, 1])
-    made.detections("0001", [1, 1])
-    merge_campaign(made.folder)
-    assert made.merged("detections.csv") == [1, 1]
-
-
 @pytest.mark.parametrize("value", [0.2, -0.1, None, float("nan")])
 def test_a_run_with_two_results_is_refused_with_what_differs(made: Made, value: float | None) -> None:
     made.runs("0001", [0, 1])
