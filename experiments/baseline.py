@@ -13,13 +13,16 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from bounds import Detector, Verdict
+from experiments.errors import CheckRefusedError
 from experiments.objective import Evaluation
 from experiments.subject import Subject
 from experiments.watcher import Situation, Watcher
 from fault_injection import Site, SiteSurvey
+from fault_injection.model_outputs import bitwise_equal
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,8 +54,18 @@ def compute_baseline(subject: Subject, batch: Mapping[str, Tensor], detectors: S
     kv_equal = {key: same and subject.kv_equal[key[0]] for key, same in survey.kv_identical.items()}
     situation = Situation(dict(survey.visible), dict(survey.plain_logits), kv_equal)
     watcher = Watcher(detectors, situation)
-    subject.forward(batch, watcher)
+    watched = subject.forward(batch, watcher)
     evaluation, seconds = timed_forward(subject, batch)
+    if not bitwise_equal(watched.output, evaluation.output):
+        raise CheckRefusedError(
+            "control run: the fault-free pass gives another output when detectors look at it; a detector writes into "
+            "the tensors it reads, or the pass is not deterministic"
+        )
+    if not bool(torch.isfinite(evaluation.output).all()):
+        raise CheckRefusedError(
+            f"the fault-free output of {type(subject.model).__name__} in {subject.dtype} is not finite on an input of "
+            "this campaign; no fault could be told from it"
+        )
     situation = replace(situation, baseline=watcher.statistics)
     return Baseline(evaluation, survey.sites(), situation, watcher.verdicts, seconds)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,17 @@ from experiments.csv_file import read_rows, write_rows, write_text
 from experiments.errors import CheckRefusedError, MissingResourceError, UsageError
 from experiments.plan import Plan, canonical_json
 from experiments.result import ExperimentResult, cell, columns
+from experiments.writer_lock import is_held
 
 UNBOUND = ("output_dir", "slurm.")
 """Fields that may change between the sessions of one campaign: they decide where and how, not what."""
+
+
+_OWN_ENTRIES = {
+    *("config.yaml", "provenance.json", "plan.csv", "shards", "trace", "logs"),
+    *("runs.csv", "detections.csv", "clean.csv", "failures.csv", "summary.csv", "report.html"),
+}
+"""What a campaign writes; nothing else is ever removed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +104,10 @@ class CampaignFolder:
         Raises:
             CheckRefusedError: another process is writing a shard.
         """
-        others = [path.name for path in self.shards.glob("*.lock") if path != own_lock]
+        foreign = sorted({entry.name for entry in self.path.iterdir()} - _OWN_ENTRIES)
+        if foreign:
+            raise UsageError(f"--overwrite: {self.path} holds {foreign[0]}, which no campaign made; move it away first")
+        others = [path.name for path in self.shards.glob("*.lock") if path != own_lock and is_held(path)]
         if others:
             raise CheckRefusedError(f"{self.shards}: {', '.join(others)} shows that another process is writing there")
         for entry in [*self.path.iterdir(), *self.shards.iterdir()]:
@@ -140,7 +152,9 @@ class CampaignFolder:
 
     def shard_files(self, suffix: str = "") -> list[Path]:
         """Return the files of one kind of all shards, in order."""
-        return sorted(self.shards.glob(f"[0-9][0-9][0-9][0-9]{suffix}.csv"))
+        pattern = re.compile(rf"\d{{4,}}{re.escape(suffix)}\.csv")
+        found = [path for path in self.shards.glob("*.csv") if pattern.fullmatch(path.name)]
+        return sorted(found, key=lambda path: int(path.name.partition(".")[0]))
 
     def finished_runs(self) -> set[str]:
         """Return the ids of the runs whose rows are on disk."""

@@ -55,22 +55,38 @@ def read_rows(path: Path, columns: Sequence[str]) -> list[list[str]]:
     """
     if not path.is_file():
         return []
-    content = path.read_bytes()
-    complete = content[: content.rfind(b"\n") + 1]
-    lines = list(csv.reader(io.StringIO(complete.decode("utf-8", errors="replace"), newline="")))
-    if not lines:
-        return []
-    if lines[0] != list(columns):
-        raise CheckRefusedError(f"{path}: its columns are not those of this version; use another name or --overwrite")
-    for number, row in enumerate(lines[1:], start=2):
-        if len(row) != len(columns):
-            if number == len(lines):
-                return lines[1:-1]
+    text = _complete_text(path)
+    reader = csv.reader(io.StringIO(text, newline=""))
+    rows: list[list[str]] = []
+    for row in reader:
+        if not rows and row != list(columns):
             raise CheckRefusedError(
-                f"{path}: line {number} has {len(row)} cells, expected {len(columns)}; the file is damaged. "
+                f"{path}: its columns are not those of this version; use another name or --overwrite"
+            )
+        if len(row) != len(columns):
+            raise CheckRefusedError(
+                f"{path}: line {reader.line_num} has {len(row)} cells, expected {len(columns)}; the file is damaged. "
                 "Delete that line to have its run repeated"
             )
-    return lines[1:]
+        rows.append(row)
+    return rows[1:]
+
+
+def _complete_text(path: Path) -> str:
+    """Return the text up to the end of the last complete row: the last newline that is not inside a quoted cell."""
+    content = path.read_bytes()
+    end = start = 0
+    quotes = 0
+    while (newline := content.find(b"\n", start)) >= 0:
+        quotes += content.count(b'"', start, newline)
+        start = newline + 1
+        if quotes % 2 == 0:
+            end = start
+    try:
+        return content[:end].decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise CheckRefusedError(f"{path}: line {line} is no UTF-8 text; the file is damaged") from error
 
 
 class CsvFile:

@@ -51,10 +51,10 @@ def effect_of(
     loss_diff = None
     if baseline.loss is not None and injected.loss is not None:
         loss_diff = injected.loss - baseline.loss
-    if bitwise_equal(baseline.output, injected.output):
+    nonfinite_rows = int((~torch.isfinite(injected.output).all(-1)).sum())
+    if not nonfinite_rows and bitwise_equal(baseline.output, injected.output):
         return Effect("masked", loss_diff, 0.0, 0.0 if predicts else None, 0 if predicts else None, 0)
     real = real_positions(batch)
-    nonfinite_rows = int((~torch.isfinite(injected.output).all(-1)).sum())
     change = relative_change(baseline.output, injected.output, real).l2_relative
     divergence = kl_mean(baseline.output, injected.output, real) if predicts else None
     changed = top1_changed(baseline.output, injected.output, real) if predicts else None

@@ -76,10 +76,19 @@ class PairedRunner:
         subject: the patched model.
         batches: batches on its device, as ``Subject.to_device`` returns them.
         forward: the cache, trace and counters that passes go through.
+        model_name: what the rows call the model (default: ``model.path`` of the run's configuration).
     """
 
-    def __init__(self, subject: Subject, batches: Sequence[Mapping[str, Tensor]], forward: CachedForward) -> None:
+    def __init__(
+        self,
+        subject: Subject,
+        batches: Sequence[Mapping[str, Tensor]],
+        forward: CachedForward,
+        *,
+        model_name: str | None = None,
+    ) -> None:
         self.subject = subject
+        self._model_name = model_name
         self.batches = batches
         self.forward = forward
         self.clean: dict[tuple[str, str, int | None], CleanRow] = {}
@@ -110,9 +119,12 @@ class PairedRunner:
         fault = config.fault
         allowed = instrumentation_of(self.subject.model).injection_layers
         layers = fault.layer_list()
-        if layers is None and allowed is not None:
-            layers = list(allowed)
-        return candidate_layers(self.subject.layer_names, layers, fault.layer_pattern)
+        if allowed is None:
+            return candidate_layers(self.subject.layer_names, layers, fault.layer_pattern)
+        refused = sorted(set(layers or ()) - set(allowed))
+        if refused:
+            raise ValueError(f"fault.layers: got {refused[0]}, allowed {list(allowed)} (injection_layers of the patch)")
+        return candidate_layers(self.subject.layer_names, layers or list(allowed), fault.layer_pattern)
 
     def check_fault(self, config: ExperimentConfig) -> None:
         """Raise ``ValueError`` or ``IndexError`` if such a fault cannot be drawn on the first batch."""
@@ -258,6 +270,8 @@ class PairedRunner:
         result = experiment_result(
             planned=planned,
             config=config,
+            model=self._model_name or config.model.path,
+            dtype=str(self.subject.dtype).removeprefix("torch."),
             device=str(self.subject.device),
             depth=len(self.subject.cores),
             batch_index=batch_index,

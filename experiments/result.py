@@ -12,6 +12,7 @@ Public names: ``ExperimentResult``, ``DetectionRow``, ``CleanRow``, ``FailureRow
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -138,8 +139,9 @@ def cell(value: Any) -> str:
     if value is None:
         return ""
     if isinstance(value, float):
-        return repr(value)
-    return " ".join(str(value).split()) if isinstance(value, str) else str(value)
+        # NumPy's floats are floats, but write themselves otherwise.
+        return repr(float(value))
+    return re.sub(r"\s*[\r\n]+\s*", " ", value) if isinstance(value, str) else str(value)
 
 
 def cells(row: Any) -> list[str]:

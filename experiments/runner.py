@@ -10,7 +10,7 @@ Public name: ``CompleteExperimentRunner``.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -90,13 +90,13 @@ class CompleteExperimentRunner:
         return self._execute([planned], model, dataloader)[0]
 
     def _execute(
-        self, runs: Iterable[PlannedRun], model: nn.Module, dataloader: Iterable[Any]
+        self, runs: Sequence[PlannedRun], model: nn.Module, dataloader: Iterable[Any]
     ) -> list[ExperimentResult]:
         with self._pairs(model, dataloader) as pairs:
-            configs = {run.values: self.plan.config_of(run) for run in runs}
-            check_runs(pairs, configs.values())
+            configs = [self.plan.config_of(run) for run in runs]
+            check_runs(pairs, configs)
             pairs.prepare(self.config)
-            self.records = [pairs.run(run, configs[run.values]) for run in runs]
+            self.records = [pairs.run(run, config) for run, config in zip(runs, configs, strict=True)]
         return [record.result for record in self.records]
 
     @contextmanager
@@ -109,4 +109,5 @@ class CompleteExperimentRunner:
         force_kv = self.config.model.force_kv_equal
         with Subject(model, self._family, force_kv_equal=force_kv) as subject:
             forward = CachedForward(self._cache, self._trace, self._stats, model=model, device=subject.device)
-            yield PairedRunner(subject, [subject.to_device(batch) for batch in batches], forward)
+            name = getattr(model, "name_or_path", "") or type(model).__name__
+            yield PairedRunner(subject, [subject.to_device(batch) for batch in batches], forward, model_name=name)

@@ -33,9 +33,9 @@ def sample_size(margin: float, confidence: float, population: int | None = None,
             raise ValueError(f"{name}: got {value}, allowed a number between 0 and 1")
     if population is not None and population < 1:
         raise ValueError(f"population: got {population}, allowed 1 or more")
-    # The usual tables round t to two or three digits: 1.96 for 95 %, 2.576 for 99 %.
-    quantile = round(float(norm.ppf(0.5 + confidence / 2)), 3)
+    quantile = float(norm.isf((1 - confidence) / 2))
     unlimited = quantile**2 * rate * (1 - rate) / margin**2
     if population is None:
-        return math.ceil(unlimited - 1e-6)
-    return math.ceil(population / (1 + (population - 1) / unlimited) - 1e-6)
+        return max(1, math.ceil(unlimited))
+    # The equation as n = N u / (u + N - 1), with u its limit for an unlimited population.
+    return min(population, max(1, math.ceil(population * unlimited / (unlimited + population - 1))))

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from experiments.errors import UsageError
 from experiments.model_facts import facts_from_config, model_family
 from experiments.objective import Evaluation, loss_and_logits
 from experiments.windows import model_inputs, validate_batch
@@ -55,7 +56,7 @@ class Subject:
         self.family = family or model_family(model)
         self._owns_patch = not is_patched(model)
         self._accepts_cache = "use_cache" in inspect.signature(model.forward).parameters
-        self._training = model.training
+        self._training = [(module, module.training) for module in model.modules()]
         model.eval()
         example = None if first_batch is None else self._arguments(first_batch)
         if self._owns_patch:
@@ -64,6 +65,8 @@ class Subject:
         parameter = next(model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
         consistency = check_kv_consistency(model, example_inputs=example)
+        if force_kv_equal and not all(entry.kv_equal for entry in consistency.values()):
+            raise UsageError("model.force_kv_equal: the model is already patched; patch it with force_kv_equal=True")
         self.kv_equal = {core.index: bool(consistency[core.name].kv_equal) for core in self.cores}
 
     def __enter__(self) -> Subject:
@@ -75,10 +78,11 @@ class Subject:
         self.close()
 
     def close(self) -> None:
-        """Unpatch the model if this subject patched it, and restore its training flag."""
+        """Unpatch the model if this subject patched it, and restore its training flags."""
         if self._owns_patch and is_patched(self.model):
             unpatch_model(self.model)
-        self.model.train(self._training)
+        for module, flag in self._training:
+            module.training = flag
 
     @property
     def layer_names(self) -> list[str]:

@@ -6,11 +6,12 @@
 Only atomic creation and rename are used, which also hold on network file systems. A lock left behind by a process of
 this machine that no longer lives is taken over; one of another machine is not, since nobody here can know.
 
-Public name: ``WriterLock``.
+Public names: ``WriterLock``, ``is_held``.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -56,25 +57,49 @@ class WriterLock:
         stale = self._path.with_name(f".{self._path.name}.{uuid.uuid4().hex}.stale")
         holder = self._holder()
         if holder is not None and _may_live(holder):
-            raise CheckRefusedError(
-                f"{self._path}: process {holder.get('pid')} on {holder.get('host')} is writing this shard; "
-                "two writers would spoil it. If that process is gone, delete the file"
-            )
+            raise self._refusal(holder)
         try:
             os.rename(self._path, stale)
         except FileNotFoundError:
             pass
         else:
-            stale.unlink()
+            self._check_taken(stale, holder)
         if not self._create():
             raise CheckRefusedError(f"{self._path}: another process took this shard over at the same moment")
 
-    def _holder(self) -> dict[str, object] | None:
+    def _check_taken(self, taken: Path, expected: dict[str, object] | None) -> None:
+        """Put the lock back if it is no longer the dead holder's: somebody was faster."""
+        found = _read(taken)
         try:
-            loaded = json.loads(self._path.read_text(encoding="utf-8"))
-        except (FileNotFoundError, json.JSONDecodeError):
-            return None
-        return loaded if isinstance(loaded, dict) else None
+            if found != expected and found is not None:
+                with contextlib.suppress(FileExistsError):
+                    os.link(taken, self._path)
+                raise self._refusal(found)
+        finally:
+            taken.unlink()
+
+    def _refusal(self, holder: dict[str, object]) -> CheckRefusedError:
+        return CheckRefusedError(
+            f"{self._path}: process {holder.get('pid')} on {holder.get('host')} is writing this shard; "
+            "two writers would spoil it. If that process is gone, delete the file"
+        )
+
+    def _holder(self) -> dict[str, object] | None:
+        return _read(self._path)
+
+
+def is_held(path: Path) -> bool:
+    """Whether a process that may live holds the lock ``path``."""
+    holder = _read(path)
+    return holder is not None and _may_live(holder)
+
+
+def _read(path: Path) -> dict[str, object] | None:
+    try:
+        loaded = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
+        return None
+    return loaded if isinstance(loaded, dict) else None
 
 
 def _identity() -> dict[str, object]:
@@ -87,6 +112,8 @@ def _may_live(holder: dict[str, object]) -> bool:
         return True
     try:
         process = psutil.Process(int(str(holder.get("pid"))))
-        return abs(process.create_time() - float(str(holder.get("started")))) < 1.0 and process.is_running()
+        same = abs(process.create_time() - float(str(holder.get("started")))) < 1.0
+        # A zombie writes no more, and may stay one for ever where nobody waits for it.
+        return same and process.status() != psutil.STATUS_ZOMBIE
     except (psutil.NoSuchProcess, ValueError):
         return False

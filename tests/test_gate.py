@@ -77,7 +77,9 @@ def test_one_ulp_in_one_layer_is_refused_and_the_layer_is_named(
     subject: Subject, monkeypatch: pytest.MonkeyPatch, layer: int
 ) -> None:
     disturb(monkeypatch, {layer}, one_ulp)
-    with pytest.raises(CheckRefusedError, match=rf"the first layer that differs is transformer\.h\.{layer}\.attn\. The"):
+    with pytest.raises(
+        CheckRefusedError, match=rf"the first layer that differs is transformer\.h\.{layer}\.attn\. The"
+    ):
         equivalence_gate(subject, batch_of(subject))
 
 
@@ -116,8 +118,9 @@ def test_a_clean_model_that_is_not_finite_is_refused(value: float) -> None:
     model = micro_gpt2()
     with torch.no_grad():
         model.transformer.ln_f.bias[3] = value
-    with Subject(model, "causal") as subject, pytest.raises(
-        CheckRefusedError, match=r"fault-free output of GPT2LMHeadModel in torch\.float32 is not finite"
+    with (
+        Subject(model, "causal") as subject,
+        pytest.raises(CheckRefusedError, match=r"fault-free output of GPT2LMHeadModel in torch\.float32 is not finite"),
     ):
         equivalence_gate(subject, batch_of(subject))
 

@@ -44,12 +44,16 @@ class Made:
         return ExperimentResult(**{"run_id": self.ids[number], "outcome": "benign", "loss_diff": 0.1, **values})
 
     def detections(self, shard: str, numbers: Sequence[int], **values: Any) -> None:
-        rows = [DetectionRow(run_id=self.ids[n], detector=d, layer=0, **values) for n in numbers for d in ("finite", "s@w")]
+        rows = [
+            DetectionRow(run_id=self.ids[n], detector=d, layer=0, **values) for n in numbers for d in ("finite", "s@w")
+        ]
         self.write(f"{shard}.detections", DetectionRow, rows)
 
     def failures(self, shard: str, numbers: Sequence[int], why: str = "ValueError: x") -> None:
         self.write(
-            f"{shard}.failures", FailureRow, [FailureRow(run_id=self.ids[n], exception=why, traceback="t") for n in numbers]
+            f"{shard}.failures",
+            FailureRow,
+            [FailureRow(run_id=self.ids[n], exception=why, traceback="t") for n in numbers],
         )
 
     def merged(self, name: str = "runs.csv") -> list[int]:
@@ -84,7 +88,12 @@ def test_missing_runs_are_named_in_the_order_of_the_plan(made: Made) -> None:
 
 def test_a_campaign_without_shards_has_empty_tables_with_headers(made: Made) -> None:
     assert merge_campaign(made.folder).missing == tuple(made.ids)
-    for name, row_type in (("runs", ExperimentResult), ("detections", DetectionRow), ("clean", CleanRow), ("failures", FailureRow)):
+    for name, row_type in (
+        ("runs", ExperimentResult),
+        ("detections", DetectionRow),
+        ("clean", CleanRow),
+        ("failures", FailureRow),
+    ):
         assert made.folder.file(f"{name}.csv").read_text() == ",".join(columns(row_type)) + "\n"
 
 

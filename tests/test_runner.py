@@ -90,7 +90,9 @@ def test_every_number_of_a_row_is_that_of_an_independent_pass(model: nn.Module, 
             expected = F.cross_entropy(logits[:, :-1].double().flatten(0, 1), tokens[:, 1:].flatten())
             assert loss == pytest.approx(float(expected), rel=1e-12, nan_ok=True)
         hit = injector.records[0]
-        assert (result.value_before, result.value_after) == pytest.approx((hit.value_before, hit.value_after), nan_ok=True)
+        assert (result.value_before, result.value_after) == pytest.approx(
+            (hit.value_before, hit.value_after), nan_ok=True
+        )
         assert int(result.bits_before, 16) ^ int(result.bits_after, 16) == 1 << result.bit
         assert (result.index_batch, result.index_head, result.index_row, result.index_col) == fault.index
         assert (result.layer, result.module) == (fault.layer, f"transformer.h.{fault.layer}.attn")
@@ -143,8 +145,9 @@ def test_a_fault_that_makes_nan_is_an_outcome_of_its_own(model: nn.Module, locat
         assert result.nonfinite
         assert result.violation_detected
         assert "finite" in result.detectors.split(";")
-        assert not math.isfinite(result.loss_diff)
     assert any(math.isnan(result.value_after) for result in nonfinite)
+    # What the last position of a window predicts is not in the loss, so the loss alone does not tell.
+    assert any(math.isnan(result.loss_diff) for result in nonfinite)
 
 
 def test_an_overflow_behind_the_last_attention_is_seen_by_finite(model: nn.Module) -> None:
@@ -232,7 +235,8 @@ def test_a_baseline_that_does_not_repeat_is_refused(model: nn.Module) -> None:
 def test_the_loss_that_counts_as_critical_changes_the_word_and_nothing_else(model: nn.Module) -> None:
     config = {"num_runs": 10, "injection_location": "q", "injection_bit": 22}
     strict, lax = (
-        CompleteExperimentRunner(config_of(**config, critical_loss=limit)).run_all(model, BATCHES) for limit in (0.0, 1e9)
+        CompleteExperimentRunner(config_of(**config, critical_loss=limit)).run_all(model, BATCHES)
+        for limit in (0.0, 1e9)
     )
     assert {r.outcome for r in strict if r.loss_diff != 0.0} == {"critical"}
     assert {r.outcome for r in lax if r.top1_changed == 0} <= {"benign", "masked"}
@@ -244,11 +248,12 @@ def test_the_loss_that_counts_as_critical_changes_the_word_and_nothing_else(mode
 
 def test_the_model_is_given_back_as_it_was(shared_model: nn.Module) -> None:
     before = {name: tensor.clone() for name, tensor in shared_model.state_dict().items()}
+    implementation = shared_model.config._attn_implementation
     with torch.no_grad():
         logits = shared_model(BATCHES[0]).logits
     CompleteExperimentRunner(config_of()).run_all(shared_model, BATCHES)
     assert not is_patched(shared_model)
-    assert shared_model.config._attn_implementation == "eager"
+    assert shared_model.config._attn_implementation == implementation
     for name, tensor in shared_model.state_dict().items():
         assert torch.equal(tensor, before[name])
     with torch.no_grad():
@@ -380,7 +385,11 @@ def test_several_bits_of_one_element(model: nn.Module) -> None:
 
 @pytest.mark.parametrize(
     "sweep",
-    [{"fault.bit": [14, [7, 8], "exponent", "sign"]}, {"fault.layers": [0, [0, 1]]}, {"detect.detectors": [["finite"], []]}],
+    [
+        {"fault.bit": [14, [7, 8], "exponent", "sign"]},
+        {"fault.layers": [0, [0, 1]]},
+        {"detect.detectors": [["finite"], []]},
+    ],
     ids=str,
 )
 def test_axes_whose_values_are_lists(model: nn.Module, sweep: dict[str, Any]) -> None:
@@ -390,7 +399,9 @@ def test_axes_whose_values_are_lists(model: nn.Module, sweep: dict[str, Any]) ->
     assert same([CompleteExperimentRunner(config).run_single(1, model, BATCHES)], [results[1]])
 
 
-@pytest.mark.parametrize(("field", "bits"), [("sign", {31}), ("exponent", set(range(23, 31))), ("mantissa", set(range(23)))])
+@pytest.mark.parametrize(
+    ("field", "bits"), [("sign", {31}), ("exponent", set(range(23, 31))), ("mantissa", set(range(23)))]
+)
 def test_a_field_of_bits(model: nn.Module, field: str, bits: set[int]) -> None:
     results = CompleteExperimentRunner(config_of(injection_bit=field, num_runs=12)).run_all(model, BATCHES)
     assert {result.bit for result in results} <= bits
@@ -438,11 +449,11 @@ def test_faults_hit_only_visible_keys_unless_asked_for(model: nn.Module) -> None
 
 def test_a_fault_at_a_hidden_weight_is_effective(model: nn.Module) -> None:
     # A weight that should be zero and is not lets the query see the future.
-    fault = FaultConfig(location="weights", bit=29, index=IndexConfig(row=2, col=9))
+    fault = FaultConfig(location="weights", bit=30, index=IndexConfig(row=2, col=9))
     for result in CompleteExperimentRunner(config_of(fault=fault)).run_all(model, BATCHES):
         assert (result.masked_position, result.value_before) == (True, 0.0)
-        assert result.effective == (result.outcome != "masked")
-        assert result.effective
+        assert (result.value_after, result.effective) == (2.0, True)
+        assert result.outcome != "masked"
 
 
 # --------------------------------------------------------------------------------------------- families and inputs
@@ -568,7 +579,9 @@ def test_what_is_no_data_is_refused(model: nn.Module, loader: list[Any], message
     ],
     ids=str,
 )
-def test_places_that_the_model_does_not_have_are_refused(model: nn.Module, changes: dict[str, Any], message: str) -> None:
+def test_places_that_the_model_does_not_have_are_refused(
+    model: nn.Module, changes: dict[str, Any], message: str
+) -> None:
     with pytest.raises(UsageError, match=message):
         CompleteExperimentRunner(config_of(**changes)).run_all(model, BATCHES)
 
@@ -599,7 +612,8 @@ def test_detections_name_every_layer_from_the_first_fault_on_and_the_output() ->
     for result, record in zip(runner.run_all(model, BATCHES), runner.records, strict=True):
         found = [(row.detector, row.layer, row.module) for row in record.detections]
         assert sorted(found, key=str) == sorted(
-            [(d, n, f"transformer.h.{n}.attn") for d in ("finite", "s@w") for n in (1, 2)] + [("finite", None, "output")],
+            [(d, n, f"transformer.h.{n}.attn") for d in ("finite", "s@w") for n in (1, 2)]
+            + [("finite", None, "output")],
             key=str,
         )
         assert {row.run_id for row in record.detections} == {result.run_id}
