@@ -14,8 +14,6 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from experiments.errors import CheckRefusedError, MissingResourceError, UsageError
-
 HELP = """\
 usage: run_sweep.py [--config FILE] [--<field> VALUE ...] [--sweep.<field> VALUES ...] [options]
        run_sweep.py replay results/NAME RUN_ID     one run again; the same numbers, or exit 1
@@ -45,6 +43,16 @@ check refused, 2 bad usage, 3 a needed resource is missing.
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command with these arguments and return its exit status; refusals are one line on standard error."""
+    if "--help" in arguments or "-h" in arguments:
+        print(HELP, end="")
+        return 0
+    return _guarded(arguments)
+
+
+def _guarded(arguments: Sequence[str]) -> int:
+    # Imported here: --help should not wait for torch.
+    from experiments.errors import CheckRefusedError, MissingResourceError, UsageError
+
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
@@ -67,17 +75,16 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _command(arguments: Sequence[str]) -> int:
-    if "--help" in arguments or "-h" in arguments:
-        print(HELP, end="")
-        return 0
     name = arguments[0] if arguments and not arguments[0].startswith("-") else "sweep"
     rest = arguments if name == "sweep" else arguments[1:]
     return _find(name)(rest)
 
 
 def _find(name: str) -> Callable[[Sequence[str]], int]:
-    # Imported here: --help should not wait for torch.
     from transformers.utils import logging as transformers_logging
+
+    from experiments.errors import UsageError
+    from fault_injection.names import nearest
 
     # One progress bar, ours.
     transformers_logging.disable_progress_bar()
@@ -86,7 +93,6 @@ def _find(name: str) -> Callable[[Sequence[str]], int]:
 
         return sweep
     from experiments.commands import inspect_campaign, plan_size, replay
-    from fault_injection.names import nearest
 
     commands = {
         "replay": replay.replay,
