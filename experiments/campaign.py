@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from experiments.campaign_folder import CampaignFolder
 from experiments.config import ExperimentConfig
-from experiments.contexts import Contexts, check_before_loading, check_runs, context_key
+from experiments.contexts import Contexts, check_plan, check_runs, context_key
 from experiments.csv_file import CsvFile, read_rows, write_text
 from experiments.errors import CheckRefusedError, MissingResourceError, UsageError
 from experiments.plan import Plan, PlannedRun, Shard, make_plan, shard_of
@@ -63,8 +63,7 @@ def run_campaign(
     folder.check_writable()
     if not overwrite:
         folder.check_same(config)
-    for model_config in _distinct_models(plan):
-        check_before_loading(model_config)
+    check_plan(plan)
     set_determinism(config.run.threads)
     with Contexts(TraceWriter(None)) as contexts, _locked(folder, shard) as lock:
         finished = set() if overwrite else folder.finished_runs()
@@ -98,19 +97,6 @@ class Provenance:
                 self._folder.note_provenance(name, {**self._environment, "contexts": contexts})
 
 
-def _distinct_models(plan: Plan) -> Iterator[ExperimentConfig]:
-    """Yield one configuration for each point whose model, data or fault place differs."""
-    relevant = [
-        i for i, key in enumerate(plan.axes) if key.startswith(("model.", "data.", "fault.layers", "fault.index"))
-    ]
-    seen: set[str] = set()
-    for run in plan.runs:
-        key = repr([run.values[i] for i in relevant])
-        if key not in seen:
-            seen.add(key)
-            yield plan.config_of(run)
-
-
 def _same_context(plan: Plan, runs: Iterable[PlannedRun], key: str) -> Iterator[ExperimentConfig]:
     fault_axes = [i for i, axis in enumerate(plan.axes) if axis.startswith("fault.")]
     seen: set[str] = set()
@@ -126,12 +112,13 @@ def _same_context(plan: Plan, runs: Iterable[PlannedRun], key: str) -> Iterator[
 @contextlib.contextmanager
 def _locked(folder: CampaignFolder, shard: Shard) -> Iterator[Path]:
     lock = folder.shards / f"{shard.file_name}.lock"
+    made = [path for path in (folder.shards, *folder.shards.parents) if not path.exists()]
     try:
         with WriterLock(lock):
             yield lock
     finally:
         # A refusal leaves no empty folders behind.
-        for path in (folder.shards, folder.path):
+        for path in made:
             with contextlib.suppress(OSError):
                 path.rmdir()
 

@@ -5,7 +5,8 @@
 
 Loading is the slow part of a small campaign, so the last model is kept for as long as runs use it.
 
-Public names: ``Contexts``, ``context_key``, ``check_before_loading``.
+Public names: ``Contexts``, ``context_key``, ``check_before_loading``, ``check_plan``,
+``check_runs``.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from experiments.config import ExperimentConfig
 from experiments.errors import UsageError
 from experiments.models import LoadedModel, load_model, read_model_facts
 from experiments.paired_run import PairedRunner
-from experiments.plan import canonical_json
+from experiments.plan import Plan, canonical_json
 from experiments.subject import Subject
 from experiments.windows import data_fingerprint, make_batches
 from fault_injection import NoAttentionError, UncoveredArchitectureError
@@ -54,6 +55,19 @@ def check_before_loading(config: ExperimentConfig) -> None:
         raise UsageError(
             f"data.seq_len: got {config.data.seq_len}, allowed 2..{facts.max_positions} for {config.model.path}"
         )
+
+
+def check_plan(plan: Plan) -> None:
+    """Run ``check_before_loading`` for every point of a plan whose model, data or place of the fault differs."""
+    relevant = [
+        i for i, key in enumerate(plan.axes) if key.startswith(("model.", "data.", "fault.layers", "fault.index"))
+    ]
+    seen: set[str] = set()
+    for run in plan.runs:
+        key = repr([run.values[i] for i in relevant])
+        if key not in seen:
+            seen.add(key)
+            check_before_loading(plan.config_of(run))
 
 
 class Contexts:

@@ -142,17 +142,18 @@ class PairedRunner:
         """Return the fault-free pass of a batch, computed once for each input, model and set of detectors."""
         batch = self.batches[batch_index]
         detectors, tolerance = _detectors(config), config.detect.tolerance
+        model_id = model_id or model_fingerprint(self.subject.model)
         baseline = self.forward.cached(
             "baseline",
             "base",
             dict(batch),
             {"detectors": [d.name for d in detectors], "tolerance": tolerance, "family": self.subject.family},
             lambda: compute_baseline(self.subject, batch, detectors),
-            model=model_id or model_fingerprint(self.subject.model),
+            model=model_id,
             phase="baseline",
             run_id=run_id,
         )
-        for row in clean_rows(self._input_ids[batch_index], baseline, self.subject.layer_names):
+        for row in clean_rows(digest(model_id, self._input_ids[batch_index]), baseline, self.subject.layer_names):
             self.clean.setdefault((row.baseline, row.detector, row.layer), row)
         return baseline
 
@@ -175,7 +176,7 @@ class PairedRunner:
         model_id = model_fingerprint(self.subject.model)
         baseline = self.baseline(batch_index, config, planned.run_id, model_id)
         faults = self._draw(config, baseline, random)
-        fault_id = digest(self._input_ids[batch_index], *(fault.to_json() for fault in faults))[:16]
+        fault_id = digest(model_id, self._input_ids[batch_index], *(fault.to_json() for fault in faults))[:16]
         baseline_first = bool(random.integers(2))
         seconds = baseline.forward_seconds
         if not config.run.reuse_baseline and baseline_first:

@@ -56,7 +56,9 @@ class ExperimentResult:
     value_after: float | None = _column("the hit element after the fault; may be nan or inf")
     bits_before: str | None = _column("its bit pattern before, hexadecimal")
     bits_after: str | None = _column("its bit pattern after, hexadecimal")
-    fault_id: str = _column("hash of input and fault: equal for runs that are the same experiment; count distinct ones")
+    fault_id: str = _column(
+        "hash of model, input and fault: equal for runs that are the same experiment; count distinct ones"
+    )
     baseline_loss: float | None = _column("loss of the fault-free pass, nats; empty for bare encoders")
     injected_loss: float | None = _column("loss of the injected pass, nats; nan where it is")
     loss_diff: float | None = _column("injected_loss - baseline_loss, nats")

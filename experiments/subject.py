@@ -57,14 +57,20 @@ class Subject:
         self._owns_patch = not is_patched(model)
         self._accepts_cache = "use_cache" in inspect.signature(model.forward).parameters
         self._training = [(module, module.training) for module in model.modules()]
-        model.eval()
-        example = None if first_batch is None else self._arguments(first_batch)
-        if self._owns_patch:
-            monkey_patch_model(model, force_kv_equal=force_kv_equal, example_inputs=example)
-        self.cores: list[AttentionCore] = attention_cores(model)
         parameter = next(model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
-        consistency = check_kv_consistency(model, example_inputs=example)
+        model.eval()
+        try:
+            self._patch(None if first_batch is None else self._arguments(first_batch), force_kv_equal)
+        except BaseException:
+            self.close()
+            raise
+
+    def _patch(self, example: dict[str, Any] | None, force_kv_equal: bool) -> None:
+        if self._owns_patch:
+            monkey_patch_model(self.model, force_kv_equal=force_kv_equal, example_inputs=example)
+        self.cores: list[AttentionCore] = attention_cores(self.model)
+        consistency = check_kv_consistency(self.model, example_inputs=example)
         if force_kv_equal and not all(entry.kv_equal for entry in consistency.values()):
             raise UsageError("model.force_kv_equal: the model is already patched; patch it with force_kv_equal=True")
         self.kv_equal = {core.index: bool(consistency[core.name].kv_equal) for core in self.cores}

@@ -7,7 +7,7 @@ of one patched pass), ``survey_of(model, inputs)`` (its sites).
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from typing import Any
 
@@ -27,6 +27,16 @@ Recorded = dict[tuple[int, int, str], Tensor]
 
 
 def pytest_configure() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _settings_of_one_test_do_not_reach_the_next() -> Iterator[None]:
+    # What a campaign sets for its process (experiments.provenance.set_determinism).
+    torch.use_deterministic_algorithms(False)
+    torch.set_num_threads(1)
+    yield
+    torch.use_deterministic_algorithms(False)
     torch.set_num_threads(1)
 
 

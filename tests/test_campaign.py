@@ -24,7 +24,7 @@ from test_writer_lock import write_dead_holder, write_holder
 from experiments import contexts
 from experiments.command_line import main
 from experiments.config import ExperimentConfig, load_config
-from experiments.csv_file import read_rows
+from experiments.csv_file import CsvFile, read_rows
 from experiments.paired_run import PairedRunner
 from experiments.plan import Shard, make_plan, shard_of
 from experiments.result import (
@@ -225,6 +225,31 @@ def test_an_interrupted_campaign_goes_on_and_ends_the_same(
     same_tables(tmp_path / "micro", whole)
 
 
+@pytest.mark.parametrize("torn", [0.0, 0.5, 1.0], ids=["not", "half", "fully"])
+@pytest.mark.parametrize("kind", ["csv", "detections.csv", "clean.csv"])
+def test_a_crash_in_the_middle_of_any_write_is_made_good(
+    whole: Path, place: MicroPlace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, torn: float
+) -> None:
+    """The bytes that were asked for are not, half, or fully on disk when the process ends."""
+    calls, real = [0], CsvFile.append
+
+    def append(self: CsvFile, *rows: Sequence[str]) -> None:
+        calls[0] += self.path.name == f"0001.{kind}" and bool(rows)
+        if calls[0] < 3 or self.path.name != f"0001.{kind}" or not rows:
+            return real(self, *rows)
+        size = self.path.stat().st_size
+        real(self, *rows)
+        os.truncate(self.path, size + int(torn * (self.path.stat().st_size - size)))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(CsvFile, "append", append)
+    assert main(place.arguments(tmp_path)) == 130
+    monkeypatch.undo()
+    assert calls[0] == 3
+    assert main(place.arguments(tmp_path)) == 0
+    same_tables(tmp_path / "micro", whole)
+
+
 def killed_and_restarted(place: MicroPlace, output: Path, moments: Sequence[float]) -> int:
     """Kill the campaign when about that share of its rows is on disk, again and again; return how often it was."""
     kills = 0
@@ -417,6 +442,20 @@ def test_a_changed_configuration_is_refused_with_the_key_and_overwrite_begins_an
     assert not {row["run_id"] for row in rows} & {row["run_id"] for row in table(whole / "runs.csv")}
     assert len(read_rows(tmp_path / "micro" / "shards" / "0001.csv", columns(ExperimentResult))) == 24
     assert main([*changed]) == 0
+
+
+def test_shards_whose_configuration_is_lost_are_not_taken_for_a_finished_campaign(
+    whole: Path, place: MicroPlace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # As after a kill in the middle of --overwrite, which was asked for to use other detectors.
+    shutil.copytree(whole / "shards", tmp_path / "micro" / "shards")
+    status = main([*place.arguments(tmp_path), "--detect.detectors", "[finite]"])
+    if status == 0:
+        detections = table(tmp_path / "micro" / "detections.csv")
+        assert {row["detector"] for row in detections} == {"finite"}
+    else:
+        assert status in (1, 2)
+        assert str(tmp_path / "micro") in capsys.readouterr().err
 
 
 def test_overwriting_a_campaign_of_more_shards_leaves_none_of_them(place: MicroPlace, tmp_path: Path) -> None:
@@ -621,6 +660,19 @@ def test_a_row_that_was_tampered_with_is_found_out(
     assert len(said) == 2
 
 
+def test_a_replay_on_other_data_is_found_out(
+    place: MicroPlace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mine = MicroPlace(Path(shutil.copytree(place.root, tmp_path / "mine")))
+    assert main(mine.arguments(tmp_path / "out", "--fault.location=q", "--num_runs=1", bits="3")) == 0
+    (row,) = table(tmp_path / "out" / "micro" / "runs.csv")
+    (mine.root / "text.txt").write_text((mine.root / "text.txt").read_text().upper())
+    capsys.readouterr()
+    assert main(["replay", str(tmp_path / "out" / "micro"), row["run_id"]]) == 1
+    said, complained = capsys.readouterr()
+    assert "baseline_loss" in said or "fingerprint" in complained
+
+
 def test_timings_may_differ_in_a_replay(whole: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(whole, tmp_path / "micro"))
     shard = folder / "shards" / "0001.csv"
@@ -709,6 +761,17 @@ def test_a_fault_that_is_drawn_twice_counts_once(
     ]  # fmt: skip
     assert main(place.arguments(tmp_path, *fixed, bits="28")) == 0
     assert "3 runs, 1 distinct faults" in capsys.readouterr().out
+
+
+def test_a_campaign_over_kinds_without_bits(
+    place: MicroPlace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = place.arguments(tmp_path, "--fault.bit=null", "--fault.location=weights")
+    assert main([*arguments, "--sweep.fault.kind", "zero,random_value,bitflip,stuck_at_1"]) == 0
+    rows = table(tmp_path / "micro" / "runs.csv")
+    assert [row["kind"] for row in rows[::2]] == ["zero", "random_value", "bitflip", "stuck_at_1"]
+    assert [row["bit_field"] == "" for row in rows] == [True] * 4 + [False] * 4
+    assert "8 of 8 runs" in capsys.readouterr().out
 
 
 def test_a_campaign_without_detectors(place: MicroPlace, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import copy
 import dataclasses
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -150,9 +152,9 @@ def test_unknown_keys_of_a_file_are_refused_with_the_nearest(tmp_path: Path, tex
 
 @pytest.mark.parametrize("text", ["sweep: [fault.bit]", "sweep: fault.bit", "sweep: 5", "sweep: [[fault.bit, 3]]"])
 def test_axes_that_are_no_mapping_are_refused(tmp_path: Path, text: str) -> None:
-    with pytest.raises(UsageError, match="^sweep: "):
+    with pytest.raises(UsageError, match=r"^sweep: "):
         load_config(["--config", file_with(tmp_path, text)])
-    with pytest.raises(UsageError, match="^sweep: "):
+    with pytest.raises(UsageError, match=r"^sweep: "):
         config_from_mapping(load_yaml(text))
 
 
@@ -297,7 +299,7 @@ def test_an_empty_file_name_is_refused_and_does_not_mean_the_default_campaign(ar
 
 @pytest.mark.parametrize("text", ["a: b: c", "[1, 2", "{", "seed: 1\nseed: 2\n"])
 def test_a_file_that_is_no_yaml_is_refused_on_one_line(tmp_path: Path, text: str) -> None:
-    with pytest.raises(UsageError, match="--config: .* is not valid YAML") as refusal:
+    with pytest.raises(UsageError, match=r"--config: .* is not valid YAML") as refusal:
         load_config(["--config", file_with(tmp_path, text)])
     assert "\n" not in str(refusal.value)
 
@@ -401,11 +403,15 @@ def test_what_is_written_is_read_back_equal(config: ExperimentConfig) -> None:
 @pytest.mark.parametrize(
     "sweep",
     [
-        {"fault.bit": [30, [0, 31], "sign", None]}, {"detect.tolerance": [1e-6, 0.1]}, {"model.dtype": ["float32", "float64"]},
-        {"fault.layers": [None, 0, [0, 1]]}, {"fault.layer_pattern": ["1", "h,", "a: b", "#"]}, {"seed": [0, 1], "fault.location": ["q"]},
+        {"fault.bit": [30, [0, 31], "sign", None]},
+        {"detect.tolerance": [1e-6, 0.1]},
+        {"model.dtype": ["float32", "float64"]},
+        {"fault.layers": [None, 0, [0, 1]]},
+        {"fault.layer_pattern": ["1", "h,", "a: b", "#"]},
+        {"seed": [0, 1], "fault.location": ["q"]},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_axes_are_written_and_read_back_equal(sweep: dict[str, Any]) -> None:
     config = ExperimentConfig(sweep=sweep)
     again = config_from_mapping(load_yaml(dump_config(config)))
@@ -523,6 +529,14 @@ def test_configurations_cannot_be_changed() -> None:
             setattr(target, name, 3)
         with pytest.raises(dataclasses.FrozenInstanceError):
             delattr(target, name)
+
+
+def test_configurations_can_be_copied_and_sent_to_another_process() -> None:
+    config = ExperimentConfig(injection_layers=[0, 1], sweep={"fault.bit": [1, [2, 3]]})
+    for copied in (copy.copy(config), copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
+        assert copied == config
+        assert isinstance(copied, ExperimentConfig)
+    assert dataclasses.replace(config, seed=3) == config.with_field("seed", 3)
 
 
 def test_a_misspelt_attribute_cannot_be_set() -> None:

@@ -22,7 +22,7 @@ MULTILINE = st.lists(
     min_size=1,
     max_size=3,
 )
-IN_ONE_FOLDER = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30)
+IN_ONE_FOLDER = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=15)
 
 
 def encoded(rows: Sequence[Sequence[str]]) -> bytes:
@@ -220,6 +220,21 @@ def test_an_iterator_that_raises_leaves_the_old_file_and_nothing_else(tmp_path: 
         write_rows(path, COLUMNS, failing())
     assert read_rows(path, COLUMNS) == [["old", "", ""]]
     assert [entry.name for entry in tmp_path.iterdir()] == ["runs.csv"]
+
+
+def test_two_writers_of_one_file_with_the_same_process_number_do_not_mix_their_rows(tmp_path: Path) -> None:
+    # Processes of two containers often have the same number; shards of a campaign write its provenance together.
+    path = tmp_path / "plan.csv"
+    mine, others = [[str(n), "mine", ""] for n in range(4)], [[str(n), "others", ""] for n in range(9)]
+
+    def slowly() -> Iterator[list[str]]:
+        yield from mine[:2]
+        write_rows(path, COLUMNS, others)
+        yield from mine[2:]
+
+    write_rows(path, COLUMNS, slowly())
+    assert read_rows(path, COLUMNS) == mine
+    assert [entry.name for entry in tmp_path.iterdir()] == ["plan.csv"]
 
 
 def test_a_failed_replacement_leaves_the_old_file_and_nothing_else(

@@ -131,7 +131,7 @@ def test_two_equal_nans_are_the_same_result(made: Made) -> None:
 def test_a_run_that_is_not_in_the_plan_is_refused(made: Made) -> None:
     made.runs("0001", [0])
     made.write("0002", ExperimentResult, [ExperimentResult(run_id="feedfeedfeedfeed")])
-    with pytest.raises(CheckRefusedError, match="runs that are not in the plan, e.g. feedfeedfeedfeed"):
+    with pytest.raises(CheckRefusedError, match=r"runs that are not in the plan, e\.g\. feedfeedfeedfeed"):
         merge_campaign(made.folder)
 
 

@@ -94,12 +94,7 @@ def test_finite_logits_with_a_loss_that_is_not_are_nonfinite() -> None:
 def test_a_nan_that_was_there_before_the_fault_does_not_count_as_masked() -> None:
     # The gate looks at the first batch only.
     broken = changed(0, 0, 0, math.nan)
-    try:
-        found = effect(broken.clone(), clean=broken)
-    except Exception as error:
-        assert "finite" in str(error)
-    else:
-        assert found.outcome == "nonfinite"
+    assert effect(broken.clone(), clean=broken).outcome == "nonfinite"
 
 
 def test_another_payload_of_nan_is_not_masked() -> None:

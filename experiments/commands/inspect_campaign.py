@@ -15,6 +15,7 @@ from experiments.errors import MissingResourceError
 from experiments.merge import merge_campaign
 from experiments.plan import make_plan
 from experiments.result import ExperimentResult, FailureRow, columns
+from experiments.writer_lock import is_held
 from monitoring import trace_report
 
 
@@ -32,7 +33,7 @@ def status(arguments: Sequence[str]) -> int:
     for path in folder.shard_files():
         lock = path.with_suffix(".lock")
         rows = len(read_rows(path, columns(ExperimentResult)))
-        print(f"  shard {path.stem}: {rows} runs{', being written' if lock.exists() else ''}")
+        print(f"  shard {path.stem}: {rows} runs{', being written' if is_held(lock) else ''}")
     for run_id, reason in list(failed.items())[:5]:
         print(f"  failed {run_id}: {reason}")
     return 0 if len(done) == len(planned) else 1

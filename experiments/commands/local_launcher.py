@@ -12,6 +12,7 @@ from pathlib import Path
 
 from experiments.campaign_folder import CampaignFolder
 from experiments.config import ExperimentConfig
+from experiments.contexts import check_plan
 from experiments.plan import make_plan
 
 PROGRAM = Path(__file__).resolve().parents[2] / "run_sweep.py"
@@ -23,8 +24,9 @@ def launch_local(config: ExperimentConfig, options: Sequence[str], workers: int,
     Every process computes with ``run.threads`` threads, as a single one would: the same bits, whatever the number of
     workers.
     """
-    make_plan(config)
+    check_plan(make_plan(config))
     folder = CampaignFolder.of(config)
+    folder.check_writable()
     if overwrite:
         folder.clear_all()
     folder.check_same(config)
@@ -38,5 +40,5 @@ def launch_local(config: ExperimentConfig, options: Sequence[str], workers: int,
         for process in processes:
             process.terminate()
         raise
-    # A process that a signal ended has a negative status.
-    return max(abs(status) for status in statuses)
+    # A process that a signal ended has a negative status; its runs are missing, like those that failed.
+    return max(1 if status < 0 else status for status in statuses)

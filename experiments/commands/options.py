@@ -1,6 +1,6 @@
 """Take the options of a command out of its arguments; what is left describes a configuration.
 
-Public names: ``take_flag``, ``take_value``, ``one_folder``.
+Public names: ``take_flag``, ``take_value``, ``whole_number``, ``one_folder``.
 
 >>> arguments = ["--shard", "1/2", "--seed", "3"]
 >>> take_value(arguments, "--shard"), arguments
@@ -35,6 +35,11 @@ def take_value(arguments: list[str], name: str) -> str | None:
             del arguments[position : position + 2]
             return value
     return None
+
+
+def whole_number(text: str) -> bool:
+    """Whether a text is a whole number in ASCII digits."""
+    return text.isascii() and text.isdigit()
 
 
 def one_folder(command: str, arguments: Sequence[str]) -> CampaignFolder:

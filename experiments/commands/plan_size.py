@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from experiments.commands.options import take_value
+from experiments.commands.options import take_value, whole_number
 from experiments.config import ExperimentConfig, load_config
 from experiments.contexts import Contexts
 from experiments.errors import UsageError
@@ -25,9 +25,10 @@ def plan_size(arguments: Sequence[str]) -> int:
     options = list(arguments)
     margin, confidence = _number(options, "--margin"), _number(options, "--confidence")
     rate, population = _number(options, "--rate", 0.5), take_value(options, "--population")
+    config = load_config(options)
     if population is None:
-        total = _print_population(load_config(options))
-    elif not population.isdigit():
+        total = _print_population(config)
+    elif not whole_number(population):
         raise UsageError(f"--population: got {population}, allowed a whole number of 1 or more")
     else:
         total = int(population)

@@ -13,10 +13,10 @@ from experiments.campaign_folder import CampaignFolder
 from experiments.closing_table import closing_table
 from experiments.commands.listing import print_list
 from experiments.commands.local_launcher import launch_local
-from experiments.commands.options import take_flag, take_value
-from experiments.config import ExperimentConfig, load_config
+from experiments.commands.options import take_flag, take_value, whole_number
+from experiments.config import load_config
 from experiments.config_sections import check_choice
-from experiments.contexts import check_before_loading
+from experiments.contexts import check_plan
 from experiments.errors import UsageError
 from experiments.merge import Merged, merge_campaign
 from experiments.plan import Plan, Shard, make_plan, parse_shard, shard_of
@@ -81,13 +81,13 @@ def _workers(launcher: str | None, workers: str | None, shard: str | None) -> in
     check_choice("--launcher", launcher or "local", ("local",))
     if shard is not None:
         raise UsageError("--shard: cannot be given together with --launcher; the launcher makes the shards")
-    if workers is None or not workers.isdigit() or int(workers) < 1:
+    if workers is None or not whole_number(workers) or int(workers) < 1:
         raise UsageError(f"--workers: got {workers}, allowed a whole number of 1 or more")
     return int(workers)
 
 
 def _print_plan(plan: Plan, shard: Shard) -> None:
-    _check_models(plan)
+    check_plan(plan)
     runs = shard_of(plan, shard)
     print(
         f"campaign {plan.config.name}: {len(plan.runs)} runs" + (f", {len(runs)} in shard" if shard.count > 1 else "")
@@ -102,13 +102,3 @@ def _print_plan(plan: Plan, shard: Shard) -> None:
         print(f"  {run.run_id} repeat {run.repeat} {values}")
     if len(runs) > SHOWN_RUNS:
         print(f"  ... and {len(runs) - SHOWN_RUNS} more; nothing was written")
-
-
-def _check_models(plan: Plan) -> None:
-    seen: set[ExperimentConfig | str] = set()
-    for run in plan.runs[:: max(1, plan.config.num_runs)]:
-        config = plan.config_of(run)
-        key = repr((config.model, config.data.seq_len, config.fault.layers, config.fault.index.head))
-        if key not in seen:
-            seen.add(key)
-            check_before_loading(config)
