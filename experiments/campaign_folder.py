@@ -83,7 +83,8 @@ class CampaignFolder:
         """Raise ``UsageError`` with the differing keys if the folder holds a campaign with another configuration."""
         if not self.config_file.is_file():
             # Another shard that is just starting has made the folder of shards, and nothing else yet.
-            if self.path.exists() and {entry.name for entry in self.path.iterdir()} - {"shards"}:
+            others = {entry.name for entry in self.path.iterdir()} - {"shards"} if self.path.exists() else set()
+            if others or self.shard_files():
                 raise UsageError(f"{self.path}: exists and is no campaign; choose another name or --overwrite")
             return
         old, new = flat_fields(self.config()), flat_fields(config)
@@ -110,7 +111,9 @@ class CampaignFolder:
         others = [path.name for path in self.shards.glob("*.lock") if path != own_lock and is_held(path)]
         if others:
             raise CheckRefusedError(f"{self.shards}: {', '.join(others)} shows that another process is writing there")
-        for entry in [*self.path.iterdir(), *self.shards.iterdir()]:
+        # The configuration goes last: if this is interrupted, what is left is still known as that campaign.
+        entries = sorted([*self.path.iterdir(), *self.shards.iterdir()], key=lambda entry: entry == self.config_file)
+        for entry in entries:
             if entry in (self.shards, own_lock):
                 continue
             if entry.is_dir():

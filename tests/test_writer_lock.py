@@ -165,7 +165,7 @@ def test_the_lock_of_another_host_is_refused_and_left_alone(tmp_path: Path) -> N
     assert only(path)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"pid": "x"}', "\x00\x01"])
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", "\x00\x01"])
 def test_a_lock_that_says_nothing_is_taken_over(tmp_path: Path, content: str) -> None:
     path = tmp_path / "0001.lock"
     path.write_text(content)
