@@ -25,8 +25,9 @@ from typing import Any
 
 import numpy as np
 
-from experiments.config import ExperimentConfig, known_fields, replaced
+from experiments.config import ExperimentConfig
 from experiments.errors import UsageError
+from experiments.sections import known_fields, replaced
 
 DETERMINING = ("model.", "data.", "fault.")
 """Sections whose every field determines a run (but for where the model is computed: ``model.device``)."""

@@ -377,7 +377,7 @@ def test_a_fault_drawn_for_another_dtype_is_an_error(
 def test_a_fault_in_the_logits_is_an_error(gpt2: Any, inputs: Any, survey_of: Any) -> None:
     # Taps may only look at the logits: the fault would be recorded as a hit and change nothing.
     fault = flips(survey_of(gpt2, inputs), "scores")
-    with pytest.raises(ValueError, match="fault.location: got 'logits'"):
+    with pytest.raises(ValueError, match=r"fault\.location: got 'logits'"):
         dataclasses.replace(fault, location="logits")
 
 
