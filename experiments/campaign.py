@@ -26,6 +26,7 @@ from experiments.config import ExperimentConfig
 from experiments.contexts import Contexts, check_plan, check_runs, context_key
 from experiments.csv_file import CsvFile, read_rows, write_text
 from experiments.errors import CheckRefusedError, MissingResourceError, UsageError
+from experiments.paired_run import RunRecord
 from experiments.plan import Plan, PlannedRun, Shard, make_plan, shard_of
 from experiments.provenance import environment_facts, set_determinism
 from experiments.result import CleanRow, DetectionRow, ExperimentResult, FailureRow, cells, columns
@@ -149,7 +150,7 @@ def _execute(
                 files.append_failure(run, error)
                 logger.error("run %s failed: %s: %s", run.run_id, type(error).__name__, error)
                 continue
-            files.append(record.result, record.detections, contexts.clean.values())
+            files.append(record)
     return CampaignStatus(folder, before, len(todo) - failed, failed, time.perf_counter() - start)
 
 
@@ -182,13 +183,13 @@ class ShardFiles:
     def __exit__(self, *details: object) -> None:
         self._stack.close()
 
-    def append(self, result: ExperimentResult, detections: Sequence[DetectionRow], clean: Iterable[CleanRow]) -> None:
+    def append(self, record: RunRecord) -> None:
         """Append a finished run; its own row comes last and makes it count."""
-        new = [row for row in map(cells, clean) if tuple(row[:3]) not in self._clean_seen]
+        new = [row for row in map(cells, record.clean) if tuple(row[:3]) not in self._clean_seen]
         self._clean_seen.update(tuple(row[:3]) for row in new)
         self._clean.append(*new)
-        self._detections.append(*map(cells, detections))
-        self._runs.append(cells(result))
+        self._detections.append(*map(cells, record.detections))
+        self._runs.append(cells(record.result))
 
     def append_failure(self, run: PlannedRun, error: Exception) -> None:
         """Append a run that raised, and write its traceback to the log folder."""

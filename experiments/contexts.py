@@ -75,12 +75,10 @@ class Contexts:
 
     Attributes:
         facts: by context key, fingerprints and the results of the checks, for provenance.
-        clean: what the detectors said of every fault-free pass, over all contexts.
     """
 
     def __init__(self, trace: TraceWriter) -> None:
         self.facts: dict[str, dict[str, Any]] = {}
-        self.clean: dict[tuple[str, str, int | None], Any] = {}
         self._cache, self._stats, self._trace = ForwardCache(), BackendStats(), trace
         self._loaded: tuple[str, LoadedModel, Subject] | None = None
         self._open: tuple[str, PairedRunner] | None = None
@@ -118,7 +116,6 @@ class Contexts:
             vocab_size=loaded.vocabulary,
         )
         pairs = PairedRunner(subject, [subject.to_device(batch) for batch in made], self._forward(subject))
-        pairs.clean = self.clean
         checks = pairs.prepare(config)
         self.facts[key] = {
             "model": config.model.path,

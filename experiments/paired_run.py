@@ -52,11 +52,12 @@ from monitoring.flops import attention_flops, attention_formula_gap, attention_s
 
 @dataclass(frozen=True)
 class RunRecord:
-    """Everything one run yields."""
+    """Everything one run yields; ``clean`` are the rows of fault-free passes that were made for it."""
 
     result: ExperimentResult
     detections: tuple[DetectionRow, ...]
     faults: tuple[Fault, ...]
+    clean: tuple[CleanRow, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,8 @@ class PairedRunner:
         self._model_name = model_name
         self.batches = batches
         self.forward = forward
-        self.clean: dict[tuple[str, str, int | None], CleanRow] = {}
+        self._clean_known: set[str] = set()
+        self._clean_new: list[CleanRow] = []
         self.monitor = PerformanceMonitor(subject.device)
         self._input_ids = [input_fingerprint(dict(batch)) for batch in batches]
         model = subject.model
@@ -153,8 +155,12 @@ class PairedRunner:
             phase="baseline",
             run_id=run_id,
         )
-        for row in clean_rows(digest(model_id, self._input_ids[batch_index]), baseline, self.subject.layer_names):
-            self.clean.setdefault((row.baseline, row.detector, row.layer), row)
+        baseline_id = digest(model_id, self._input_ids[batch_index])
+        # What the detectors said of a pass depends on which there were.
+        known = f"{baseline_id} {config.detect.detectors} {tolerance}"
+        if known not in self._clean_known:
+            self._clean_known.add(known)
+            self._clean_new += clean_rows(baseline_id, baseline, self.subject.layer_names)
         return baseline
 
     def run(self, planned: PlannedRun, config: ExperimentConfig) -> RunRecord:
@@ -286,7 +292,8 @@ class PairedRunner:
             injection_seconds=injected.forward_seconds,
             flops=self._flops(batch_index, checked_layers),
         )
-        return RunRecord(result, tuple(detections), faults)
+        clean, self._clean_new = tuple(self._clean_new), []
+        return RunRecord(result, tuple(detections), faults, clean)
 
     def _flops(self, batch_index: int, checked_layers: int) -> tuple[int | None, int | None]:
         """Return the operations of attention and of bounds, ``None`` where no formula holds for the architecture."""
