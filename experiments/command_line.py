@@ -86,8 +86,9 @@ def _find(name: str) -> Callable[[Sequence[str]], int]:
     from experiments.errors import UsageError
     from fault_injection.names import nearest
 
-    # One progress bar, ours.
+    # One progress bar, ours; and a refusal is one line, without the library's report before it.
     transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
     if name == "sweep":
         from experiments.commands.sweep import sweep
 

@@ -46,7 +46,10 @@ class Effect:
 def effect_of(
     baseline: Evaluation, injected: Evaluation, batch: Mapping[str, Tensor], family: str, critical_loss: float
 ) -> Effect:
-    """Compare an injected pass with its baseline; padding does not count, but for ``masked`` every bit does."""
+    """Compare an injected pass with its baseline.
+
+    Padding does not count, but every bit of the output does for ``masked``, and every NaN or Inf for ``nonfinite``.
+    """
     predicts = family != "encoder"
     loss_diff = None
     if baseline.loss is not None and injected.loss is not None:

@@ -155,7 +155,16 @@ def _axis(key: str, values: Any) -> list[Any]:
     if key not in known_fields():
         raise UsageError(f"sweep.{key}: no such field{nearest(key, known_fields())}")
     written = axis_values(key, copy.deepcopy(values), text=is_text(key))
-    return [_typed({key: value}, f"sweep.{key}")[key] for value in written]
+    kinds: dict[type[Any], type[Any]] = {}
+    typed: list[Any] = []
+    for value in written:
+        if isinstance(value, list) or type(value) not in kinds:
+            typed.append(_typed({key: value}, f"sweep.{key}")[key])
+            kinds[type(value)] = type(typed[-1])
+        else:
+            # A long axis of one type is checked once; a whole number may stand where a float is wanted.
+            typed.append(value if kinds[type(value)] is type(value) else kinds[type(value)](value))
+    return typed
 
 
 @functools.cache

@@ -3,7 +3,7 @@
     with WriterLock(path):
         ...                    # CheckRefusedError if another live process holds it
 
-Only atomic creation and rename are used, which also hold on network file systems. A lock left behind by a process of
+Only atomic links and renames are used, which also hold on network file systems. A lock left behind by a process of
 this machine that no longer lives is taken over; one of another machine is not, since nobody here can know.
 
 Public names: ``WriterLock``, ``is_held``.
@@ -11,7 +11,6 @@ Public names: ``WriterLock``, ``is_held``.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import socket
@@ -32,7 +31,7 @@ class WriterLock:
 
     def __enter__(self) -> WriterLock:
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        if not self._create():
+        if not _create(self._path):
             self._take_over()
         return self
 
@@ -41,42 +40,29 @@ class WriterLock:
     ) -> None:
         self._path.unlink(missing_ok=True)
 
-    def _create(self) -> bool:
-        # Linking a finished file into place is atomic and never shows an empty lock.
-        draft = self._path.with_name(f".{self._path.name}.{uuid.uuid4().hex}")
-        draft.write_text(json.dumps(_identity()), encoding="utf-8")
-        try:
-            os.link(draft, self._path)
-        except FileExistsError:
-            return False
-        finally:
-            draft.unlink()
-        return True
-
     def _take_over(self) -> None:
-        stale = self._path.with_name(f".{self._path.name}.{uuid.uuid4().hex}.stale")
-        holder = self._holder()
+        """Replace the lock of a dead process. One at a time may try, and the path is never without a lock meanwhile."""
+        self._refuse_if_held()
+        claim = self._path.with_name(f"{self._path.name}.takeover")
+        if not _create(claim):
+            raise CheckRefusedError(
+                f"{claim}: another process is taking this shard over; if none is (it was killed), delete the file"
+            )
+        try:
+            # Somebody may have been faster between the first look and the claim.
+            self._refuse_if_held()
+            if not self._path.exists():
+                if not _create(self._path):
+                    raise CheckRefusedError(f"{self._path}: another process took this shard at the same moment")
+                return
+            os.replace(_draft(self._path), self._path)
+        finally:
+            claim.unlink()
+
+    def _refuse_if_held(self) -> None:
+        holder = _read(self._path)
         if holder is not None and _may_live(holder):
             raise self._refusal(holder)
-        try:
-            os.rename(self._path, stale)
-        except FileNotFoundError:
-            pass
-        else:
-            self._check_taken(stale, holder)
-        if not self._create():
-            raise CheckRefusedError(f"{self._path}: another process took this shard over at the same moment")
-
-    def _check_taken(self, taken: Path, expected: dict[str, object] | None) -> None:
-        """Put the lock back if it is no longer the dead holder's: somebody was faster."""
-        found = _read(taken)
-        try:
-            if found != expected and found is not None:
-                with contextlib.suppress(FileExistsError):
-                    os.link(taken, self._path)
-                raise self._refusal(found)
-        finally:
-            taken.unlink()
 
     def _refusal(self, holder: dict[str, object]) -> CheckRefusedError:
         return CheckRefusedError(
@@ -84,8 +70,23 @@ class WriterLock:
             "two writers would spoil it. If that process is gone, delete the file"
         )
 
-    def _holder(self) -> dict[str, object] | None:
-        return _read(self._path)
+
+def _draft(path: Path) -> Path:
+    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    draft.write_text(json.dumps(_identity()), encoding="utf-8")
+    return draft
+
+
+def _create(path: Path) -> bool:
+    """Make a lock unless there is one. Linking a finished file into place is atomic and never shows an empty lock."""
+    draft = _draft(path)
+    try:
+        os.link(draft, path)
+    except FileExistsError:
+        return False
+    finally:
+        draft.unlink()
+    return True
 
 
 def is_held(path: Path) -> bool:

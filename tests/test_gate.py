@@ -155,6 +155,21 @@ def test_an_injection_that_changes_more_than_its_bits_is_refused(
         run_control(subject)
 
 
+def test_a_difference_that_is_not_in_the_loss_is_refused_too(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = injector.Injector.on
+
+    def leaky(self: Any, at: str, tensor: Tensor, call: Any) -> Tensor | None:
+        out = real(self, at, tensor, call)
+        if out is None or call.core.index != 2 or at != "out":
+            return out
+        # The last position predicts a token that is not in the window.
+        return torch.cat([out[..., :-1, :], one_ulp(out[..., -1:, :])], dim=-2)
+
+    monkeypatch.setattr(injector.Injector, "on", leaky)
+    with pytest.raises(CheckRefusedError, match="control run: a fault in out"):
+        run_control(subject)
+
+
 def test_a_rewriting_of_bits_that_disturbs_is_refused(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     real = injector.rewrite_bits
     monkeypatch.setattr(injector, "rewrite_bits", lambda tensor, *masks: real(tensor, *masks) * (1 + 2**-20))

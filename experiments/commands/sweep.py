@@ -6,7 +6,9 @@ Public name: ``sweep``.
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Sequence
+from types import FrameType
 
 from experiments.campaign import run_campaign
 from experiments.campaign_folder import CampaignFolder
@@ -41,6 +43,7 @@ def sweep(arguments: Sequence[str]) -> int:
         return 0
     if count is not None:
         return _finish(CampaignFolder.of(config), launch_local(config, options, count, overwrite=overwrite))
+    signal.signal(signal.SIGTERM, _interrupt)
     status = run_campaign(config, shard=shard, overwrite=overwrite, arguments=arguments)
     if shard.count > 1:
         part = f"shard {shard.number}/{shard.count}"
@@ -48,6 +51,11 @@ def sweep(arguments: Sequence[str]) -> int:
               f"{status.folder.path}")  # fmt: skip
         return 1 if status.failed else 0
     return _finish(status.folder, 1 if status.failed else 0)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """End a campaign that is asked to terminate as one that is interrupted: what is open is closed, locks are released."""
+    raise KeyboardInterrupt
 
 
 def _finish(folder: CampaignFolder, exit_status: int) -> int:
