@@ -54,7 +54,7 @@ def sweep(arguments: Sequence[str]) -> int:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    """End a campaign that is asked to terminate as one that is interrupted: what is open is closed, locks are released."""
+    """Treat a request to terminate as an interruption: what is open is closed, and the lock is released."""
     raise KeyboardInterrupt
 
 
