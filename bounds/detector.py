@@ -100,6 +100,9 @@ class Detector(ABC):
     def prepare(self, model: nn.Module) -> None:  # noqa: B027
         """Compute what depends on the model's weights alone. Most detectors need nothing."""
 
+    def derive(self, state: AttentionState) -> None:  # noqa: B027
+        """Compute the statistics that detectors share (``state.derived``), so that their cost can be told apart."""
+
     def applicable(self, state: AttentionState) -> str | None:
         """Return why the invariant says nothing about ``state``, or None when it applies."""
         missing = sorted(name for name in self.needs if getattr(state, name) is None)

@@ -21,6 +21,7 @@ chain whatever the logits are, so ``s@w`` sees faults in the weights only, besid
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -107,6 +108,10 @@ class _EpsilonDetector(Detector):
         """Return the intervals of the fault-free pass for an oracle, else None."""
         return state.derived(epsilon_baseline) if self.oracle else None
 
+    def derive(self, state: AttentionState) -> None:
+        """Compute epsilon and its bounds."""
+        state.derived(epsilon_bounds)
+
     def by_weights(self, state: AttentionState, baseline: Any) -> Violations:
         """Judge epsilon of logits and weights."""
         interval = _weights_interval(state, baseline)
@@ -128,8 +133,14 @@ class WeightsDetector(_EpsilonDetector):
     cost = "n"
 
     def judge(self, state: AttentionState, baseline: Any) -> Verdict:
-        """Judge every row with a visible key."""
-        return _verdict(self.name, self.by_weights(state, baseline))
+        """Judge every row with a visible key.
+
+        The smallest margin is over the rows with more than two of them: the others lie on their bounds (T3).
+        """
+        found = self.by_weights(state, baseline)
+        wide = found.margins[state.derived(epsilon_bounds).n > 2]
+        margin = float(wide.min()) if wide.numel() else None
+        return replace(_verdict(self.name, found), smallest_margin=margin)
 
 
 @register_detector
@@ -140,6 +151,12 @@ class OutputDetector(_EpsilonDetector):
     needs = frozenset({"query", "key", "value", "logits", "weights", "out"})
     statement = "lower - slack <= a* / alpha - q.o <= upper + slack, slack = |q| max |v - k| (T6, tolerance F4)"
     cost = "n + d"
+
+    def derive(self, state: AttentionState) -> None:
+        """Compute epsilon along both paths, and its bounds."""
+        super().derive(state)
+        if self.applicable(state) is None:
+            state.derived(query_output_interval)
 
     def applicable(self, state: AttentionState) -> str | None:
         """Return why T6 says nothing about ``state``, or None when it applies."""

@@ -21,6 +21,7 @@ from experiments.errors import CheckRefusedError
 from experiments.objective import Evaluation
 from experiments.subject import Subject
 from experiments.watcher import Situation, Watcher
+from experiments.windows import real_positions
 from fault_injection import Site, SiteSurvey
 from fault_injection.model_outputs import bitwise_equal
 
@@ -49,7 +50,8 @@ def compute_baseline(subject: Subject, batch: Mapping[str, Tensor], detectors: S
 
     The three passes go through the same kernels; the output is that of the last, timed one.
     """
-    survey = SiteSurvey(subject.dtype)
+    real = None if subject.family == "encoder-decoder" else real_positions(batch)
+    survey = SiteSurvey(subject.dtype, real_queries=real)
     subject.forward(batch, survey)
     kv_equal = {key: same and subject.kv_equal[key[0]] for key, same in survey.kv_identical.items()}
     situation = Situation(dict(survey.visible), dict(survey.plain_logits), kv_equal)

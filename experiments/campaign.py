@@ -140,7 +140,10 @@ def _execute(
         for run in _with_progress(todo, before):
             try:
                 config = plan.config_of(run)
+                known = len(contexts.facts)
                 pairs = contexts.open(config)
+                if len(contexts.facts) > known:
+                    check_runs(pairs, _same_context(plan, todo, context_key(config)))
                 provenance.note(contexts.facts)
                 record = pairs.run(run, config)
             except (UsageError, MissingResourceError, CheckRefusedError):
@@ -176,7 +179,7 @@ class ShardFiles:
         kept = [row for row in read_rows(self._detections_path, header) if row[0] in done]
         self._detections = enter(CsvFile(self._detections_path, header, keep=kept))
         self._clean = enter(CsvFile(self._clean_path, columns(CleanRow)))
-        self._clean_seen = {tuple(row[:3]) for row in read_rows(self._clean_path, columns(CleanRow))}
+        self._clean_seen = {tuple(row[:4]) for row in read_rows(self._clean_path, columns(CleanRow))}
         self._failures = enter(CsvFile(self._failures_path, columns(FailureRow)))
         return self
 
@@ -185,8 +188,8 @@ class ShardFiles:
 
     def append(self, record: RunRecord) -> None:
         """Append a finished run; its own row comes last and makes it count."""
-        new = [row for row in map(cells, record.clean) if tuple(row[:3]) not in self._clean_seen]
-        self._clean_seen.update(tuple(row[:3]) for row in new)
+        new = [row for row in map(cells, record.clean) if tuple(row[:4]) not in self._clean_seen]
+        self._clean_seen.update(tuple(row[:4]) for row in new)
         self._clean.append(*new)
         self._detections.append(*map(cells, record.detections))
         self._runs.append(cells(record.result))

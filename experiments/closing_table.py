@@ -12,8 +12,11 @@ from scipy.stats import binomtest
 
 from experiments.campaign_folder import CampaignFolder
 from experiments.result import OUTCOMES
+from experiments.watcher import is_oracle
 from fault_injection import LOCATIONS
 from fault_injection.bits import FIELDS
+
+HARMFUL = ("critical", "nonfinite")
 
 
 def wilson_interval(successes: int, trials: int, confidence: float = 0.95) -> tuple[float, float]:
@@ -27,33 +30,51 @@ def wilson_interval(successes: int, trials: int, confidence: float = 0.95) -> tu
 
 
 def closing_table(folder: CampaignFolder) -> str:
-    """Return the text of the table from the merged files of a campaign."""
-    runs = pd.read_csv(folder.file("runs.csv"), dtype={"run_id": str, "fault_id": str}, keep_default_na=True)
+    """Return the text of the table from the merged files of a campaign.
+
+    Points of the grid that differ in ``detect`` fields alone look at the same faults: each has a table of its own.
+    """
+    runs = pd.read_csv(folder.file("runs.csv"), dtype={"run_id": str, "fault_id": str})
     if runs.empty:
         return "no finished runs"
+    plan = pd.read_csv(folder.file("plan.csv"), dtype=str)
+    axes = [name for name in plan.columns if name.startswith(("detect.", "run."))]
+    if not axes:
+        return "\n".join(_table(folder, runs))
+    lines: list[str] = []
+    for values, part in plan.groupby(axes, sort=False, dropna=False):
+        heading = ", ".join(f"{axis} = {value}" for axis, value in zip(axes, values, strict=True))
+        lines += [f"== {heading}", *_table(folder, runs[runs.run_id.isin(part.run_id)]), ""]
+    return "\n".join(lines)
+
+
+def _table(folder: CampaignFolder, runs: pd.DataFrame) -> list[str]:
+    if runs.empty:
+        return ["no finished runs"]
     distinct = runs.drop_duplicates("fault_id")
     lines = [
         f"{len(runs)} runs, {len(distinct)} distinct faults, {int((~distinct.effective.astype(bool)).sum())} of them "
         "not effective",
         "",
         f"{'location':9}{'bit field':10}{'n':>6}{'masked':>8}{'benign':>8}{'critical':>9}{'nonfin':>8}"
-        f"  {'detected (95 % interval)':27}{'of harmful':>11}",
+        f"  {'detected (95 % interval)':27}{'of harmful':>11}{'inject ms':>11}{'detect ms':>11}",
     ]
     groups = distinct.assign(bit_field=distinct.bit_field.fillna("-")).groupby(["location", "bit_field"])
     order = {name: i for i, name in enumerate((*LOCATIONS, *FIELDS))}
     for (location, field), group in sorted(groups, key=lambda item: [order.get(name, 99) for name in item[0]]):
         lines.append(_line(str(location), str(field), group))
-    lines += [_line("all", "", distinct), "", *_clean_lines(folder), *_oracle_lines(distinct), _times_line(runs)]
-    return "\n".join(lines)
+    return [*lines, _line("all", "", distinct), "", *_detector_lines(folder, distinct), *_times_lines(runs)]
 
 
 def _line(location: str, field: str, group: pd.DataFrame) -> str:
     counts = [int((group.outcome == outcome).sum()) for outcome in OUTCOMES]
-    harmful = group[group.outcome.isin(["critical", "nonfinite"])]
+    harmful = group[group.outcome.isin(HARMFUL)]
     seen = f"{int(harmful.violation_detected.sum())}/{len(harmful)}" if len(harmful) else "-"
+    detecting = 1e3 * float((group.bounds_seconds + group.detection_seconds).mean())
     return (
         f"{location:9}{field:10}{len(group):6}{counts[0]:8}{counts[1]:8}{counts[2]:9}{counts[3]:8}"
         f"  {_rate(int(group.violation_detected.sum()), len(group)):27}{seen:>11}"
+        f"{1e3 * float(group.injection_seconds.mean()):11.2f}{detecting:11.2f}"
     )
 
 
@@ -62,26 +83,40 @@ def _rate(successes: int, trials: int) -> str:
     return f"{100 * successes / trials:5.1f} % ({100 * low:.1f} - {100 * high:.1f})"
 
 
-def _clean_lines(folder: CampaignFolder) -> list[str]:
+def _detector_lines(folder: CampaignFolder, distinct: pd.DataFrame) -> list[str]:
+    """Return a line for each detector: what it saw, and its false positives on the fault-free passes."""
+    columns = ["run_id", "detector", "violations"]
+    detections = pd.read_csv(folder.file("detections.csv"), usecols=columns, dtype={"run_id": str})
     clean = pd.read_csv(folder.file("clean.csv"))
-    online = clean[clean.applicable.astype(bool) & ~clean.detector.str.startswith("oracle_")]
-    rows, violations = int(online.rows_checked.sum()), int(online.violations.sum())
+    harmful = distinct[distinct.outcome.isin(HARMFUL)]
+    lines = [f"{'detector':14}{'detected':27}{'of harmful':27}{'false positives':>16}{'in clean rows':>15}"]
+    for detector, rows in detections[detections.run_id.isin(distinct.run_id)].groupby("detector", sort=False):
+        fired = set(rows[rows.violations > 0].run_id)
+        own = clean[(clean.detector == detector) & clean.applicable.astype(bool)]
+        oracle = is_oracle(str(detector))
+        false, checked = ("-", "-") if oracle else (str(int(own.violations.sum())), f"{int(own.rows_checked.sum()):,}")
+        lines.append(
+            f"{detector:14}{_share(distinct, fired):27}{_share(harmful, fired):27}{false:>16}{checked:>15}"
+            f"{'  (reads the fault-free pass: no detector)' if oracle else ''}"
+        )
+    online = clean[clean.applicable.astype(bool) & ~clean.detector.map(is_oracle)]
+    total, rows_checked = int(online.violations.sum()), int(online.rows_checked.sum())
     skipped = clean[~clean.applicable.astype(bool)].groupby("detector").reason.first()
-    lines = [f"false positives: {violations} violations in {rows} clean rows of {clean.baseline.nunique()} inputs"]
-    return lines + [f"not applicable: {detector}: {reason}" for detector, reason in skipped.items()]
+    return [
+        *lines,
+        *(f"not applicable: {detector}: {reason}" for detector, reason in skipped.items()),
+        f"false positives: {total} violations in {rows_checked} rows checked by all detectors together, on "
+        f"{clean.baseline.nunique()} fault-free passes",
+    ]
 
 
-def _oracle_lines(distinct: pd.DataFrame) -> list[str]:
-    known = distinct[distinct.oracle_detected.notna()]
-    if known.empty:
-        return []
-    fired = int(known.oracle_detected.astype(str).eq("True").sum())
-    return [f"with the fault-free pass as an oracle (not a detector): {_rate(fired, len(known)).strip()} detected"]
+def _share(runs: pd.DataFrame, fired: set[str]) -> str:
+    return _rate(int(runs.run_id.isin(fired).sum()), len(runs)) if len(runs) else "-"
 
 
-def _times_line(runs: pd.DataFrame) -> str:
+def _times_lines(runs: pd.DataFrame) -> list[str]:
     means = {
         name: 1e3 * float(runs[f"{name}_seconds"].mean())
         for name in ("baseline", "injection", "bounds", "detection", "total")
     }
-    return "mean milliseconds: " + ", ".join(f"{name} {value:.2f}" for name, value in means.items())
+    return ["mean milliseconds: " + ", ".join(f"{name} {value:.2f}" for name, value in means.items())]

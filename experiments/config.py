@@ -217,6 +217,8 @@ def _value(key: str, text: str) -> Any:
     if key in known_fields() and is_text(key):
         optional = is_optional(key)
         return None if optional and text == "null" else text
+    if key == "detect.detectors" and "," in text and not text.startswith("["):
+        text = f"[{text}]"
     try:
         return load_yaml(text) if text else text
     except yaml.YAMLError as error:

@@ -51,7 +51,7 @@ def merge_campaign(folder: CampaignFolder) -> Merged:
     finished = sorted(runs, key=lambda run_id: order[run_id])
     write_rows(folder.file("runs.csv"), header, (runs[run_id] for run_id in finished))
     _merge_detections(folder, order, owner)
-    clean = {tuple(row[:3]): row for row in _rows_of(folder, ".clean", CleanRow)}
+    clean = {tuple(row[:4]): row for row in _rows_of(folder, ".clean", CleanRow)}
     write_rows(folder.file("clean.csv"), columns(CleanRow), [clean[key] for key in sorted(clean)])
     failures = {row[0]: row for row in _rows_of(folder, ".failures", FailureRow) if row[0] not in runs}
     failed = sorted(failures, key=lambda run_id: order.get(run_id, -1))

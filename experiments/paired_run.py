@@ -44,7 +44,7 @@ from fault_injection import (
 )
 from fault_injection.bits import check_bits
 from fault_injection.model_outputs import bitwise_equal
-from monitoring import PerformanceMonitor
+from monitoring import PerformanceMetrics, PerformanceMonitor
 from monitoring.cached_forward import CachedForward
 from monitoring.fingerprints import digest, input_fingerprint, model_fingerprint
 from monitoring.flops import attention_flops, attention_formula_gap, attention_shape, bounds_flops
@@ -57,6 +57,7 @@ class RunRecord:
     result: ExperimentResult
     detections: tuple[DetectionRow, ...]
     faults: tuple[Fault, ...]
+    metrics: PerformanceMetrics
     clean: tuple[CleanRow, ...] = ()
 
 
@@ -77,7 +78,8 @@ class PairedRunner:
         subject: the patched model.
         batches: batches on its device, as ``Subject.to_device`` returns them.
         forward: the cache, trace and counters that passes go through.
-        model_name: what the rows call the model (default: ``model.path`` of the run's configuration).
+        model_name: what the rows call a model that was given, like the batches, from Python (default: both are those of
+            the run's configuration).
     """
 
     def __init__(
@@ -160,7 +162,7 @@ class PairedRunner:
         known = f"{baseline_id} {config.detect.detectors} {tolerance}"
         if known not in self._clean_known:
             self._clean_known.add(known)
-            self._clean_new += clean_rows(baseline_id, baseline, self.subject.layer_names)
+            self._clean_new += clean_rows(baseline_id, baseline, self.subject.layer_names, tolerance)
         return baseline
 
     def run(self, planned: PlannedRun, config: ExperimentConfig) -> RunRecord:
@@ -278,6 +280,7 @@ class PairedRunner:
             planned=planned,
             config=config,
             model=self._model_name or config.model.path,
+            source="dataloader" if self._model_name else config.data.source,
             dtype=str(self.subject.dtype).removeprefix("torch."),
             device=str(self.subject.device),
             depth=len(self.subject.cores),
@@ -293,7 +296,14 @@ class PairedRunner:
             flops=self._flops(batch_index, checked_layers),
         )
         clean, self._clean_new = tuple(self._clean_new), []
-        return RunRecord(result, tuple(detections), faults, clean)
+        return RunRecord(result, tuple(detections), faults, self._metrics(checked_layers), clean)
+
+    def _metrics(self, checked_layers: int) -> PerformanceMetrics:
+        """Return what was measured in the run, with the sizes of the model and its operations where formulas hold."""
+        if self._shapes is not None:
+            self.monitor.record_model_info(self.subject.model, dict(self.batches[0]))
+            self.monitor.estimate_flops(min(checked_layers, self._shapes[0].layers))
+        return self.monitor.metrics
 
     def _flops(self, batch_index: int, checked_layers: int) -> tuple[int | None, int | None]:
         """Return the operations of attention and of bounds, ``None`` where no formula holds for the architecture."""

@@ -17,7 +17,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -47,16 +46,19 @@ class PlannedRun:
         index: position in the plan.
         repeat: which repeat of its grid point.
         values: the value of every axis, in the order of ``Plan.axes``.
+        draw_id: like ``run_id``, but without swept fields of ``detect`` and ``run``: points of the grid that differ in
+            those alone have the same faults.
     """
 
     run_id: str
     index: int
     repeat: int
     values: tuple[Any, ...]
+    draw_id: str
 
     def generator(self) -> np.random.Generator:
         """Return the generator that everything random in this run is drawn from."""
-        return np.random.Generator(np.random.Philox(key=int(self.run_id, 16)))
+        return np.random.Generator(np.random.Philox(key=int(self.draw_id, 16)))
 
 
 @dataclass(frozen=True)
@@ -92,16 +94,18 @@ def make_plan(config: ExperimentConfig) -> Plan:
     seen: set[str] = set()
     for values in itertools.product(*config.sweep.values()):
         point = {**base, **dict(zip(axes, values, strict=True))}
-        prefix = hashlib.blake2b(canonical_json(point).encode(), digest_size=32)
+        drawn = {key: value for key, value in point.items() if not key.startswith(("detect.", "run."))}
         for repeat in range(config.num_runs):
-            digest = prefix.copy()
-            digest.update(b"#%d" % repeat)
-            run_id = digest.hexdigest()[:16]
+            run_id, draw_id = _identity(point, repeat), _identity(drawn, repeat)
             if run_id in seen:
                 raise UsageError(f"sweep: two runs of the grid are identical ({dict(zip(axes, values, strict=True))})")
             seen.add(run_id)
-            runs.append(PlannedRun(run_id, len(runs), repeat, values))
+            runs.append(PlannedRun(run_id, len(runs), repeat, values, draw_id))
     return Plan(config, axes, tuple(runs))
+
+
+def _identity(point: Mapping[str, Any], repeat: int) -> str:
+    return hashlib.blake2b(f"{canonical_json(point)}#{repeat}".encode(), digest_size=32).hexdigest()[:16]
 
 
 def _determining(config: ExperimentConfig) -> dict[str, Any]:
@@ -184,8 +188,3 @@ def shard_of(plan: Plan, shard: Shard) -> list[PlannedRun]:
         if not context:
             break
     return sorted(mine, key=lambda run: order[canonical_json([run.values[i] for i in context])])
-
-
-def grid_size(config: ExperimentConfig) -> int:
-    """Return the number of runs without making them."""
-    return config.num_runs * math.prod(len(values) for values in config.sweep.values())

@@ -34,7 +34,7 @@ class ExperimentResult:
     model: str = _column("model.path")
     dtype: str = _column("dtype of the model")
     device: str = _column("where the model was computed")
-    source: str = _column("data.source")
+    source: str = _column("data.source; dataloader for batches given from Python")
     batch_index: int = _column("which batch of the data the run used")
     layer: int = _column("first injected attention layer, in the order of evaluation")
     layers: str = _column("all injected layers, joined by ';'")
@@ -72,8 +72,15 @@ class ExperimentResult:
     num_violations: int = _column("rows in which they fired, summed over detectors and layers")
     oracle_detected: bool | None = _column("whether an oracle_* detector fired (those read the fault-free pass)")
     oracle_detectors: str = _column("names of those detectors, joined by ';'")
-    epsilon_margin: float | None = _column("smallest distance of epsilon from its bounds (s@w) in the injected layer")
-    baseline_seconds: float | None = _column("fault-free forward pass, detectors excluded", timing=True)
+    epsilon_margin: float | None = _column(
+        "smallest distance of epsilon from its bounds (s@w) in the first injected layer, over rows of more than two "
+        "keys; negative: outside"
+    )
+    baseline_seconds: float | None = _column(
+        "fault-free forward pass without detectors; measured once for each input and repeated here, unless "
+        "run.reuse_baseline is false",
+        timing=True,
+    )
     injection_seconds: float | None = _column("injected forward pass, detectors excluded", timing=True)
     bounds_seconds: float | None = _column("computing bounds in the injected pass", timing=True)
     detection_seconds: float | None = _column("deciding on violations in the injected pass", timing=True)
@@ -109,6 +116,7 @@ class CleanRow:
 
     baseline: str = _column("hash of model and input")
     detector: str = _column("name of the detector")
+    tolerance: float = _column("detect.tolerance, which was added to the proved one")
     layer: int | None = _column("attention layer")
     module: str = _column("its module")
     applicable: bool = _column("whether the detector applies here")
@@ -164,7 +172,8 @@ Campaigns are folders here: `config.yaml`, `provenance.json`, `plan.csv`, `shard
 merge the tables below. An empty cell means that the number does not exist; pandas reads it as NaN. Where the value
 itself is NaN the cell says `nan`, which pandas also reads as NaN: use the `nonfinite` columns to tell them apart, or
 `pandas.read_csv(path, keep_default_na=False)`. Columns marked *timing* differ between executions; all others are
-reproducible bit for bit.""".splitlines()
+reproducible bit for bit. What was swept and has no column of its own stands in `plan.csv`:
+`runs.merge(pandas.read_csv("plan.csv"), on=["run_id", "repeat"])`.""".splitlines()
 
 
 def readme_lines() -> Iterable[str]:

@@ -73,12 +73,13 @@ def _detection_row(run_id: str, name: str, layer: int, module: str, verdict: Ver
     )
 
 
-def clean_rows(baseline_id: str, baseline: Baseline, layer_names: Sequence[str]) -> list[CleanRow]:
+def clean_rows(baseline_id: str, baseline: Baseline, layer_names: Sequence[str], tolerance: float) -> list[CleanRow]:
     """Return what the detectors said of a fault-free pass."""
     return [
         CleanRow(
             baseline=baseline_id,
             detector=name,
+            tolerance=tolerance,
             layer=layer,
             module=layer_names[layer],
             applicable=verdict.applicable,
@@ -96,6 +97,7 @@ def experiment_result(
     planned: PlannedRun,
     config: ExperimentConfig,
     model: str,
+    source: str,
     dtype: str,
     device: str,
     depth: int,
@@ -111,8 +113,8 @@ def experiment_result(
     flops: tuple[int | None, int | None],
 ) -> ExperimentResult:
     """Return the row of ``runs.csv``; see ``ExperimentResult`` for what each column means."""
-    changed = sum(record.changed for record in records) > 0
-    masked = any(fault.masked_position for fault in faults)
+    masked_away = effect.outcome == "masked"
+    effective = any(record.changed and not (record.fault.masked_position and masked_away) for record in records)
     return ExperimentResult(
         run_id=planned.run_id,
         repeat=planned.repeat,
@@ -120,7 +122,7 @@ def experiment_result(
         model=model,
         dtype=dtype,
         device=device,
-        source=config.data.source,
+        source=source,
         batch_index=batch_index,
         layer=faults[0].layer,
         layers=";".join(str(fault.layer) for fault in faults),
@@ -130,8 +132,8 @@ def experiment_result(
         location=config.fault.location,
         kind=config.fault.kind,
         **_site_columns(faults, records),
-        masked_position=masked,
-        effective=changed and not (masked and effect.outcome == "masked"),
+        masked_position=faults[0].masked_position,
+        effective=effective,
         fault_id=fault_id,
         baseline_loss=losses[0],
         injected_loss=losses[1],

@@ -26,7 +26,7 @@ from experiments.plan import PlannedRun, make_plan
 from experiments.provenance import set_determinism
 from experiments.result import ExperimentResult
 from experiments.subject import Subject
-from monitoring import ForwardCache, TraceWriter
+from monitoring import ForwardCache, PerformanceAggregator, TraceWriter
 from monitoring.backend_stats import BackendStats
 from monitoring.cached_forward import CachedForward
 
@@ -45,6 +45,7 @@ class CompleteExperimentRunner:
 
     Attributes:
         records: what the last call yielded, with the rows of every detector and the faults.
+        performance: the times, memory and operations of the runs of the last call; ``print_statistics()``.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class CompleteExperimentRunner:
         self.config = config
         self.plan = make_plan(config)
         self.records: list[RunRecord] = []
+        self.performance = PerformanceAggregator()
         self._family = family
         self._cache, self._stats = ForwardCache(), BackendStats()
         self._trace = trace or TraceWriter(None)
@@ -97,6 +99,9 @@ class CompleteExperimentRunner:
             check_runs(pairs, configs)
             pairs.prepare(self.config)
             self.records = [pairs.run(run, config) for run, config in zip(runs, configs, strict=True)]
+        self.performance = PerformanceAggregator()
+        for record in self.records:
+            self.performance.add(record.metrics)
         return [record.result for record in self.records]
 
     @contextmanager

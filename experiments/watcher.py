@@ -62,7 +62,7 @@ class Watcher:
 
     Attributes:
         verdicts: by ``(detector, layer)``, merged over the calls of one pass.
-        statistics: by ``(layer, call)`` and oracle, what it keeps of this pass.
+        statistics: by ``(layer, call)`` and oracle, what it keeps of this pass, if it is the fault-free one.
         bounds_seconds, detection_seconds: time spent on statistics and on decisions.
     """
 
@@ -96,8 +96,11 @@ class Watcher:
         start = self._now()
         with torch.no_grad():
             state = self._state(call)
-            oracles = [detector for detector in self._detectors if detector.oracle]
-            self.statistics[key] = {detector.name: detector.reduce(state) for detector in oracles}
+            for detector in self._detectors:
+                detector.derive(state)
+            if not self._situation.baseline:
+                oracles = [detector for detector in self._detectors if detector.oracle]
+                self.statistics[key] = {detector.name: detector.reduce(state) for detector in oracles}
             prepared = self._now()
             self.bounds_seconds += prepared - start
             for detector in self._detectors:

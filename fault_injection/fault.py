@@ -81,7 +81,9 @@ class FaultSpec:
 
     def _check_bits(self) -> None:
         if self.bits is not None and self.kind not in _BIT_KINDS:
-            raise ValueError(f"fault.bit: kind {self.kind!r} has no use for a bit, got {self.bits}")
+            raise ValueError(
+                f"fault.bit: kind {self.kind!r} has no use for a bit, got {self.bits}; leave it out (null)"
+            )
         if isinstance(self.bits, str) and self.bits not in FIELDS:
             raise ValueError(
                 f"fault.bit: got {self.bits!r}, allowed a bit number, a list of them, or {', '.join(FIELDS)}"

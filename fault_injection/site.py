@@ -50,8 +50,9 @@ class Site:
         shape: ``(batch, head, row, col)`` of the tensor.
         columns: how many of its columns can be hit (a learned sink's column is no key).
         dtype: its native dtype.
-        visible: for scores and weights, a boolean tensor broadcastable to ``(batch, head, row, columns)``, ``True``
-            where the query sees the key; else ``None``.
+        visible: a boolean tensor broadcastable to ``(batch, head, row, columns)``, ``True`` at what takes part in
+            attention: keys that the query sees (scores, weights), keys that some query sees (k, v), and in all others
+            queries that are no padding. ``None`` where everything does.
     """
 
     layer: int
@@ -143,6 +144,7 @@ class SiteSurvey:
     Args:
         model_dtype: the dtype whose lowest number the model's masks are made of.
         layers: the cores to note (default: all).
+        real_queries: ``(batch, query)``, ``False`` at padding (default: no padding).
 
     Attributes:
         visible: by ``(layer, call)``, which keys each query sees, with a learned sink's column if there is one.
@@ -153,11 +155,17 @@ class SiteSurvey:
 
     locations = frozenset({"q", "k", "v", "scores", "logits", "weights", "out"})
 
-    def __init__(self, model_dtype: torch.dtype, layers: Collection[int] | None = None) -> None:
+    def __init__(
+        self,
+        model_dtype: torch.dtype,
+        layers: Collection[int] | None = None,
+        real_queries: Tensor | None = None,
+    ) -> None:
         self.layers = None if layers is None else frozenset(layers)
         self.visible: dict[tuple[int, int], Tensor] = {}
         self.plain_logits: dict[tuple[int, int], bool] = {}
         self._model_dtype = model_dtype
+        self._real_queries = real_queries
         self._sites: dict[tuple[int, str], Site] = {}
         self._masks: list[Tensor] = []
         self._scores: Tensor | None = None
@@ -207,9 +215,23 @@ class SiteSurvey:
     def site(self, layer: int, location: str) -> Site:
         """Return a site; ``KeyError`` if the pass did not reach it."""
         site = self._sites[layer, location]
-        if location not in ("scores", "weights"):
-            return site
-        return replace(site, visible=self.visible[layer, 0][..., : site.columns])
+        seen = self.visible[layer, 0][..., : self._sites[layer, "scores"].columns]
+        real = self._real(seen)
+        if location in ("scores", "weights"):
+            return replace(site, visible=seen if real is None else seen & real)
+        if location in ("k", "v"):
+            # (batch, 1, key, 1): whether any query of any head sees the key.
+            part: Tensor | None = (seen if real is None else seen & real).any(-2).any(1)[:, None, :, None]
+        else:
+            part = real
+        return site if part is None or bool(part.all()) else replace(site, visible=part)
+
+    def _real(self, seen: Tensor) -> Tensor | None:
+        """Return ``(batch, 1, query, 1)``, ``None`` without padding or where the queries are other tokens."""
+        real = self._real_queries
+        if real is None or bool(real.all()) or real.shape[-1] != seen.shape[-2]:
+            return None
+        return real[:, None, :, None]
 
 
 def _is_scaled(logits: Tensor, scores: Tensor, scaling: float, visible: Tensor) -> bool:
