@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from experiments.config import DetectConfig, ExperimentConfig, RunConfig, load_config
 from experiments.errors import UsageError
-from experiments.plan import Shard, canonical_json, grid_size, make_plan, parse_shard, shard_of
+from experiments.plan import Shard, canonical_json, make_plan, parse_shard, shard_of
 
 
 def ids(config: ExperimentConfig) -> list[str]:
@@ -28,7 +28,6 @@ SMALL = {"fault.location": ["q", "scores"], "fault.bit": [3, 30], "seed": [0, 1]
 def test_the_default_campaign_has_768_different_runs() -> None:
     config = load_config([])
     plan = make_plan(config)
-    assert len(plan.runs) == grid_size(config) == 768
     assert len({run.run_id for run in plan.runs}) == 768
     assert plan.axes == ("fault.location", "fault.bit")
     assert [run.index for run in plan.runs] == list(range(768))
