@@ -8,7 +8,7 @@
 A detector reads the faulty pass only. One that compares with the fault-free pass is an *oracle*: its name starts
 with ``oracle_``, and ``check`` takes what ``reduce`` kept of that pass.
 
-Public names: ``Detector``, ``Verdict``, ``MAX_POSITIONS``.
+Public names: ``Detector``, ``Verdict``, ``MAX_POSITIONS``, ``extreme``, ``first_positions``.
 
 >>> Verdict.not_applicable("q@o", "queries have 192 channels and values 128").fired
 False
@@ -17,9 +17,11 @@ False
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from bounds.attention_state import AttentionState
@@ -133,6 +135,18 @@ class Detector(ABC):
     @abstractmethod
     def judge(self, state: AttentionState, baseline: Any) -> Verdict:
         """Judge a call the invariant applies to; ``check`` has verified the arguments."""
+
+
+def extreme(reduce: Callable[[Tensor], Tensor], *values: float | None) -> float | None:
+    """Return the largest or smallest of the values that exist; NaN if one of them is.
+
+    Args:
+        reduce: ``torch.max`` or ``torch.min``.
+        *values: None for a value that does not exist.
+    """
+    # torch's max and min propagate NaN; the built-in ones lose it, depending on the order.
+    present = [value for value in values if value is not None]
+    return float(reduce(torch.tensor(present, dtype=torch.float64))) if present else None
 
 
 def first_positions(positions: Tensor) -> tuple[tuple[int, ...], ...]:

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from bounds.attention_state import AttentionState
-from bounds.detector import Detector, Verdict, first_positions
+from bounds.detector import Detector, Verdict, extreme, first_positions
 from bounds.epsilon import Interval
 from bounds.epsilon_statistics import (
     EpsilonBaseline,
@@ -64,15 +64,9 @@ def _either(name: str, first: Violations, second: Violations) -> Verdict:
         violations=int(fired.sum()),
         nonfinite=int(nonfinite.sum()),
         positions=first_positions(fired.nonzero()),
-        largest_ratio=_extreme(torch.max, first.largest_ratio, second.largest_ratio),
-        smallest_margin=_extreme(torch.min, first.smallest_margin, second.smallest_margin),
+        largest_ratio=extreme(torch.max, first.largest_ratio, second.largest_ratio),
+        smallest_margin=extreme(torch.min, first.smallest_margin, second.smallest_margin),
     )
-
-
-def _extreme(reduce: Any, *values: float | None) -> float | None:
-    # torch's max and min propagate NaN; the built-in ones lose it, depending on the order.
-    present = [value for value in values if value is not None]
-    return float(reduce(torch.tensor(present, dtype=torch.float64))) if present else None
 
 
 def _weights_interval(state: AttentionState, baseline: Any) -> Interval:

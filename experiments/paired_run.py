@@ -11,7 +11,6 @@ Public names: ``PairedRunner``, ``RunRecord``.
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -47,7 +46,7 @@ from fault_injection.model_outputs import bitwise_equal
 from monitoring import PerformanceMetrics, PerformanceMonitor
 from monitoring.cached_forward import CachedForward
 from monitoring.fingerprints import digest, input_fingerprint, model_fingerprint
-from monitoring.flops import attention_flops, attention_formula_gap, attention_shape, bounds_flops
+from monitoring.flops import attention_formula_gap
 
 
 @dataclass(frozen=True)
@@ -98,10 +97,7 @@ class PairedRunner:
         self._clean_new: list[CleanRow] = []
         self.monitor = PerformanceMonitor(subject.device)
         self._input_ids = [input_fingerprint(dict(batch)) for batch in batches]
-        model = subject.model
-        self._shapes = (
-            [attention_shape(model, dict(batch)) for batch in batches] if attention_formula_gap(model) is None else None
-        )
+        self._has_formulas = attention_formula_gap(subject.model) is None
 
     def prepare(self, config: ExperimentConfig) -> dict[str, Any]:
         """Run the equivalence gate and the control run on the first batch; return what was checked, for provenance."""
@@ -275,7 +271,7 @@ class PairedRunner:
         batch_index: int,
     ) -> RunRecord:
         detections = detection_rows(planned.run_id, injected.watcher, effect, self.batches[batch_index], config)
-        checked_layers = len({row.layer for row in detections if row.layer is not None})
+        metrics = self._metrics(batch_index, len({row.layer for row in detections if row.layer is not None}))
         result = experiment_result(
             planned=planned,
             config=config,
@@ -291,26 +287,18 @@ class PairedRunner:
             losses=(baseline.evaluation.loss, injected.evaluation.loss),
             effect=effect,
             detections=detections,
-            metrics=self.monitor.metrics,
+            metrics=metrics,
             injection_seconds=injected.forward_seconds,
-            flops=self._flops(batch_index, checked_layers),
         )
         clean, self._clean_new = tuple(self._clean_new), []
-        return RunRecord(result, tuple(detections), faults, self._metrics(checked_layers), clean)
+        return RunRecord(result, tuple(detections), faults, metrics, clean)
 
-    def _metrics(self, checked_layers: int) -> PerformanceMetrics:
-        """Return what was measured in the run, with the sizes of the model and its operations where formulas hold."""
-        if self._shapes is not None:
-            self.monitor.record_model_info(self.subject.model, dict(self.batches[0]))
-            self.monitor.estimate_flops(min(checked_layers, self._shapes[0].layers))
+    def _metrics(self, batch_index: int, checked_layers: int) -> PerformanceMetrics:
+        """Return what was measured in the run, with sizes and operations where formulas hold for the architecture."""
+        if self._has_formulas:
+            self.monitor.record_model_info(self.subject.model, dict(self.batches[batch_index]))
+            self.monitor.estimate_flops(checked_layers)
         return self.monitor.metrics
-
-    def _flops(self, batch_index: int, checked_layers: int) -> tuple[int | None, int | None]:
-        """Return the operations of attention and of bounds, ``None`` where no formula holds for the architecture."""
-        if self._shapes is None:
-            return None, None
-        shape = self._shapes[batch_index]
-        return attention_flops(shape), bounds_flops(dataclasses.replace(shape, layers=checked_layers))
 
 
 def _detectors(config: ExperimentConfig) -> list[Detector]:

@@ -110,7 +110,6 @@ def experiment_result(
     detections: Sequence[DetectionRow],
     metrics: PerformanceMetrics,
     injection_seconds: float,
-    flops: tuple[int | None, int | None],
 ) -> ExperimentResult:
     """Return the row of ``runs.csv``; see ``ExperimentResult`` for what each column means."""
     masked_away = effect.outcome == "masked"
@@ -150,8 +149,8 @@ def experiment_result(
         detection_seconds=metrics.violation_detection_time,
         total_seconds=metrics.total_time,
         peak_memory_mb=metrics.peak_memory_mb,
-        attention_flops=flops[0],
-        bounds_flops=flops[1],
+        attention_flops=metrics.attention_flops,
+        bounds_flops=metrics.bounds_flops,
         execution="plain",
         hits=sum(len(fault.elements) for fault in faults),
     )

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from bounds import AttentionState, Detector, Verdict
+from bounds.detector import extreme
 from fault_injection import AttentionCall
 
 _COMPLETE = frozenset({"q", "k", "v", "logits", "weights", "out"})
@@ -152,12 +153,6 @@ def _merged(first: Verdict, second: Verdict) -> Verdict:
         violations=first.violations + second.violations,
         nonfinite=first.nonfinite + second.nonfinite,
         positions=first.positions or second.positions,
-        largest_ratio=_extreme(torch.max, first.largest_ratio, second.largest_ratio),
-        smallest_margin=_extreme(torch.min, first.smallest_margin, second.smallest_margin),
+        largest_ratio=extreme(torch.max, first.largest_ratio, second.largest_ratio),
+        smallest_margin=extreme(torch.min, first.smallest_margin, second.smallest_margin),
     )
-
-
-def _extreme(reduce: Callable[[Tensor], Tensor], *values: float | None) -> float | None:
-    # torch's max and min keep a NaN; the built-in ones lose it, depending on the order.
-    present = [value for value in values if value is not None]
-    return float(reduce(torch.tensor(present, dtype=torch.float64))) if present else None
