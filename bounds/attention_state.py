@@ -4,7 +4,7 @@
                            has_bias_or_cap=False, visible=causal, layer=3, name="transformer.h.3.attn")
     get_detector("s@w").check(state)
 
-Public name: ``AttentionState``.
+Public names: ``AttentionState``, ``ProjectedOperand``.
 
 >>> q = k = v = torch.zeros(1, 2, 3, 4)
 >>> a = torch.zeros(1, 2, 3, 3)
@@ -16,7 +16,7 @@ Public name: ``AttentionState``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
@@ -24,6 +24,22 @@ import torch
 from torch import Tensor
 
 Derived = TypeVar("Derived")
+
+
+@dataclass(frozen=True, eq=False)
+class ProjectedOperand:
+    """Where the queries, keys or values of a call come from.
+
+    Attributes:
+        hidden: (B, T, D), what the linear module read.
+        projected: (B, H, T, d), what it returned, ordered by head and channel; H is the number of key/value heads for
+            keys and values.
+        rotation: cosines and sines as the attention module was given them; None without a rotary embedding.
+    """
+
+    hidden: Tensor
+    projected: Tensor
+    rotation: tuple[Tensor, Tensor] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,9 +61,14 @@ class AttentionState:
             embedding of the keys alone breaks it). Never read off the data: a fault must not change it.
         has_bias_or_cap: whether finite visible logits differ from scaling * query.key (position bias, ALiBi, soft
             cap); None when it is not known.
-        scores: (B, H, T, S), the score product before scale and mask; optional.
+        scores: (B, H, T, S), what the score product returned, before scale and mask; optional. In real numbers it
+            is ``score_factor * QK^T + score_addend`` at every position, masked ones included.
+        score_factor: 1 where the product is a plain one.
+        score_addend: broadcastable to ``scores``; None where the product adds nothing (most architectures).
+        mass: (B, H, T, S), what the values were multiplied by: ``weights`` after cast, dropout and removal of a
+            sink's column; the tensor ``weights`` itself where nothing of this happens. Optional.
+        projected: by "q", "k", "v", where they come from; operands whose origin is unknown are missing. Optional.
         visible: bool, broadcastable to ``logits``, True where a query sees a key; None when every key is visible.
-        hidden: (B, T, D_model), what the projections read; optional.
         layer: index of the layer, where it has one.
         name: qualified module name.
     """
@@ -62,8 +83,11 @@ class AttentionState:
     kv_equal: bool
     has_bias_or_cap: bool | None
     scores: Tensor | None = None
+    score_factor: float = 1.0
+    score_addend: Tensor | None = None
+    mass: Tensor | None = None
+    projected: Mapping[str, ProjectedOperand] | None = None
     visible: Tensor | None = None
-    hidden: Tensor | None = None
     layer: int | None = None
     name: str = ""
     _derived: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)

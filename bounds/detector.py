@@ -82,6 +82,8 @@ class Detector(ABC):
         statement: the invariant in one line, with its place in docs/theory.md.
         cost: extra work per row of n keys and d channels, as a class such as ``"n"``, ``"n + d"`` or ``"n exp"``.
         oracle: whether it needs the fault-free pass.
+        calibrated: whether it must see fault-free calls of other inputs first (``calibrate``); no theorem then
+            rules out false positives.
     """
 
     name: ClassVar[str]
@@ -89,6 +91,7 @@ class Detector(ABC):
     statement: ClassVar[str]
     cost: ClassVar[str]
     oracle: ClassVar[bool] = False
+    calibrated: ClassVar[bool] = False
 
     def __init__(self, tolerance: float = 0.0) -> None:
         """Set the allowance that is added to every proved tolerance, in the detector's own units.
@@ -101,6 +104,9 @@ class Detector(ABC):
 
     def prepare(self, model: nn.Module) -> None:  # noqa: B027
         """Compute what depends on the model's weights alone. Most detectors need nothing."""
+
+    def calibrate(self, state: AttentionState) -> None:  # noqa: B027
+        """Learn from a fault-free call. Only ``calibrated`` detectors do; theorems need no calibration."""
 
     def derive(self, state: AttentionState) -> None:  # noqa: B027
         """Compute the statistics that detectors share (``state.derived``), so that their cost can be told apart."""

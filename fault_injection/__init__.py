@@ -11,7 +11,7 @@ with patched(model):
         faulty = model(**batch).logits
 """
 
-from fault_injection.attention_call import LOCATIONS, OBSERVED, AttentionCall, AttentionCore, Tap
+from fault_injection.attention_call import LOCATIONS, OBSERVED, AttentionCall, AttentionCore, ScoreProduct, Tap
 from fault_injection.bits import bit_field, bit_patterns, clear_bits, flip_bits, rewrite_bits, set_bits
 from fault_injection.discovery import NoAttentionError, UncoveredArchitectureError
 from fault_injection.fault import KINDS, Fault, FaultSpec, draw_fault
@@ -39,6 +39,7 @@ __all__ = [
     "KVConsistency",
     "NoAttentionError",
     "ProbeError",
+    "ScoreProduct",
     "Site",
     "SiteSurvey",
     "Tap",

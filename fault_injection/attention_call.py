@@ -4,7 +4,7 @@ An *attention core* is a module that evaluates softmax(QK^T)V. Each evaluation i
 runs, every tensor it produces is offered to the *taps*, in the order of computation; a tap may look (return
 ``None``) or replace it (return a tensor of the same shape and dtype).
 
-Public names: ``LOCATIONS``, ``OBSERVED``, ``AttentionCore``, ``AttentionCall``, ``Tap``.
+Public names: ``LOCATIONS``, ``OBSERVED``, ``AttentionCore``, ``AttentionCall``, ``ScoreProduct``, ``Tap``.
 
 Shapes: q ``(batch, head, query, channel)``; k, v ``(batch, key/value head, key, channel)``, not repeated for
 grouped queries where the model's own code repeats them inside; scores, logits, weights ``(batch, head, query, key)``;
@@ -26,10 +26,11 @@ from torch import Tensor, nn
 LOCATIONS = ("q", "k", "v", "scores", "weights", "out")
 """Where a fault can be injected."""
 
-OBSERVED = (*LOCATIONS, "logits")
-"""What a tap can see: the locations, and the logits (what the softmax received, after scale, bias and mask).
+OBSERVED = (*LOCATIONS, "logits", "mass")
+"""What a tap can see: the locations, and two tensors for looking only.
 
-The logits are for looking only; a fault before the softmax belongs in the scores."""
+The logits are what the softmax received, after scale, bias and mask; a fault before the softmax belongs in the
+scores. The mass is what multiplies the values: the weights after cast, dropout and removal of a sink's column."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,20 @@ class AttentionCore:
         return module
 
 
+@dataclass(frozen=True, eq=False)
+class ScoreProduct:
+    """What the score product of a call computes: ``factor * QK^T + addend``.
+
+    Attributes:
+        factor: 1 for a plain product.
+        addend: ``(batch, head, query, key)`` or a shape that broadcasts to it; ``None`` for a plain product. Already
+            multiplied by the factor that the product applies to it.
+    """
+
+    factor: float = 1.0
+    addend: Tensor | None = None
+
+
 @dataclass
 class AttentionCall:
     """One evaluation of a core.
@@ -71,12 +86,14 @@ class AttentionCall:
             forward pass). A recomputation by gradient checkpointing has the number of the evaluation it repeats.
         scaling: the factor between QK^T and the logits where the architecture states it, else ``None``.
         tensors: what a tap chose to keep for the rest of the call; dropped when the call ends.
+        product: how the scores come from queries and keys; known from the scores on.
     """
 
     core: AttentionCore
     number: int
     scaling: float | None = None
     tensors: dict[str, Tensor] = field(default_factory=dict)
+    product: ScoreProduct = field(default_factory=ScoreProduct)
 
 
 class Tap(Protocol):

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from fault_injection.attention_call import AttentionCall, AttentionCore, Tap
+from fault_injection.attention_call import AttentionCall, AttentionCore, ScoreProduct, Tap
 from fault_injection.attention_interface import (
     IMPLEMENTATION,
     SelectedImplementation,
@@ -33,7 +33,7 @@ from fault_injection.attention_interface import (
 )
 from fault_injection.discovery import UncoveredArchitectureError, discover_cores, eager_function
 from fault_injection.model_outputs import bitwise_equal_outputs, output_tensors
-from fault_injection.probe import AttentionProbe, Emit
+from fault_injection.probe import AttentionProbe
 from fault_injection.scaling import stated_scaling
 
 _instrumented: WeakKeyDictionary[nn.Module, Instrumentation] = WeakKeyDictionary()
@@ -184,11 +184,12 @@ class Instrumentation:
         if isinstance(mask, Tensor) and mask.dtype == torch.bool:
             raise ValueError(f"{core.name}: {_BOOLEAN_MASK}")
         scaling = keywords.get("scaling")
-        emit = self._emitter(core, float(tensors[0].shape[-1] ** -0.5 if scaling is None else scaling))
-        if emit is None:
+        evaluation = self._evaluation(core, float(tensors[0].shape[-1] ** -0.5 if scaling is None else scaling))
+        if evaluation is None:
             return function(core.module, *tensors, mask, **keywords)
+        emit = evaluation.emit
         query, key, value = (emit(name, t) for name, t in zip(("q", "k", "v"), tensors, strict=True))
-        probe = AttentionProbe(core, emit, query.shape[0], operands=False)
+        probe = AttentionProbe(core, emit, query.shape[0], operands=False, note_product=evaluation.note_product)
         with probe:
             result = function(core.module, query, key, value, mask, **keywords)
         probe.finish()
@@ -197,29 +198,39 @@ class Instrumentation:
     def evaluate_forward(self, core: AttentionCore, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Evaluate a path-R core: its own forward, under the probe if any tap wants it."""
         own_forward = self._own_forwards.get(core.index) or MethodType(type(core.module).forward, core.module)
-        emit = self._emitter(core, stated_scaling(core.module))
-        if emit is None:
+        evaluation = self._evaluation(core, stated_scaling(core.module))
+        if evaluation is None:
             return own_forward(*args, **kwargs)
         batch = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)).shape[0]
-        probe = AttentionProbe(core, emit, batch, operands=True)
+        probe = AttentionProbe(core, evaluation.emit, batch, operands=True, note_product=evaluation.note_product)
         with probe:
             result = own_forward(*args, **kwargs)
         probe.finish()
         return result
 
-    def _emitter(self, core: AttentionCore, scaling: float | None) -> Emit | None:
-        """Begin an evaluation; return what offers its tensors to the taps, ``None`` if no tap wants this core."""
+    def _evaluation(self, core: AttentionCore, scaling: float | None) -> _Evaluation | None:
+        """Begin an evaluation of a core; ``None`` if no tap wants it."""
         begun = [(session.taps, session.begin(core, scaling)) for session in self._sessions]
         wanted = [(tap, call) for taps, call in begun for tap in taps if tap.layers is None or core.index in tap.layers]
+        return _Evaluation(wanted) if wanted else None
 
-        def emit(location: str, tensor: Tensor) -> Tensor:
-            for tap, call in wanted:
-                if location in tap.locations:
-                    replacement = tap.on(location, tensor, call)
-                    tensor = tensor if replacement is None else replacement
-            return tensor
 
-        return emit if wanted else None
+class _Evaluation:
+    """Offers the tensors of one evaluation of a core to the taps that want it."""
+
+    def __init__(self, wanted: list[tuple[Tap, AttentionCall]]) -> None:
+        self._wanted = wanted
+
+    def emit(self, location: str, tensor: Tensor) -> Tensor:
+        for tap, call in self._wanted:
+            if location in tap.locations:
+                replacement = tap.on(location, tensor, call)
+                tensor = tensor if replacement is None else replacement
+        return tensor
+
+    def note_product(self, product: ScoreProduct) -> None:
+        for _, call in self._wanted:
+            call.product = product
 
 
 class _Session:

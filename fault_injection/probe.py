@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from fault_injection.attention_call import AttentionCore
+from fault_injection.attention_call import AttentionCore, ScoreProduct
 
 PRODUCTS: frozenset[Any] = frozenset(
     {
@@ -100,13 +100,23 @@ class AttentionProbe(TorchFunctionMode):
             ``fault_injection.attention_call``; its return value takes the tensor's place.
         batch: the batch size, to tell ``(batch * head, query, channel)`` layouts apart.
         operands: emit q, k and v from the factors of the two products (path R); path A emits them before.
+        note_product: called before the scores are emitted if their product is not a plain one.
 
     Raises:
         ProbeError: on leaving, when the three steps were not all seen (``finish``).
     """
 
-    def __init__(self, core: AttentionCore, emit: Emit, batch: int, *, operands: bool) -> None:
+    def __init__(
+        self,
+        core: AttentionCore,
+        emit: Emit,
+        batch: int,
+        *,
+        operands: bool,
+        note_product: Callable[[ScoreProduct], None] = lambda product: None,
+    ) -> None:
         super().__init__()
+        self._note_product = note_product
         self._core = core
         self._emit = emit
         self._batch = batch
@@ -142,7 +152,16 @@ class AttentionProbe(TorchFunctionMode):
             args, kwargs = self._operand("q", args, kwargs, query_slot, transposed=False)
             args, kwargs = self._operand("k", args, kwargs, key_slot, transposed=True)
         self._phase = "softmax"
+        if func in _WITH_ADDEND:
+            self._note_product(self._addend(func, args, kwargs))
         return self._result("scores", func(*args, **kwargs))
+
+    def _addend(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ScoreProduct:
+        addend: Tensor = args[0] if args else kwargs["input"]
+        beta, factor = float(kwargs.get("beta", 1)), float(kwargs.get("alpha", 1))
+        # The product broadcasts its addend; with beta = 0 it does not read it.
+        canonical = self._canonical(addend) if addend.dim() == 3 and addend.shape[0] > 1 else addend
+        return ScoreProduct(factor, canonical * beta if beta else None)
 
     def _softmax(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         logits: Tensor = args[0] if args else kwargs["input"]
@@ -156,6 +175,7 @@ class AttentionProbe(TorchFunctionMode):
     def _out(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         if self._operands:
             args, kwargs = self._operand("v", args, kwargs, _operand_slots(func, args, kwargs)[1], transposed=False)
+        self._emit("mass", self._canonical(_get(args, kwargs, _operand_slots(func, args, kwargs)[0])))
         self._phase = "done"
         return self._result("out", func(*args, **kwargs))
 

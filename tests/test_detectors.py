@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from attention_states import DTYPES, attend, poked, random_state, replaced
 
 from bounds import (
     AttentionState,
@@ -26,80 +27,8 @@ from bounds.blocks import row_blocks
 from bounds.detector import MAX_POSITIONS
 from bounds.query_output import compute_query_output
 
-DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 ONLINE = ["finite", "s@w", "q@o", "comb"]
 ORACLES = ["oracle_s@w", "oracle_q@o", "oracle_comb"]
-
-
-def mask_of(kind: str, rows: int, keys: int) -> torch.Tensor | None:
-    query, key = torch.arange(rows)[:, None] + keys - rows, torch.arange(keys)[None, :]
-    padding = torch.ones(2, 1, 1, keys, dtype=torch.bool)
-    padding[1, ..., : keys // 3] = False
-    return {
-        "all": None,
-        "causal": key <= query,
-        "window": (key <= query) & (key > query - 4),
-        "padded": padding & (key <= query),
-    }[kind]
-
-
-def attend(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    visible: torch.Tensor | None = None,
-    *,
-    kv_equal: bool = False,
-    softmax_dtype: torch.dtype | None = None,
-    weights: torch.Tensor | None = None,
-) -> AttentionState:
-    """Eager attention in the tensors' own dtype: product, scaling, mask, softmax, product."""
-    scaling = query.shape[-1] ** -0.5
-    group = query.shape[1] // key.shape[1]
-    scores = query @ key.repeat_interleave(group, 1).mT
-    logits = scores * scaling
-    if visible is not None:
-        logits = logits.masked_fill(~visible, torch.finfo(logits.dtype).min)
-    if weights is None:
-        weights = torch.softmax(logits, -1, dtype=softmax_dtype)
-    out = weights.to(value.dtype) @ value.repeat_interleave(group, 1)
-    return AttentionState(
-        query=query,
-        key=key,
-        value=value,
-        scores=scores,
-        logits=logits,
-        weights=weights,
-        out=out,
-        scaling=scaling,
-        visible=visible,
-        kv_equal=kv_equal,
-        has_bias_or_cap=False,
-    )
-
-
-def random_state(seed: int = 0, **options: Any) -> AttentionState:
-    """Random attention; options: dtype, rows, keys, heads, kv_heads, gain, mask, kv_equal, softmax_dtype."""
-    get = {"dtype": torch.float32, "rows": 12, "keys": 12, "heads": 4, "kv_heads": 4, "gain": 1.0} | options
-    generator = torch.Generator().manual_seed(seed)
-    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
-    query = (draw(2, get["heads"], get["rows"], 16) * get["gain"]).to(get["dtype"])
-    key = draw(2, get["kv_heads"], get["keys"], 16).to(get["dtype"])
-    value = key if get.get("kv_equal") else draw(2, get["kv_heads"], get["keys"], 16).to(get["dtype"])
-    visible = mask_of(get.get("mask", "causal"), get["rows"], get["keys"])
-    kept = {name: get[name] for name in ("kv_equal", "softmax_dtype") if name in get}
-    return attend(query, key, value, visible, **kept)
-
-
-def replaced(state: AttentionState, **changes: Any) -> AttentionState:
-    """Return a state with other tensors and without the statistics of the first."""
-    return dataclasses.replace(state, **changes)
-
-
-def poked(tensor: torch.Tensor, index: tuple[int, ...], value: float) -> torch.Tensor:
-    changed = tensor.clone()
-    changed[index] = value
-    return changed
 
 
 # ------------------------------------------------------------------------------------------ no false positives
@@ -491,15 +420,15 @@ def test_a_new_detector_is_registered_once_and_says_what_it_misses(monkeypatch):
 
     @register_detector
     class HiddenDetector(Detector):
-        name, needs, statement, cost = "hidden", frozenset({"hidden", "scores"}), "nothing", "1"
+        name, needs, statement, cost = "hidden", frozenset({"projected", "scores"}), "nothing", "1"
 
         def judge(self, state: AttentionState, baseline: Any) -> Verdict:
             return Verdict(self.name, rows_checked=1)
 
     detector = get_detector("hidden")
     state = random_state()
-    assert "it reads hidden, which" in detector.check(state).reason
-    assert detector.check(replaced(state, hidden=torch.zeros(2, 12, 64))).rows_checked == 1
+    assert "it reads projected, which" in detector.check(state).reason
+    assert detector.check(replaced(state, projected={})).rows_checked == 1
     with pytest.raises(ValueError, match=r"the name 'hidden' is taken by .*HiddenDetector"):
         register_detector(HiddenDetector)
     with pytest.raises(ValueError, match="exactly the oracles' names start with 'oracle_'"):
