@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from bounds import Detector, Verdict
+from experiments.call_state import Situation
 from experiments.errors import CheckRefusedError
 from experiments.objective import Evaluation
 from experiments.subject import Subject
-from experiments.watcher import Situation, Watcher
+from experiments.watcher import Watcher
 from experiments.windows import real_positions
 from fault_injection import Site, SiteSurvey
 from fault_injection.model_outputs import bitwise_equal
@@ -53,8 +54,7 @@ def compute_baseline(subject: Subject, batch: Mapping[str, Tensor], detectors: S
     real = None if subject.family == "encoder-decoder" else real_positions(batch)
     survey = SiteSurvey(subject.dtype, real_queries=real)
     subject.forward(batch, survey)
-    kv_equal = {key: same and subject.kv_equal[key[0]] for key, same in survey.kv_identical.items()}
-    situation = Situation(dict(survey.visible), dict(survey.plain_logits), kv_equal)
+    situation = Situation.of(survey, subject.kv_equal)
     watcher = Watcher(detectors, situation)
     watched = subject.forward(batch, watcher)
     evaluation, seconds = timed_forward(subject, batch)

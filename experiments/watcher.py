@@ -8,15 +8,15 @@ and reduced statistics, and forgets the tensors: nothing is collected.
         model(**batch)
     watcher.verdicts[("s@w", 0)]
 
-Public names: ``Watcher``, ``Situation``, ``is_oracle``.
+Public names: ``Watcher``, ``is_oracle``.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,32 +24,13 @@ from torch import Tensor
 
 from bounds import AttentionState, Detector, Verdict
 from bounds.detector import extreme
+from experiments.call_state import COMPLETE, Origins, Situation, call_state, keep_tensor
 from fault_injection import AttentionCall
-
-_COMPLETE = frozenset({"q", "k", "v", "logits", "weights", "out"})
 
 
 def is_oracle(name: str) -> bool:
     """Whether a detector of this name reads the fault-free pass."""
     return name.startswith("oracle_")
-
-
-@dataclass(frozen=True)
-class Situation:
-    """What a detector may know of an input besides the pass it looks at: properties of input and model alone.
-
-    Attributes:
-        visible: by ``(layer, call)``, which keys each query sees.
-        plain_logits: by ``(layer, call)``, whether the logits are the scaled scores and nothing else.
-        kv_equal: by ``(layer, call)``, whether the model guarantees equal keys and values there: equal projections, and
-            nothing between them and the attention that sets them apart (a rotation of the keys).
-        baseline: by ``(layer, call)`` and detector, what an ``oracle_*`` kept of the fault-free pass.
-    """
-
-    visible: Mapping[tuple[int, int], Tensor]
-    plain_logits: Mapping[tuple[int, int], bool]
-    kv_equal: Mapping[tuple[int, int], bool]
-    baseline: Mapping[tuple[int, int], Mapping[str, Any]] = field(default_factory=dict)
 
 
 class Watcher:
@@ -60,6 +41,7 @@ class Watcher:
         situation: what they may know.
         layers: the layers to look at (default: all).
         synchronize: called before every reading of the clock.
+        origins: tells where the operands of a core come from in the pass that runs (default: not known).
 
     Attributes:
         verdicts: by ``(detector, layer)``, merged over the calls of one pass.
@@ -67,7 +49,7 @@ class Watcher:
         bounds_seconds, detection_seconds: time spent on statistics and on decisions.
     """
 
-    locations = _COMPLETE
+    locations = COMPLETE
 
     def __init__(
         self,
@@ -76,7 +58,9 @@ class Watcher:
         *,
         layers: AbstractSet[int] | None = None,
         synchronize: Callable[[], None] = lambda: None,
+        origins: Origins | None = None,
     ) -> None:
+        self._origins = origins
         self.layers = layers
         self.verdicts: dict[tuple[str, int], Verdict] = {}
         self.modules: dict[int, str] = {}
@@ -89,14 +73,14 @@ class Watcher:
 
     def on(self, location: str, tensor: Tensor, call: AttentionCall) -> None:
         """Keep the tensor until the call's output is there; then let every detector look."""
-        call.tensors[location] = tensor.detach()
+        keep_tensor(location, tensor, call, self._situation)
         if location != "out":
             return
         key = call.core.index, call.number
         self.modules[call.core.index] = call.core.name
         start = self._now()
         with torch.no_grad():
-            state = self._state(call)
+            state = call_state(call, self._situation, self._origins)
             for detector in self._detectors:
                 detector.derive(state)
             if not self._situation.baseline:
@@ -112,25 +96,6 @@ class Watcher:
     def _now(self) -> float:
         self._synchronize()
         return time.perf_counter()
-
-    def _state(self, call: AttentionCall) -> AttentionState:
-        key = call.core.index, call.number
-        kept = call.tensors
-        return AttentionState(
-            query=kept["q"],
-            key=kept["k"],
-            value=kept["v"],
-            logits=kept["logits"],
-            weights=kept["weights"],
-            out=kept["out"],
-            visible=self._situation.visible[key],
-            # Without a stated factor epsilon is in the usual unit, and nothing is said of q·o.
-            scaling=kept["q"].shape[-1] ** -0.5 if call.scaling is None else call.scaling,
-            kv_equal=self._situation.kv_equal[key],
-            has_bias_or_cap=None if call.scaling is None else not self._situation.plain_logits[key],
-            layer=call.core.index,
-            name=call.core.name,
-        )
 
     def _check(self, detector: Detector, state: AttentionState, key: tuple[int, int]) -> None:
         baseline = self._situation.baseline.get(key, {}).get(detector.name) if detector.oracle else None

@@ -151,6 +151,7 @@ class SiteSurvey:
         kv_identical: by ``(layer, call)``, whether the keys are bitwise the values.
         plain_logits: by ``(layer, call)``, whether the visible logits are the scaled scores and nothing else (no bias,
             no soft cap), to within the rounding of the scaling.
+        overwritten: the ``(layer, call)`` whose architecture changes the scores in place after their product.
     """
 
     locations = frozenset({"q", "k", "v", "scores", "logits", "weights", "out"})
@@ -168,7 +169,9 @@ class SiteSurvey:
         self._real_queries = real_queries
         self._sites: dict[tuple[int, str], Site] = {}
         self._masks: list[Tensor] = []
+        self.overwritten: set[tuple[int, int]] = set()
         self._scores: Tensor | None = None
+        self._original: tuple[Tensor, int] | None = None
         self._key: Tensor | None = None
         self.kv_identical: dict[tuple[int, int], bool] = {}
 
@@ -181,6 +184,7 @@ class SiteSurvey:
         if location == "scores":
             # A copy: some architectures scale the scores in place.
             self._scores = tensor.detach().clone()
+            self._original = tensor, tensor._version
         if location == "k":
             self._key = tensor
         if location == "v" and self._key is not None:
@@ -195,6 +199,9 @@ class SiteSurvey:
     def _note_logits(self, key: tuple[int, int], logits: Tensor, scaling: float | None) -> None:
         visible = self._shared(visible_keys(logits, self._model_dtype))
         scores, self._scores = self._scores, None
+        if self._original is not None and self._original[0]._version != self._original[1]:
+            self.overwritten.add(key)
+        self._original = None
         self.visible[key] = visible
         self.plain_logits[key] = (
             scores is not None and scaling is not None and _is_scaled(logits, scores, scaling, visible)

@@ -5,7 +5,8 @@ import torch
 from zoo import ZOO
 
 from bounds import get_detector, list_detectors
-from experiments.watcher import Situation, Watcher
+from experiments.call_state import Situation
+from experiments.watcher import Watcher
 from fault_injection import SiteSurvey, attention_cores, check_kv_consistency, patched, tapped
 
 ONLINE = [name for name in list_detectors() if not name.startswith("oracle_")]
@@ -22,10 +23,7 @@ def test_no_false_positive_on_a_clean_pass(name, dtype, zoo_model):
         survey = SiteSurvey(dtype)
         with tapped(model, survey):
             model(**inputs)
-        kv_equal = {key: same and equal[key[0]] for key, same in survey.kv_identical.items()}
-        watcher = Watcher(
-            [get_detector(detector) for detector in ONLINE], Situation(survey.visible, survey.plain_logits, kv_equal)
-        )
+        watcher = Watcher([get_detector(detector) for detector in ONLINE], Situation.of(survey, equal))
         with tapped(model, watcher):
             model(**inputs)
     assert len(watcher.modules) == ZOO[name].cores
