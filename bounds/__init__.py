@@ -11,18 +11,44 @@
 | ``query_output`` | epsilon from query and output |
 | ``violations`` | the decision |
 | ``attention_state``, ``detector``, ``registry`` | what a detector reads, is, and where it is found |
-| ``epsilon_detectors``, ``finite_detector`` | the detectors |
+| ``suites`` | names for lists of detectors |
+| ``projection_*``, ``range_*`` | queries, keys and values against weights and input |
+| ``score_*`` | the score product |
+| ``softmax_*``, ``epsilon_*`` | the softmax |
+| ``output_*``, ``key_value_identity`` | the value product |
+| ``fused_*`` | kernels that show no scores |
+| ``finite_detector`` | NaN and Inf |
+| ``attnchecker``, ``ranger``, ``realm``, ``flash_abft`` | published methods to compare with |
+| ``correction`` | repair of single located errors |
+| ``certificate`` | what an undetected fault can have done at most |
+| ``fault_effect``, ``atlas`` | what a fault does, in closed form; ranked over all faults of a layer |
 
-Statements and proofs are in docs/theory.md. To add a detector: subclass ``Detector``, decorate it with
-``register_detector``, import its module here.
+Statements and proofs are in docs/theory.md. To add a detector of your own, write a subclass of ``Detector`` and give
+its place in a configuration (``bounds.user_detectors``); in this package, decorate it with ``register_detector`` and
+import its module here.
 
->>> list_detectors()
-('comb', 'finite', 'oracle_comb', 'oracle_q@o', 'oracle_s@w', 'q@o', 's@w')
+>>> from bounds.suites import expand
+>>> expand(["lite"])
+('finite', 'P_q', 'P_k', 'P_v', 'S_row', 'W_sum', 'W_simplex', 'O_row')
 """
 
 from __future__ import annotations
 
-from bounds import epsilon_detectors, finite_detector
+from bounds import (
+    attnchecker,
+    element_detectors,
+    epsilon_detectors,
+    finite_detector,
+    flash_abft,
+    fused_detectors,
+    output_detectors,
+    projection_detectors,
+    range_detectors,
+    ranger,
+    realm,
+    score_detectors,
+    softmax_detectors,
+)
 from bounds.attention_state import AttentionState
 from bounds.detector import Detector, Verdict
 from bounds.epsilon import AttentionBounds, compute_attention_bounds
@@ -35,11 +61,22 @@ __all__ = [
     "Detector",
     "Verdict",
     "Violations",
+    "attnchecker",
     "compute_attention_bounds",
     "detect_violation",
+    "element_detectors",
     "epsilon_detectors",
     "finite_detector",
+    "flash_abft",
+    "fused_detectors",
     "get_detector",
     "list_detectors",
+    "output_detectors",
+    "projection_detectors",
+    "range_detectors",
+    "ranger",
+    "realm",
     "register_detector",
+    "score_detectors",
+    "softmax_detectors",
 ]

@@ -82,8 +82,8 @@ class Detector(ABC):
         statement: the invariant in one line, with its place in docs/theory.md.
         cost: extra work per row of n keys and d channels, as a class such as ``"n"``, ``"n + d"`` or ``"n exp"``.
         oracle: whether it needs the fault-free pass.
-        calibrated: whether it must see fault-free calls of other inputs first (``calibrate``); no theorem then
-            rules out false positives.
+        proved: whether a theorem rules out false positives; not so for thresholds taken from the literature.
+        calibrated: whether it must see fault-free calls of other inputs first (``calibrate``).
     """
 
     name: ClassVar[str]
@@ -91,6 +91,7 @@ class Detector(ABC):
     statement: ClassVar[str]
     cost: ClassVar[str]
     oracle: ClassVar[bool] = False
+    proved: ClassVar[bool] = True
     calibrated: ClassVar[bool] = False
 
     def __init__(self, tolerance: float = 0.0) -> None:
@@ -113,7 +114,7 @@ class Detector(ABC):
 
     def applicable(self, state: AttentionState) -> str | None:
         """Return why the invariant says nothing about ``state``, or None when it applies."""
-        missing = sorted(name for name in self.needs if getattr(state, name) is None)
+        missing = sorted(name for name in self.needs if getattr(state, name, None) is None)
         return f"it reads {', '.join(missing)}, which this state does not carry" if missing else None
 
     def reduce(self, state: AttentionState) -> Any:

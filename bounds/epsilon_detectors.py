@@ -3,6 +3,7 @@
 | name | what must hold | reads |
 |---|---|---|
 | ``s@w`` | epsilon of logits and weights lies in the bounds of the same pass | logits, weights |
+| ``s@w_tight`` | the same with the best bounds that gamma, n and w* allow (T4) | logits, weights |
 | ``q@o`` | epsilon of query and output lies in them, widened by the slack of T6 | all but scores |
 | ``comb`` | both | all but scores |
 | ``oracle_...`` | the same against the bounds of the fault-free pass | its reduced statistics |
@@ -25,6 +26,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from bounds.attention_state import AttentionState
 from bounds.detector import Detector, Verdict, extreme, first_positions
@@ -35,6 +37,7 @@ from bounds.epsilon_statistics import (
     epsilon_bounds,
     query_output,
     query_output_interval,
+    tight_epsilon_bounds,
 )
 from bounds.query_output import query_output_reason
 from bounds.registry import register_detector
@@ -67,6 +70,12 @@ def _either(name: str, first: Violations, second: Violations) -> Verdict:
         largest_ratio=extreme(torch.max, first.largest_ratio, second.largest_ratio),
         smallest_margin=extreme(torch.min, first.smallest_margin, second.smallest_margin),
     )
+
+
+def _with_margin(name: str, found: Violations, wide: Tensor) -> Verdict:
+    """Return the verdict with the smallest margin of the rows in ``wide``: others lie on their bounds."""
+    margins = found.margins[wide]
+    return replace(_verdict(name, found), smallest_margin=float(margins.min()) if margins.numel() else None)
 
 
 def _weights_interval(state: AttentionState, baseline: Any) -> Interval:
@@ -132,9 +141,33 @@ class WeightsDetector(_EpsilonDetector):
         The smallest margin is over the rows with more than two of them: the others lie on their bounds (T3).
         """
         found = self.by_weights(state, baseline)
-        wide = found.margins[state.derived(epsilon_bounds).n > 2]
-        margin = float(wide.min()) if wide.numel() else None
-        return replace(_verdict(self.name, found), smallest_margin=margin)
+        return _with_margin(self.name, found, state.derived(epsilon_bounds).n > 2)
+
+
+@register_detector
+class TightWeightsDetector(WeightsDetector):
+    """Epsilon from logits and weights in the narrowest interval."""
+
+    name = "s@w_tight"
+    statement = "(a* - sum w a) / alpha lies in the best bounds given gamma, n and w* (T4, tolerance F2, F3)"
+    cost = "n exp"
+
+    def derive(self, state: AttentionState) -> None:
+        """Compute epsilon and the bounds T4."""
+        state.derived(tight_epsilon_bounds)
+
+    def by_weights(self, state: AttentionState, baseline: Any) -> Violations:
+        """Judge epsilon of logits and weights."""
+        bounds = state.derived(tight_epsilon_bounds)
+        return detect_violation(bounds.interval(), bounds.epsilon, self.tolerance)
+
+    def judge(self, state: AttentionState, baseline: Any) -> Verdict:
+        """Judge every row with a visible key.
+
+        The smallest margin is over the rows with more than three of them: gamma and w* determine E of the others.
+        """
+        found = self.by_weights(state, baseline)
+        return _with_margin(self.name, found, state.derived(tight_epsilon_bounds).n > 3)
 
 
 @register_detector

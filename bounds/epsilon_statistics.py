@@ -5,8 +5,8 @@
 
 These are functions of a state for ``AttentionState.derived``, which keeps their results.
 
-Public names: ``epsilon_bounds``, ``query_output``, ``query_output_interval``, ``epsilon_baseline``,
-``EpsilonBaseline``.
+Public names: ``epsilon_bounds``, ``tight_epsilon_bounds``, ``query_output``, ``query_output_interval``,
+``epsilon_baseline``, ``EpsilonBaseline``.
 """
 
 from __future__ import annotations
@@ -36,6 +36,14 @@ def epsilon_bounds(state: AttentionState) -> AttentionBounds:
     return compute_attention_bounds(
         state.logits, state.weights, state.query.shape[-1], state.visible, scale=state.scaling
     )
+
+
+def tight_epsilon_bounds(state: AttentionState) -> AttentionBounds:
+    """Return the same with the interval T4, at the cost of one exp per logit."""
+    bounds = compute_attention_bounds(
+        state.logits, state.weights, state.query.shape[-1], state.visible, scale=state.scaling, tight=True
+    )
+    return bounds.tightened()
 
 
 def query_output(state: AttentionState) -> QueryOutput:

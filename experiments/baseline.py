@@ -20,6 +20,7 @@ from bounds import Detector, Verdict
 from experiments.call_state import Situation
 from experiments.errors import CheckRefusedError
 from experiments.objective import Evaluation
+from experiments.origins import recorded_origins
 from experiments.subject import Subject
 from experiments.watcher import Watcher
 from experiments.windows import real_positions
@@ -55,8 +56,9 @@ def compute_baseline(subject: Subject, batch: Mapping[str, Tensor], detectors: S
     survey = SiteSurvey(subject.dtype, real_queries=real)
     subject.forward(batch, survey)
     situation = Situation.of(survey, subject.kv_equal)
-    watcher = Watcher(detectors, situation)
-    watched = subject.forward(batch, watcher)
+    with recorded_origins(subject.model, detectors) as origins:
+        watcher = Watcher(detectors, situation, origins=origins)
+        watched = subject.forward(batch, watcher)
     evaluation, seconds = timed_forward(subject, batch)
     if not bitwise_equal(watched.output, evaluation.output):
         raise CheckRefusedError(

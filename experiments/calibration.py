@@ -3,14 +3,14 @@
 The theorems of ``bounds`` need no calibration. Detectors from the literature that clamp to observed ranges do; they see
 passes on inputs that the campaign itself does not use, so that their false positives can be counted honestly.
 
-    calibrate(detectors, subject, batches, origins)
+    calibrate(detectors, subject, lambda: batches)
 
 Public name: ``calibrate``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -21,12 +21,17 @@ from experiments.subject import Subject
 from fault_injection import AttentionCall, SiteSurvey
 
 
-def calibrate(detectors: Sequence[Detector], subject: Subject, batches: Sequence[Mapping[str, Tensor]]) -> None:
-    """Let every ``calibrated`` detector learn from fault-free passes of ``batches``; the others see nothing."""
+def calibrate(
+    detectors: Sequence[Detector], subject: Subject, batches: Callable[[], Sequence[Mapping[str, Tensor]]]
+) -> None:
+    """Let every ``calibrated`` detector learn from fault-free passes of the batches that ``batches()`` gives.
+
+    It is not called if no detector needs calibration. One that gets no batch says that it does not apply.
+    """
     learning = [detector for detector in detectors if detector.calibrated]
     if not learning:
         return
-    for batch in batches:
+    for batch in batches():
         survey = SiteSurvey(subject.dtype)
         subject.forward(batch, survey)
         subject.forward(batch, _Calibrator(learning, Situation.of(survey, subject.kv_equal)))

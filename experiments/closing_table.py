@@ -10,6 +10,7 @@ from __future__ import annotations
 import pandas as pd
 from scipy.stats import binomtest
 
+from bounds.suites import SUITES
 from experiments.campaign_folder import CampaignFolder
 from experiments.result import OUTCOMES
 from experiments.watcher import is_oracle
@@ -85,27 +86,34 @@ def _rate(successes: int, trials: int) -> str:
 
 def _detector_lines(folder: CampaignFolder, distinct: pd.DataFrame) -> list[str]:
     """Return a line for each detector: what it saw, and its false positives on the fault-free passes."""
-    columns = ["run_id", "detector", "violations"]
+    columns = ["run_id", "detector", "proved", "violations"]
     detections = pd.read_csv(folder.file("detections.csv"), usecols=columns, dtype={"run_id": str})
     clean = pd.read_csv(folder.file("clean.csv"))
     harmful = distinct[distinct.outcome.isin(HARMFUL)]
     lines = [f"{'detector':14}{'detected':27}{'of harmful':27}{'false positives':>16}{'in clean rows':>15}"]
+    known = set(detections.detector)
+    for suite, members in SUITES.items():
+        if len(members) > 1 and set(members) <= known:
+            fired = set(detections[(detections.violations > 0) & detections.detector.isin(members)].run_id)
+            lines.append(f"suite {suite:8}{_share(distinct, fired):27}{_share(harmful, fired)}")
     for detector, rows in detections[detections.run_id.isin(distinct.run_id)].groupby("detector", sort=False):
         fired = set(rows[rows.violations > 0].run_id)
         own = clean[(clean.detector == detector) & clean.applicable.astype(bool)]
         oracle = is_oracle(str(detector))
+        note = "  (reads the fault-free pass: no detector)" if oracle else ""
+        if not rows.proved.all():
+            note = "  (no theorem rules out false positives)"
         false, checked = ("-", "-") if oracle else (str(int(own.violations.sum())), f"{int(own.rows_checked.sum()):,}")
         lines.append(
-            f"{detector:14}{_share(distinct, fired):27}{_share(harmful, fired):27}{false:>16}{checked:>15}"
-            f"{'  (reads the fault-free pass: no detector)' if oracle else ''}"
+            f"{detector:14}{_share(distinct, fired):27}{_share(harmful, fired):27}{false:>16}{checked:>15}{note}"
         )
-    online = clean[clean.applicable.astype(bool) & ~clean.detector.map(is_oracle)]
+    online = clean[clean.applicable.astype(bool) & clean.proved.astype(bool) & ~clean.detector.map(is_oracle)]
     total, rows_checked = int(online.violations.sum()), int(online.rows_checked.sum())
     skipped = clean[~clean.applicable.astype(bool)].groupby("detector").reason.first()
     return [
         *lines,
         *(f"not applicable: {detector}: {reason}" for detector, reason in skipped.items()),
-        f"false positives: {total} violations in {rows_checked} rows checked by all detectors together, on "
+        f"false positives: {total} violations in {rows_checked:,} rows checked by all proved detectors together, on "
         f"{clean.baseline.nunique()} fault-free passes",
     ]
 

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 
 from bounds import get_detector
+from bounds.suites import expand
+from bounds.user_detectors import load_detector
 from experiments.errors import UsageError
 from experiments.sources import parse_source
 from fault_injection.bits import check_bits
@@ -201,33 +203,35 @@ class DetectConfig:
     """What looks for violations, and when a run counts as critical.
 
     Attributes:
-        detectors: names of detectors; ``oracle_*`` ones read the fault-free pass and are reported apart.
+        detectors: names of detectors and of suites (``lite``, ``full``, ``full-g4``, ``epsilon``, ``oracles``,
+            ``competitors``), or ``module:Class`` and ``file.py:Class`` for your own; ``oracle_*`` ones read the
+            fault-free pass and are reported apart.
         tolerance: added to the proved rounding tolerance of every detector, in the detector's own unit.
         critical_loss: the change of the loss (nats) above which a run is critical.
-        correct: repair located errors in the pass (not available yet).
+        correct: repair single errors of scores, weights and outputs in the pass; outcome and loss are those after it.
     """
 
-    detectors: list[str] = field(
-        default_factory=lambda: ["finite", "s@w", "q@o", "comb", "oracle_s@w", "oracle_q@o", "oracle_comb"]
-    )
+    detectors: list[str] = field(default_factory=lambda: ["full", "epsilon", "oracles"])
     tolerance: float = 0.0
     critical_loss: float = 1e-3
     correct: bool = False
 
+    def names(self) -> tuple[str, ...]:
+        """Return the names of the detectors, suites replaced by their members and your own classes registered."""
+        return expand(load_detector(name).name if ":" in name else name for name in self.detectors)
+
     def __post_init__(self) -> None:
-        for name in self.detectors:
-            try:
+        try:
+            for name in self.names():
                 get_detector(name)
-            except ValueError as error:
-                raise UsageError(f"detect.detectors: {error}") from error
+        except ValueError as error:
+            raise UsageError(f"detect.detectors: {error}") from error
         if len(set(self.detectors)) != len(self.detectors):
             raise UsageError(f"detect.detectors: a name is given twice in {self.detectors}")
         for key in ("tolerance", "critical_loss"):
             got = getattr(self, key)
             if not (math.isfinite(got) and got >= 0):
                 raise UsageError(f"detect.{key}: got {got}, allowed a finite number of 0 or more")
-        if self.correct:
-            raise UsageError("detect.correct: got True, but correction is not available in this version")
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from experiments.models import LoadedModel, load_model, read_model_facts
 from experiments.paired_run import PairedRunner
 from experiments.plan import Plan, canonical_json
 from experiments.subject import Subject
-from experiments.windows import data_fingerprint, make_batches
+from experiments.windows import data_fingerprint, make_batches, make_calibration_batches
 from fault_injection import NoAttentionError, UncoveredArchitectureError
 from monitoring import ForwardCache, TraceWriter
 from monitoring.backend_stats import BackendStats
@@ -108,14 +108,14 @@ class Contexts:
         if self._open is not None and self._open[0] == key:
             return self._open[1]
         loaded, subject = self._model(config)
-        made = make_batches(
-            config.data,
-            loaded.tokenizer,
-            config.seed,
-            loaded.family,
-            vocab_size=loaded.vocabulary,
+        source = config.data, loaded.tokenizer, config.seed, loaded.family, loaded.vocabulary
+        made = make_batches(*source)
+        pairs = PairedRunner(
+            subject,
+            [subject.to_device(batch) for batch in made],
+            self._forward(subject),
+            calibration=lambda: [subject.to_device(batch) for batch in make_calibration_batches(*source)],
         )
-        pairs = PairedRunner(subject, [subject.to_device(batch) for batch in made], self._forward(subject))
         checks = pairs.prepare(config)
         self.facts[key] = {
             "model": config.model.path,

@@ -2,7 +2,7 @@
 
     raise UsageError("fault.bit: got 40, allowed 0..31 for float32")   # exit status 2, nothing written
 
-Public names: ``UsageError``, ``MissingResourceError``, ``CheckRefusedError``, ``nearest``.
+Public names: ``UsageError``, ``MissingResourceError``, ``CheckRefusedError``, ``TooFewWindowsError``, ``nearest``.
 
 >>> "fault.bitt" + nearest("fault.bitt", ["fault.bit", "fault.kind"])
 "fault.bitt; did you mean 'fault.bit'?"
@@ -12,13 +12,17 @@ from __future__ import annotations
 
 from fault_injection.names import nearest
 
-__all__ = ["CheckRefusedError", "MissingResourceError", "UsageError", "nearest"]
+__all__ = ["CheckRefusedError", "MissingResourceError", "TooFewWindowsError", "UsageError", "nearest"]
 
 
 class UsageError(ValueError):
     """The user asked for something that cannot be meant: unknown key, wrong type, value out of range."""
 
     exit_status = 2
+
+
+class TooFewWindowsError(UsageError):
+    """The source has too little text for the windows that were asked for."""
 
 
 class MissingResourceError(RuntimeError):

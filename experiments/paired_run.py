@@ -12,7 +12,7 @@ Public names: ``PairedRunner``, ``RunRecord``.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,10 +21,13 @@ from torch import Tensor
 
 from bounds import Detector, get_detector
 from experiments.baseline import Baseline, compute_baseline, timed_forward
+from experiments.calibration import calibrate
 from experiments.config import ExperimentConfig
+from experiments.corrector import Corrector, check_clean_correction
 from experiments.errors import CheckRefusedError
 from experiments.gate import control_run, equivalence_gate
 from experiments.objective import Evaluation
+from experiments.origins import recorded_origins
 from experiments.outcome import Effect, effect_of
 from experiments.plan import PlannedRun
 from experiments.result import CleanRow, DetectionRow, ExperimentResult
@@ -62,11 +65,12 @@ class RunRecord:
 
 @dataclass(frozen=True)
 class InjectedPass:
-    """What the injected pass of a run gave."""
+    """What the injected pass of a run gave; ``corrector`` is None unless ``detect.correct``."""
 
     evaluation: Evaluation
     records: tuple[InjectionRecord, ...]
     watcher: Watcher
+    corrector: Corrector | None
     forward_seconds: float
 
 
@@ -77,6 +81,7 @@ class PairedRunner:
         subject: the patched model.
         batches: batches on its device, as ``Subject.to_device`` returns them.
         forward: the cache, trace and counters that passes go through.
+        calibration: gives fault-free inputs that no run uses, for detectors that must be calibrated (default: none).
         model_name: what the rows call a model that was given, like the batches, from Python (default: both are those of
             the run's configuration).
     """
@@ -87,8 +92,11 @@ class PairedRunner:
         batches: Sequence[Mapping[str, Tensor]],
         forward: CachedForward,
         *,
+        calibration: Callable[[], Sequence[Mapping[str, Tensor]]] = tuple,
         model_name: str | None = None,
     ) -> None:
+        self._calibration = calibration
+        self._detectors: dict[tuple[tuple[str, ...], float], list[Detector]] = {}
         self.subject = subject
         self._model_name = model_name
         self.batches = batches
@@ -136,26 +144,45 @@ class PairedRunner:
             if isinstance(spec.bits, tuple):
                 check_bits(spec.bits, site.dtype)
 
+    def detectors(self, config: ExperimentConfig) -> list[Detector]:
+        """Return the detectors of a configuration, prepared for the model and calibrated, made once for all runs."""
+        key = config.detect.names(), config.detect.tolerance
+        if key not in self._detectors:
+            made = [get_detector(name, config.detect.tolerance) for name in key[0]]
+            for detector in made:
+                detector.prepare(self.subject.model)
+            calibrate(made, self.subject, self._calibration)
+            self._detectors[key] = made
+        return self._detectors[key]
+
     def baseline(
         self, batch_index: int, config: ExperimentConfig, run_id: str = "", model_id: str | None = None
     ) -> Baseline:
         """Return the fault-free pass of a batch, computed once for each input, model and set of detectors."""
         batch = self.batches[batch_index]
-        detectors, tolerance = _detectors(config), config.detect.tolerance
+        detectors, tolerance = self.detectors(config), config.detect.tolerance
         model_id = model_id or model_fingerprint(self.subject.model)
+        names, correct = [detector.name for detector in detectors], config.detect.correct
+
+        def compute() -> Baseline:
+            computed = compute_baseline(self.subject, batch, detectors)
+            if correct:
+                check_clean_correction(self.subject, batch, computed)
+            return computed
+
         baseline = self.forward.cached(
             "baseline",
             "base",
             dict(batch),
-            {"detectors": [d.name for d in detectors], "tolerance": tolerance, "family": self.subject.family},
-            lambda: compute_baseline(self.subject, batch, detectors),
+            {"detectors": names, "tolerance": tolerance, "family": self.subject.family, "correct": correct},
+            compute,
             model=model_id,
             phase="baseline",
             run_id=run_id,
         )
         baseline_id = digest(model_id, self._input_ids[batch_index])
         # What the detectors said of a pass depends on which there were.
-        known = f"{baseline_id} {config.detect.detectors} {tolerance}"
+        known = f"{baseline_id} {config.detect.names()} {tolerance}"
         if known not in self._clean_known:
             self._clean_known.add(known)
             self._clean_new += clean_rows(baseline_id, baseline, self.subject.layer_names, tolerance)
@@ -224,18 +251,24 @@ class PairedRunner:
         model_id: str,
     ) -> InjectedPass:
         injector = Injector(faults)
-        first_layer = min(fault.layer for fault in faults)
-        watcher = Watcher(
-            _detectors(config),
-            baseline.situation,
-            # Layers before the first fault are bitwise those of the baseline, and so are their verdicts.
-            layers=frozenset(range(first_layer, len(self.subject.cores))),
-            synchronize=self.subject.synchronize,
-        )
+        detectors, situation = self.detectors(config), baseline.situation
+        # Layers before the first fault are bitwise those of the baseline, and so are their verdicts.
+        layers = frozenset(range(min(fault.layer for fault in faults), len(self.subject.cores)))
+        synchronize = self.subject.synchronize
+        watcher = Watcher(detectors, situation, layers=layers, synchronize=synchronize)
+        corrector = None
+        if config.detect.correct:
+            corrector = Corrector(situation.visible, layers=layers, synchronize=synchronize)
+        # The corrector comes last: detectors judge what it then repairs.
+        taps = (watcher,) if corrector is None else (watcher, corrector)
 
         def injected_pass() -> Evaluation:
-            with self.monitor.timer("injection_forward"), tapped(self.subject.model, injector):
-                evaluation = self.subject.forward(self.batches[batch_index], watcher)
+            with (
+                recorded_origins(self.subject.model, detectors) as watcher.origins,
+                self.monitor.timer("injection_forward"),
+                tapped(self.subject.model, injector),
+            ):
+                evaluation = self.subject.forward(self.batches[batch_index], *taps)
             injector.finish()
             return evaluation
 
@@ -256,8 +289,8 @@ class PairedRunner:
         self.monitor.add_time("violation_detection", watcher.detection_seconds)
         self.monitor.record_memory()
         total = self.monitor.metrics.injection_forward_time or 0.0
-        forward_seconds = max(0.0, total - watcher.bounds_seconds - watcher.detection_seconds)
-        return InjectedPass(evaluation, tuple(injector.records), watcher, forward_seconds)
+        looked = watcher.bounds_seconds + watcher.detection_seconds + (corrector.seconds if corrector else 0.0)
+        return InjectedPass(evaluation, tuple(injector.records), watcher, corrector, max(0.0, total - looked))
 
     def _record(
         self,
@@ -289,6 +322,7 @@ class PairedRunner:
             detections=detections,
             metrics=metrics,
             injection_seconds=injected.forward_seconds,
+            corrector=injected.corrector,
         )
         clean, self._clean_new = tuple(self._clean_new), []
         return RunRecord(result, tuple(detections), faults, metrics, clean)
@@ -299,7 +333,3 @@ class PairedRunner:
             self.monitor.record_model_info(self.subject.model, dict(self.batches[batch_index]))
             self.monitor.estimate_flops(checked_layers)
         return self.monitor.metrics
-
-
-def _detectors(config: ExperimentConfig) -> list[Detector]:
-    return [get_detector(name, config.detect.tolerance) for name in config.detect.detectors]

@@ -67,23 +67,32 @@ class ExperimentResult:
     top1_changed: int | None = _column("positions whose most likely token changed")
     nonfinite: bool = _column("whether the output or the loss holds NaN or Inf")
     outcome: str = _column("masked, benign, critical or nonfinite")
-    violation_detected: bool = _column("whether a detector fired that sees the faulty pass only")
+    violation_detected: bool = _column(
+        "whether a detector fired that sees the faulty pass only and whose false positives a theorem rules out"
+    )
     detectors: str = _column("names of those detectors, joined by ';'")
     num_violations: int = _column("rows in which they fired, summed over detectors and layers")
     oracle_detected: bool | None = _column("whether an oracle_* detector fired (those read the fault-free pass)")
     oracle_detectors: str = _column("names of those detectors, joined by ';'")
+    unproved_detectors: str = _column(
+        "names of the detectors that fired and whose false positives no theorem rules out, joined by ';'"
+    )
     epsilon_margin: float | None = _column(
         "smallest distance of epsilon from its bounds (s@w) in the first injected layer, over rows of more than two "
         "keys; negative: outside"
     )
+    repairs: int | None = _column("elements that detect.correct replaced; empty without it")
+    miscorrections: int | None = _column("those of them that no fault had hit")
+    unrepaired: int | None = _column("errors it saw and could not repair: heads of scores and out, rows of weights")
     baseline_seconds: float | None = _column(
         "fault-free forward pass without detectors; measured once for each input and repeated here, unless "
         "run.reuse_baseline is false",
         timing=True,
     )
-    injection_seconds: float | None = _column("injected forward pass, detectors excluded", timing=True)
+    injection_seconds: float | None = _column("injected forward pass, detectors and correction excluded", timing=True)
     bounds_seconds: float | None = _column("computing bounds in the injected pass", timing=True)
     detection_seconds: float | None = _column("deciding on violations in the injected pass", timing=True)
+    correction_seconds: float | None = _column("correction in the injected pass; empty without it", timing=True)
     total_seconds: float | None = _column("the whole run", timing=True)
     peak_memory_mb: float | None = _column("peak resident (CPU) or allocated (CUDA) memory", timing=True)
     attention_flops: int | None = _column("floating-point operations of the attention products of one pass")
@@ -99,6 +108,7 @@ class DetectionRow:
     run_id: str = _column("the run")
     detector: str = _column("name of the detector")
     online: bool = _column("whether it sees the faulty pass only")
+    proved: bool = _column("whether a theorem rules out its false positives")
     layer: int | None = _column("attention layer; empty for the model's output")
     module: str = _column("its module, or output")
     applicable: bool = _column("whether the detector applies here")
@@ -119,6 +129,7 @@ class CleanRow:
     tolerance: float = _column("detect.tolerance, which was added to the proved one")
     layer: int | None = _column("attention layer")
     module: str = _column("its module")
+    proved: bool = _column("whether a theorem rules out its false positives")
     applicable: bool = _column("whether the detector applies here")
     reason: str | None = _column("why it does not")
     rows_checked: int = _column("rows checked")

@@ -10,9 +10,10 @@ from typing import Any
 
 from torch import Tensor
 
-from bounds import Verdict
+from bounds import Verdict, get_detector
 from experiments.baseline import Baseline
 from experiments.config import ExperimentConfig
+from experiments.corrector import Corrector, correction_columns
 from experiments.outcome import Effect
 from experiments.plan import PlannedRun
 from experiments.result import CleanRow, DetectionRow, ExperimentResult
@@ -36,12 +37,13 @@ def detection_rows(
         _detection_row(run_id, name, layer, watcher.modules[layer], verdict)
         for (name, layer), verdict in watcher.verdicts.items()
     ]
-    if "finite" in config.detect.detectors:
+    if "finite" in config.detect.names():
         rows.append(
             DetectionRow(
                 run_id=run_id,
                 detector="finite",
                 online=True,
+                proved=True,
                 layer=None,
                 module=OUTPUT,
                 applicable=True,
@@ -61,6 +63,7 @@ def _detection_row(run_id: str, name: str, layer: int, module: str, verdict: Ver
         run_id=run_id,
         detector=name,
         online=not is_oracle(name),
+        proved=get_detector(name).proved,
         layer=layer,
         module=module,
         applicable=verdict.applicable,
@@ -79,6 +82,7 @@ def clean_rows(baseline_id: str, baseline: Baseline, layer_names: Sequence[str],
         CleanRow(
             baseline=baseline_id,
             detector=name,
+            proved=get_detector(name).proved,
             tolerance=tolerance,
             layer=layer,
             module=layer_names[layer],
@@ -110,6 +114,7 @@ def experiment_result(
     detections: Sequence[DetectionRow],
     metrics: PerformanceMetrics,
     injection_seconds: float,
+    corrector: Corrector | None,
 ) -> ExperimentResult:
     """Return the row of ``runs.csv``; see ``ExperimentResult`` for what each column means."""
     masked_away = effect.outcome == "masked"
@@ -143,6 +148,7 @@ def experiment_result(
         nonfinite=effect.outcome == "nonfinite",
         outcome=effect.outcome,
         **_detection_columns(detections, faults[0].layer),
+        **correction_columns(faults, corrector),
         baseline_seconds=metrics.baseline_forward_time,
         injection_seconds=injection_seconds,
         bounds_seconds=metrics.bounds_computation_time,
@@ -186,15 +192,17 @@ def _site_columns(faults: Sequence[Fault], records: Sequence[InjectionRecord]) -
 
 def _detection_columns(detections: Sequence[DetectionRow], layer: int) -> dict[str, Any]:
     fired = [row for row in detections if row.violations > 0]
-    online = list(dict.fromkeys(row.detector for row in fired if row.online))
+    proved = [row for row in fired if row.online and row.proved]
+    online = list(dict.fromkeys(row.detector for row in proved))
     oracle = list(dict.fromkeys(row.detector for row in fired if not row.online))
     has_oracle = any(not row.online for row in detections)
     margin = next((row.smallest_margin for row in detections if (row.detector, row.layer) == ("s@w", layer)), None)
     return {
         "violation_detected": bool(online),
         "detectors": ";".join(online),
-        "num_violations": sum(row.violations for row in fired if row.online),
+        "num_violations": sum(row.violations for row in proved),
         "oracle_detected": bool(oracle) if has_oracle else None,
         "oracle_detectors": ";".join(oracle),
+        "unproved_detectors": ";".join(dict.fromkeys(row.detector for row in fired if row.online and not row.proved)),
         "epsilon_margin": margin,
     }

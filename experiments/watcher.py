@@ -60,7 +60,7 @@ class Watcher:
         synchronize: Callable[[], None] = lambda: None,
         origins: Origins | None = None,
     ) -> None:
-        self._origins = origins
+        self.origins = origins
         self.layers = layers
         self.verdicts: dict[tuple[str, int], Verdict] = {}
         self.modules: dict[int, str] = {}
@@ -80,7 +80,7 @@ class Watcher:
         self.modules[call.core.index] = call.core.name
         start = self._now()
         with torch.no_grad():
-            state = call_state(call, self._situation, self._origins)
+            state = call_state(call, self._situation, self.origins)
             for detector in self._detectors:
                 detector.derive(state)
             if not self._situation.baseline:

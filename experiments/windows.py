@@ -6,8 +6,9 @@ seed reads the same text however it is batched.
 
     batches = make_batches(config.data, loaded.tokenizer, config.seed, loaded.family, loaded.facts.vocab_size)
 
-Public names: ``make_batches``, ``pack_windows``, ``draw_windows``, ``MASKED_SHARE``; and, from ``experiments.batches``,
-``validate_batch``, ``model_inputs``, ``real_positions``, ``data_fingerprint``, ``IGNORED``.
+Public names: ``make_batches``, ``make_calibration_batches``, ``pack_windows``, ``draw_windows``, ``MASKED_SHARE``; and,
+from ``experiments.batches``, ``validate_batch``, ``model_inputs``, ``real_positions``, ``data_fingerprint``,
+``IGNORED``.
 
 >>> pack_windows(torch.arange(10, 17), 4, prefix=[1])
 tensor([[ 1, 10, 11, 12],
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,7 +35,7 @@ from experiments.batches import (
     refuse_unknown_ids,
     validate_batch,
 )
-from experiments.errors import UsageError
+from experiments.errors import TooFewWindowsError, UsageError
 from experiments.sources import parse_source, read_documents
 
 if TYPE_CHECKING:
@@ -45,6 +47,7 @@ __all__ = [
     "data_fingerprint",
     "draw_windows",
     "make_batches",
+    "make_calibration_batches",
     "model_inputs",
     "pack_windows",
     "real_positions",
@@ -95,6 +98,21 @@ def make_batches(
     return [{name: part[start : start + data.batch_size] for name, part in parts.items()} for start in starts]
 
 
+def make_calibration_batches(
+    data: DataConfig, tokenizer: Any | None, seed: int, family: str, vocab_size: int
+) -> list[dict[str, Tensor]]:
+    """Return as many batches as ``make_batches`` does, of windows that it does not draw; none if there are too few.
+
+    The arguments are those of ``make_batches``.
+    """
+    both = replace(data, num_samples=2 * data.num_samples)
+    try:
+        every = make_batches(both, tokenizer, seed, family, vocab_size)
+    except TooFewWindowsError:
+        return []
+    return every[data.num_samples // data.batch_size :]
+
+
 def pack_windows(tokens: Tensor, seq_len: int, prefix: Sequence[int] = (), suffix: Sequence[int] = ()) -> Tensor:
     """Cut a stream of tokens into windows without overlap; what is left at the end is dropped.
 
@@ -141,7 +159,7 @@ def _text_windows(data: DataConfig, tokenizer: Any | None, family: str) -> Tenso
     if len(windows) == 0:
         raise UsageError(f"data.source: {data.source!r} has {len(tokens)} tokens, a window needs {data.seq_len}")
     if len(windows) < data.num_samples:
-        raise UsageError(
+        raise TooFewWindowsError(
             f"data.num_samples: got {data.num_samples}, but {data.source!r} has {len(windows)} windows of"
             f" {data.seq_len} tokens ({len(tokens)} tokens)"
         )

@@ -69,7 +69,7 @@ def test_help_does_not_wait_for_torch() -> None:
 )  # fmt: skip
 def test_lists(what: str, expected: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--list", what]) == 0
-    first_words = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    first_words = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line]
     assert set(expected) <= set(first_words)
 
 

@@ -241,7 +241,7 @@ def test_what_belongs_to_the_whole_campaign_cannot_be_swept(key: str) -> None:
         (["--detect.detectors", "[finit]"], "detect.detectors: .*got 'finit', .*did you mean 'finite'"),
         (["--detect.detectors", "finite"], "detect.detectors: got finite, allowed list"),
         (["--detect.detectors", "[finite, finite]"], "detect.detectors: a name is given twice"),
-        (["--detect.correct", "true"], "detect.correct: "),
+        (["--detect.correct", "3"], "detect.correct: got 3, allowed bool"),
         (["--run.threads", "0"], "run.threads: got 0, allowed 1 or more"),
         (["--run.engine", "fast"], "run.engine: got 'fast', allowed auto, plain"),
         (["--run.batch_runs", "4"], "run.batch_runs: got 4"),

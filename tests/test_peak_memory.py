@@ -5,8 +5,10 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from bounds import get_detector, list_detectors
+from bounds import get_detector
 from experiments.baseline import compute_baseline
+from experiments.config_sections import DetectConfig
+from experiments.origins import recorded_origins
 from experiments.subject import Subject
 from experiments.watcher import Watcher
 from fault_injection import FaultSpec, Injector, draw_fault, suspended
@@ -27,13 +29,15 @@ def model():
 def test_injected_pass_stays_within_a_fifth_and_one_layer_of_a_plain_one(model, location):
     with Subject(model) as subject:
         batch = subject.to_device(torch.randint(0, 512, (1, LENGTH), generator=torch.Generator().manual_seed(1)))
-        detectors = [get_detector(name) for name in list_detectors()]
+        detectors = [get_detector(name) for name in DetectConfig().names()]
+        for detector in detectors:
+            detector.prepare(model)
         baseline = compute_baseline(subject, batch, detectors)
         fault = draw_fault(FaultSpec(location, bits=(28,)), baseline.sites[1, location], np.random.default_rng(0))
         with suspended(model):
             plain = tensor_peak(lambda: subject.forward(batch))
-        injected = tensor_peak(
-            lambda: subject.forward(batch, Injector([fault]), Watcher(detectors, baseline.situation))
-        )
+        with recorded_origins(model, detectors) as origins:
+            watcher = Watcher(detectors, baseline.situation, origins=origins)
+            injected = tensor_peak(lambda: subject.forward(batch, Injector([fault]), watcher))
     assert injected <= 1.2 * plain + LAYER_ATTENTION
     print(f"peak of the injected pass: {injected / plain:.3f} of a plain eager one ({plain / 2**20:.1f} MB)")

@@ -6,6 +6,7 @@ Public name: ``print_list``.
 from __future__ import annotations
 
 from bounds import get_detector, list_detectors
+from bounds.suites import SUITES
 from experiments.config import ExperimentConfig, known_fields
 from experiments.config_sections import check_choice
 from experiments.models import BUILT_IN_MODELS, load_model
@@ -34,8 +35,7 @@ def print_list(what: str, config: ExperimentConfig) -> None:
         for name in LOCATIONS:
             print(f"{name:8} {_LOCATION_MEANINGS[name]}")
     elif what == "detectors":
-        for detector in map(get_detector, list_detectors()):
-            print(f"{detector.name:14} {detector.statement}  [cost: {detector.cost}; reads {_joined(detector.needs)}]")
+        _print_detectors()
     elif what == "sources":
         for name, meaning in SOURCES.items():
             print(f"{name:18} {meaning}")
@@ -43,6 +43,18 @@ def print_list(what: str, config: ExperimentConfig) -> None:
         print("\n".join(known_fields()))
     else:
         _print_layers(config)
+
+
+def _print_detectors() -> None:
+    for detector in map(get_detector, list_detectors()):
+        marks = [f"cost: {detector.cost}", f"reads {_joined(detector.needs)}"]
+        if not detector.proved:
+            marks.append("no theorem rules out false positives")
+        print(f"{detector.name:14} {detector.statement}  [{'; '.join(marks)}]")
+    print("\nsuites, which stand for their members:")
+    for suite, members in SUITES.items():
+        print(f"{suite:14} {', '.join(members)}")
+    print("\nyour own: module:Class or file.py:Class, a subclass of bounds.Detector")
 
 
 def _joined(names: object) -> str:

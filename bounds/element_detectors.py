@@ -1,0 +1,123 @@
+"""The checks of every element: each product is computed again in float64.
+
+| name | what must hold | rows |
+|---|---|---|
+| ``P1_q``, ``P1_k``, ``P1_v`` | every channel of an operand is its projection | (batch, head, query or key, channel) |
+| ``S_elem`` | every score is the product of its query and its key | (batch, head, query) |
+| ``O_elem`` | every output is the product of the mass and the values | (batch, head, query, channel) |
+
+They are the checks over groups with groups of one, so what is proved of those holds of these. A sum over g elements
+that were stored in a half format must allow g roundings; one element allows one, half the distance of neighbouring
+numbers, and almost every flip is seen. The price is the work of the products themselves, in float64. Together with
+``full`` they are the suite ``full-g1``.
+
+>>> import torch
+>>> query, key = torch.ones(1, 1, 2, 4), torch.ones(1, 1, 3, 4)
+>>> scores = query @ key.mT
+>>> scores[0, 0, 1, 2] += 0.5                                                    # a fault
+>>> state = AttentionState(query=query, key=key, value=key, logits=scores, weights=scores, out=query, scores=scores,
+...                        scaling=1.0, kv_equal=True, has_bias_or_cap=False)
+>>> ScoreElements().check(state).positions
+((0, 0, 1),)
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from bounds import output_sums, score_sums
+from bounds.attention_state import AttentionState
+from bounds.line_sums import LINE_ELEMENTS
+from bounds.output_detectors import OutputGroups
+from bounds.product_detector import key_counts, required, value_product
+from bounds.projection_detectors import KeyProjection, QueryProjection, ValueProjection
+from bounds.registry import register_detector
+from bounds.row_check import RowCheck
+from bounds.score_detectors import ScoreTiles
+
+
+def score_elements(state: AttentionState) -> RowCheck:
+    """Return of every row of scores, (B, H, T), the element furthest outside its tolerance (F6)."""
+    scores, addend = required(state, "scores"), state.score_addend
+    parts = []
+    for rows in _row_slices(scores):
+        own = addend if addend is None or addend.ndim < 2 or addend.shape[-2] == 1 else addend[..., rows, :]
+        query = state.query[:, :, rows]
+        check = score_sums.tile_sums(query, state.key, scores[:, :, rows], state.score_factor, own, width=1)
+        parts.append(_furthest(check))
+    return RowCheck(torch.cat([part.residual for part in parts], -1), torch.cat([part.tolerance for part in parts], -1))
+
+
+def _row_slices(scores: Tensor) -> list[slice]:
+    """Cut the rows so that the float64 products of a part stay small, whatever the size of the layer."""
+    batch, heads, rows, keys = scores.shape
+    step = max(1, LINE_ELEMENTS // max(batch * heads * keys, 1))
+    return [slice(start, start + step) for start in range(0, max(rows, 1), step)]
+
+
+def _furthest(check: RowCheck) -> RowCheck:
+    tolerance = check.tolerance.expand(check.residual.shape)
+    # NaN counts as the largest, and an infinite tolerance fires like NaN.
+    excess = torch.where(torch.isfinite(tolerance), check.residual - tolerance, torch.nan)
+    where = excess.argmax(-1, keepdim=True)
+    return RowCheck(check.residual.gather(-1, where)[..., 0], tolerance.gather(-1, where)[..., 0])
+
+
+def output_elements(state: AttentionState) -> RowCheck:
+    """Return the check of every output, (B, H, T, D_v) (F8), for ``state.derived``."""
+    mass, out, seen = state.derived(value_product)
+    check = output_sums.group_sums(mass, state.value, out, state.derived(key_counts), width=1)
+    return replace(check, checked=None if seen is None else seen[..., None])
+
+
+@register_detector
+class QueryElements(QueryProjection):
+    """Queries, channel by channel."""
+
+    name = "P1_q"
+    group = 1
+    statement = "q_c = x.W_c + b_c for every channel, and q is its tail of the projection (F15, F16)"
+    cost = "D d"
+
+
+@register_detector
+class KeyElements(KeyProjection):
+    """Keys, channel by channel."""
+
+    name = "P1_k"
+    group = 1
+    statement = "k_c = x.W_c + b_c for every channel, and k is its tail of the projection (F15, F16)"
+    cost = "D d"
+
+
+@register_detector
+class ValueElements(ValueProjection):
+    """Values, channel by channel."""
+
+    name = "P1_v"
+    group = 1
+    statement = "v_c = x.W_c + b_c for every channel, and v is its tail of the projection (F15, F16)"
+    cost = "D d"
+
+
+@register_detector
+class ScoreElements(ScoreTiles):
+    """Scores, one by one. Units of the residual and of ``tolerance``: score."""
+
+    name = "S_elem"
+    statement = "s_ij = factor q_i . k_j + addend_ij for every i and j (T7, F6)"
+    cost = "n d"
+    equation = staticmethod(score_elements)
+
+
+@register_detector
+class OutputElements(OutputGroups):
+    """Outputs, one by one. Units of the residual and of ``tolerance``: value."""
+
+    name = "O_elem"
+    statement = "o_ic = sum_j w_ij v_jc for every i and c (T7, F8)"
+    cost = "n d"
+    equation = staticmethod(output_elements)
