@@ -98,21 +98,32 @@ def _tolerance(
     mass: Tensor,
     reach: Tensor,
 ) -> Tensor:
-    """Return the three rounding terms of docs/theory.md, F4: value product, cast of the weights, score product."""
+    """Return the rounding terms of docs/theory.md, F4: value product, cast of the weights, score product, operands."""
     channels = state.query.shape[-1]
     sums, products = accumulation(state.out.dtype), accumulation(state.query.dtype)
     n = bounds.n.double()
     stored_out, cast = storage(state.out.dtype), _cast(state)
     output = gamma(n + 2, sums.roundoff) * (1 + cast.roundoff) * length * mass + stored_out.roundoff * terms
-    output = output + (stored_out.absolute + (n + 2) * sums.underflow) * absolute_query
+    output = output + (stored_out.absolute + 2 * (n + 3) * sums.underflow) * absolute_query
     weights = length * (cast.roundoff * mass + cast.absolute * reach)
     stored = _coarsest([t.dtype for t in (state.query, state.scores, state.logits) if t is not None])
     # The scores may be stored twice: after the product and after the scaling.
     twice = 2 * stored.roundoff + stored.roundoff**2
-    flushed = (1 + 1 / bounds.scale) * (stored.absolute + (channels + 2) * products.underflow)
+    flushed = (1 + 1 / bounds.scale) * (stored.absolute + 2 * (channels + 3) * products.underflow)
     total = 1 + bounds.error.row_sum(bounds.upper * bounds.scale, bounds.n)
     scores = gamma(channels + 3, products.roundoff) * length * mass + twice * bounds.magnitude + flushed * total
-    return output + weights + scores
+    read_as_zero = 2 * absolute_query * total + length * _value_lengths(state) + channels**0.5 * mass
+    return output + weights + scores + max(sums.underflow, products.underflow) * read_as_zero
+
+
+def _value_lengths(state: AttentionState) -> Tensor:
+    """Return the sum of |v_j| over the keys that any query of the call sees, (B, H, 1)."""
+    lengths = state.value.double().square().sum(-1).sqrt()
+    visible = visible_keys(state.visible, state.weights.shape)
+    if visible is not None:
+        seen = visible.expand(*visible.shape[:-1], lengths.shape[-1]).any(-2)
+        return _select(seen, state.per_query_head(lengths)).sum(-1, keepdim=True)
+    return state.per_query_head(lengths).sum(-1, keepdim=True)
 
 
 def _cast(state: AttentionState) -> Storage:

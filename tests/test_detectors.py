@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from attention_states import DTYPES, attend, poked, random_state, replaced
+from attention_states import DTYPES, attend, mask_of, poked, random_state, replaced
 
 from bounds import (
     AttentionState,
@@ -25,6 +25,7 @@ from bounds import (
 )
 from bounds.blocks import row_blocks
 from bounds.detector import MAX_POSITIONS
+from bounds.fused_attention import FusedState
 from bounds.query_output import compute_query_output
 
 ONLINE = ["finite", "s@w", "q@o", "comb"]
@@ -385,12 +386,22 @@ def test_every_registered_detector_describes_itself():
     assert set(ONLINE + ORACLES) <= set(list_detectors())
     for name in list_detectors():
         detector = get_detector(name)
-        detector.prepare(torch.nn.Linear(2, 2))
         assert detector.name == name
-        assert detector.needs <= {field.name for field in dataclasses.fields(AttentionState)}
+        states = dataclasses.fields(AttentionState) + dataclasses.fields(FusedState)
+        assert detector.needs <= {field.name for field in states}
         assert detector.statement
         assert detector.cost
         assert detector.oracle is name.startswith("oracle_")
+
+
+def test_F4_covers_operands_that_a_product_reads_as_zero():
+    # A bfloat16 product on x86 reads subnormal numbers as zero; where it does not, nothing is shown.
+    tiny = torch.full((2, 4, 12, 64), 1e-40, dtype=torch.bfloat16)
+    huge = torch.full((2, 4, 12, 64), 1e30, dtype=torch.bfloat16)
+    for query, key, value in ((tiny, huge, huge), (huge, tiny, tiny), (tiny, huge, tiny)):
+        verdict = get_detector("q@o").check(attend(query, key, value, mask_of("causal", 12, 12)))
+        assert verdict.applicable
+        assert verdict.violations == 0, verdict
 
 
 def test_oracles_need_a_matching_baseline_and_others_take_none():
