@@ -122,6 +122,18 @@ class ProjectionDetector(Detector):
             return row_sums(replace(record, projected=read), tables, wide)
         return worst(row_sums(record, tables, wide), tail_check(tail, record, read, self.group))
 
+    def certifying_rows(self, state: AttentionState) -> RowCheck:
+        """Return the check that one changed element of the operand moves by exactly its error (docs/theory.md, T26).
+
+        Without a tail these are the sums of its channels; behind one, the check of each element of the tail.
+        """
+        found = self._prepared[state.name]
+        if isinstance(found, str) or state.projected is None:
+            raise ValueError(f"{self.name}: got a call it does not apply to; ask applicable() first")
+        if found[1].kind == "identity":
+            return self.check_rows(state)
+        return tail_check(found[1], state.projected[self.operand], getattr(state, READ_AS[self.operand]), group=1)
+
     def judge(self, state: AttentionState, baseline: Any) -> Verdict:
         """Judge every row of the operand."""
         return judged(self.name, self.check_rows(state), allowance=self.tolerance)

@@ -64,7 +64,8 @@ def _table(folder: CampaignFolder, runs: pd.DataFrame) -> list[str]:
     order = {name: i for i, name in enumerate((*LOCATIONS, *FIELDS))}
     for (location, field), group in sorted(groups, key=lambda item: [order.get(name, 99) for name in item[0]]):
         lines.append(_line(str(location), str(field), group))
-    return [*lines, _line("all", "", distinct), "", *_detector_lines(folder, distinct), *_times_lines(runs)]
+    lines += [_line("all", "", distinct), "", *_detector_lines(folder, distinct)]
+    return [*lines, *_correction_lines(distinct), *_times_lines(runs)]
 
 
 def _line(location: str, field: str, group: pd.DataFrame) -> str:
@@ -86,7 +87,7 @@ def _rate(successes: int, trials: int) -> str:
 
 def _detector_lines(folder: CampaignFolder, distinct: pd.DataFrame) -> list[str]:
     """Return a line for each detector: what it saw, and its false positives on the fault-free passes."""
-    columns = ["run_id", "detector", "proved", "violations"]
+    columns = ["run_id", "detector", "proved", "applicable", "violations"]
     detections = pd.read_csv(folder.file("detections.csv"), usecols=columns, dtype={"run_id": str})
     clean = pd.read_csv(folder.file("clean.csv"))
     harmful = distinct[distinct.outcome.isin(HARMFUL)]
@@ -104,6 +105,9 @@ def _detector_lines(folder: CampaignFolder, distinct: pd.DataFrame) -> list[str]
         if not rows.proved.all():
             note = "  (no theorem rules out false positives)"
         false, checked = ("-", "-") if oracle else (str(int(own.violations.sum())), f"{int(own.rows_checked.sum()):,}")
+        if not rows.applicable.any():
+            lines.append(f"{detector:14}{'not applicable':27}")
+            continue
         lines.append(
             f"{detector:14}{_share(distinct, fired):27}{_share(harmful, fired):27}{false:>16}{checked:>15}{note}"
         )
@@ -116,6 +120,23 @@ def _detector_lines(folder: CampaignFolder, distinct: pd.DataFrame) -> list[str]
         f"false positives: {total} violations in {rows_checked:,} rows checked by all proved detectors together, on "
         f"{clean.baseline.nunique()} fault-free passes",
     ]
+
+
+def _correction_lines(distinct: pd.DataFrame) -> list[str]:
+    """Return what ``detect.correct`` repaired, and the certificate's median; nothing where neither was asked for."""
+    lines = []
+    if distinct.repairs.notna().any():
+        lines.append(
+            f"correction: {int(distinct.repairs.sum())} elements repaired in {int((distinct.repairs > 0).sum())} of "
+            f"{len(distinct)} runs, {int(distinct.miscorrections.sum())} miscorrections, "
+            f"{int(distinct.unrepaired.sum())} errors seen and not repaired; outcomes are those after repair"
+        )
+    if distinct.certificate.notna().any():
+        lines.append(
+            f"certificate: in the {int(distinct.certificate.notna().sum())} runs without an alarm a single fault can "
+            f"have moved a row of the output by at most {100 * distinct.certificate.median():.2g} % of its length (median)"
+        )
+    return lines
 
 
 def _share(runs: pd.DataFrame, fired: set[str]) -> str:

@@ -208,12 +208,14 @@ class DetectConfig:
             fault-free pass and are reported apart.
         tolerance: added to the proved rounding tolerance of every detector, in the detector's own unit.
         critical_loss: the change of the loss (nats) above which a run is critical.
+        certificate: bound what an undetected fault can have done to the output (a column of the runs).
         correct: repair single errors of scores, weights and outputs in the pass; outcome and loss are those after it.
     """
 
     detectors: list[str] = field(default_factory=lambda: ["full", "epsilon", "oracles"])
     tolerance: float = 0.0
     critical_loss: float = 1e-3
+    certificate: bool = False
     correct: bool = False
 
     def names(self) -> tuple[str, ...]:

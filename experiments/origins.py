@@ -16,6 +16,7 @@ from torch import nn
 
 from bounds import Detector
 from bounds.attention_state import ProjectedOperand
+from bounds.certifier import Certifier
 from experiments.call_state import Origins
 from fault_injection import AttentionCore
 from fault_injection.operand_recorder import OperandRecorder
@@ -23,9 +24,9 @@ from fault_injection.operands import operand_sources
 
 
 @contextmanager
-def recorded_origins(model: nn.Module, detectors: Iterable[Detector]) -> Iterator[Origins | None]:
-    """Record what the projections of a patched model read and return, if one of the detectors needs it."""
-    if not any("projected" in detector.needs for detector in detectors):
+def recorded_origins(model: nn.Module, readers: Iterable[Detector | Certifier]) -> Iterator[Origins | None]:
+    """Record what the projections of a patched model read and return, if one of the readers needs it."""
+    if not any("projected" in reader.needs for reader in readers):
         yield None
         return
     with OperandRecorder(model, operand_sources(model)) as recorder:

@@ -20,6 +20,7 @@ import numpy as np
 from torch import Tensor
 
 from bounds import Detector, get_detector
+from bounds.certifier import Certifier
 from experiments.baseline import Baseline, compute_baseline, timed_forward
 from experiments.calibration import calibrate
 from experiments.config import ExperimentConfig
@@ -96,6 +97,7 @@ class PairedRunner:
         model_name: str | None = None,
     ) -> None:
         self._calibration = calibration
+        self._made_certifier: Certifier | None = None
         self._detectors: dict[tuple[tuple[str, ...], float], list[Detector]] = {}
         self.subject = subject
         self._model_name = model_name
@@ -226,6 +228,11 @@ class PairedRunner:
         self.monitor.add_time("total", time.perf_counter() - start)
         return self._record(planned, config, baseline, faults, fault_id, injected, effect, batch_index)
 
+    def _certifier(self) -> Certifier:
+        if self._made_certifier is None:
+            self._made_certifier = Certifier(self.subject.model)
+        return self._made_certifier
+
     def _draw(self, config: ExperimentConfig, baseline: Baseline, random: np.random.Generator) -> tuple[Fault, ...]:
         layers = choose_layers(self.check_layers(config), config.fault.effective_layer_mode(), random)
         spec = config.fault.spec()
@@ -255,7 +262,8 @@ class PairedRunner:
         # Layers before the first fault are bitwise those of the baseline, and so are their verdicts.
         layers = frozenset(range(min(fault.layer for fault in faults), len(self.subject.cores)))
         synchronize = self.subject.synchronize
-        watcher = Watcher(detectors, situation, layers=layers, synchronize=synchronize)
+        certifier = self._certifier() if config.detect.certificate else None
+        watcher = Watcher(detectors, situation, layers=layers, synchronize=synchronize, certifier=certifier)
         corrector = None
         if config.detect.correct:
             corrector = Corrector(situation.visible, layers=layers, synchronize=synchronize)
@@ -264,7 +272,7 @@ class PairedRunner:
 
         def injected_pass() -> Evaluation:
             with (
-                recorded_origins(self.subject.model, detectors) as watcher.origins,
+                recorded_origins(self.subject.model, [*detectors, *filter(None, [certifier])]) as watcher.origins,
                 self.monitor.timer("injection_forward"),
                 tapped(self.subject.model, injector),
             ):
@@ -322,6 +330,7 @@ class PairedRunner:
             detections=detections,
             metrics=metrics,
             injection_seconds=injected.forward_seconds,
+            certificate=injected.watcher.certificate,
             corrector=injected.corrector,
         )
         clean, self._clean_new = tuple(self._clean_new), []

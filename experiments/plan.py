@@ -110,6 +110,9 @@ def _identity(point: Mapping[str, Any], repeat: int) -> str:
 
 def _determining(config: ExperimentConfig) -> dict[str, Any]:
     keys = [key for key in known_fields() if key.startswith(DETERMINING) and key != "model.device"]
+    if config.detect.correct:
+        # Other fields of the section watch a run; this one changes it.
+        keys.append("detect.correct")
     return {key: _plain(field_of(config, key)) for key in [*keys, "seed"]}
 
 

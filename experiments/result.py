@@ -81,6 +81,10 @@ class ExperimentResult:
         "smallest distance of epsilon from its bounds (s@w) in the first injected layer, over rows of more than two "
         "keys; negative: outside"
     )
+    certificate: float | None = _column(
+        "with detect.certificate: largest share of its length by which a single fault in the first injected layer can "
+        "have moved a row of its output (T26); empty if a proved detector fired or a location has no check"
+    )
     repairs: int | None = _column("elements that detect.correct replaced; empty without it")
     miscorrections: int | None = _column("those of them that no fault had hit")
     unrepaired: int | None = _column("errors it saw and could not repair: heads of scores and out, rows of weights")

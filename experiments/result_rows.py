@@ -114,6 +114,7 @@ def experiment_result(
     detections: Sequence[DetectionRow],
     metrics: PerformanceMetrics,
     injection_seconds: float,
+    certificate: float | None,
     corrector: Corrector | None,
 ) -> ExperimentResult:
     """Return the row of ``runs.csv``; see ``ExperimentResult`` for what each column means."""
@@ -148,6 +149,7 @@ def experiment_result(
         nonfinite=effect.outcome == "nonfinite",
         outcome=effect.outcome,
         **_detection_columns(detections, faults[0].layer),
+        certificate=None if any(row.violations and row.online and row.proved for row in detections) else certificate,
         **correction_columns(faults, corrector),
         baseline_seconds=metrics.baseline_forward_time,
         injection_seconds=injection_seconds,

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from bounds import AttentionState, Detector, Verdict
+from bounds.certifier import Certifier
 from bounds.detector import extreme
 from experiments.call_state import COMPLETE, Origins, Situation, call_state, keep_tensor
 from fault_injection import AttentionCall
@@ -41,11 +42,14 @@ class Watcher:
         situation: what they may know.
         layers: the layers to look at (default: all).
         synchronize: called before every reading of the clock.
+        certifier: bounds what an undetected fault can have done, in the first of the layers (default: nothing does).
         origins: tells where the operands of a core come from in the pass that runs (default: not known).
 
     Attributes:
         verdicts: by ``(detector, layer)``, merged over the calls of one pass.
         statistics: by ``(layer, call)`` and oracle, what it keeps of this pass, if it is the fault-free one.
+        certificate: largest share of its length by which a single fault in the first layer can have moved a row of the
+            output; None without a certifier, or where a location has no check.
         bounds_seconds, detection_seconds: time spent on statistics and on decisions.
     """
 
@@ -58,8 +62,11 @@ class Watcher:
         *,
         layers: AbstractSet[int] | None = None,
         synchronize: Callable[[], None] = lambda: None,
+        certifier: Certifier | None = None,
         origins: Origins | None = None,
     ) -> None:
+        self.certificate: float | None = None
+        self._certifier = certifier
         self.origins = origins
         self.layers = layers
         self.verdicts: dict[tuple[str, int], Verdict] = {}
@@ -90,6 +97,8 @@ class Watcher:
             self.bounds_seconds += prepared - start
             for detector in self._detectors:
                 self._check(detector, state, key)
+            if self._certifier is not None and self.layers is not None and key == (min(self.layers), 0):
+                self.certificate = self._certifier.certify(state).largest_relative
         self.detection_seconds += self._now() - prepared
         call.tensors.clear()
 

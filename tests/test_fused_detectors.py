@@ -1,7 +1,5 @@
 """Detectors of fused kernels, on PyTorch's own flash kernel for the CPU and on an oracle in float64."""
 
-
-
 from __future__ import annotations
 
 import dataclasses

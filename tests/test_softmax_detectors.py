@@ -1,7 +1,5 @@
 """Detectors of the softmax: no alarm on a correct one, no miss beyond twice the tolerance, and what they cannot see."""
 
-
-
 from __future__ import annotations
 
 import numpy as np
