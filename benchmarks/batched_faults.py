@@ -55,8 +55,9 @@ class Trials:
         detectors: prepared ones.
         critical_loss: as in the configuration of campaigns.
 
-    Raises:
-        RuntimeError: a detector fires on the fault-free pass.
+    Attributes:
+        clean: what the detectors said of the fault-free pass, by name and layer.
+        false_positives: those of them that fired although a theorem forbids it.
     """
 
     def __init__(
@@ -75,8 +76,8 @@ class Trials:
         with recorded_origins(subject.model, detectors) as origins:
             clean = Watcher(detectors, situation, origins=origins)
             self._baseline = subject.forward(batch, clean)
-        # Calibrated detectors may fire here: no theorem forbids it.
-        proved = {detector.name for detector in detectors if not detector.calibrated}
+        # The others may fire here: no theorem forbids it.
+        proved = {detector.name for detector in detectors if detector.proved}
         self.clean = clean.verdicts
         self.false_positives = {key: v for key, v in clean.verdicts.items() if v.fired and key[0] in proved}
         self._situation = dataclasses.replace(situation, baseline=clean.statistics)

@@ -42,7 +42,7 @@ from fault_injection.operands import operand_sources
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from attention_states import attend, mask_of  # type: ignore[import-not-found]
-from zoo import ZOO  # type: ignore[import-not-found]
+from zoo import ZOO, logits_of  # type: ignore[import-not-found]
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 PARTS = ("gaussian", "adversarial", "models", "zoo", "fused")
@@ -171,7 +171,17 @@ def zoo(counts: Counts, dtype: torch.dtype) -> None:
     """Every architecture of the test suite, with its own inputs."""
     for entry in ZOO.values():
         model = entry.build().to(dtype)
-        _watch(model, [entry.inputs(model)], counts)
+        inputs = entry.inputs(model)
+        try:
+            with torch.no_grad():
+                output = logits_of(model(**inputs))
+        except RuntimeError as error:
+            print(f"zoo: {entry.name} does not run in {dtype}: {str(error).splitlines()[0]}", file=sys.stderr)
+            continue
+        if not bool(torch.isfinite(output).all()):
+            print(f"zoo: {entry.name} puts out NaN or Inf by itself in {dtype} (A5)", file=sys.stderr)
+            continue
+        _watch(model, [inputs], counts)
 
 
 def fused(counts: Counts, dtype: torch.dtype) -> None:

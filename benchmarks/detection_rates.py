@@ -8,7 +8,7 @@ of its dtype; the windows are those of the default campaign's source. Printed: d
 field for every detector, the same among critical faults (nonfinite ones included), and every critical fault that the
 suite missed. ``--output`` writes a row per fault.
 
-Public names: ``collect``, ``main``.
+Public names: ``prepare``, ``collect``, ``main``.
 """
 
 from __future__ import annotations
@@ -40,15 +40,26 @@ from fault_injection.site import ElementIndex
 HARMFUL = ("critical", "nonfinite")
 
 
-def collect(
-    subject: Subject, batches: Sequence[dict[str, torch.Tensor]], detectors: Sequence[Detector], faults: int, seed: int
-) -> Iterator[dict[str, Any]]:
-    """Yield a row for each fault: at least ``faults`` per location, spread evenly over layers and batches."""
-    random = np.random.default_rng(seed)
+def prepare(
+    subject: Subject, batches: Sequence[dict[str, torch.Tensor]], detectors: Sequence[Detector]
+) -> list[Trials]:
+    """Return what runs faults on each batch, and print what the detectors said of the fault-free passes."""
     runners = [Trials(subject, batch, detectors) for batch in batches]
     false = [trials.false_positives for trials in runners if trials.false_positives]
     if false:
         raise RuntimeError(f"false positives on fault-free passes: {false[0]}")
+    for detector in detectors:
+        verdicts = [v for trials in runners for (name, _), v in trials.clean.items() if name == detector.name]
+        rows, fired = sum(v.rows_checked for v in verdicts), sum(v.violations for v in verdicts)
+        reason = next((f"  not applicable: {v.reason}" for v in verdicts if v.reason), "")
+        if verdicts:
+            print(f"fault-free: {detector.name:14}{fired:8,} violations in {rows:11,} rows{reason}")
+    return runners
+
+
+def collect(subject: Subject, runners: Sequence[Trials], faults: int, seed: int) -> Iterator[dict[str, Any]]:
+    """Yield a row for each fault: at least ``faults`` per location, spread evenly over layers and batches."""
+    random = np.random.default_rng(seed)
     layers = [core.index for core in subject.cores]
     passes = -(-faults // (len(layers) * runners[0].faults_per_pass))
     for location, layer, number in itertools.product(LOCATIONS, layers, range(passes)):
@@ -150,7 +161,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         half = len(batches) // 2
         calibrate(detectors, subject, lambda: batches[half:])
         rows = []
-        for row in collect(subject, batches[:half], detectors, chosen.faults, chosen.seed):
+        runners = prepare(subject, batches[:half], detectors)
+        for row in collect(subject, runners, chosen.faults, chosen.seed):
             rows.append(row)
             if len(rows) % 5000 < 1:
                 print(f"{len(rows)} faults, {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
