@@ -20,7 +20,7 @@ from torch import Tensor
 from bounds.attention_state import AttentionState
 from bounds.blocks import row_blocks
 from bounds.epsilon import visible_keys
-from bounds.rounding import Storage, accumulation, gamma, softmax_error, storage
+from bounds.rounding import Storage, accumulation, cast, gamma, softmax_error, storage
 from bounds.softmax_sums import largest_spread, visible_counts
 
 
@@ -80,12 +80,12 @@ def certificate_terms(state: AttentionState) -> CertificateTerms:
     checked, n = (counts > 0).expand(state.rows), counts.clamp(min=1)
     spread = largest_spread(n)
     total = 1 + softmax_error(n, spread, state.weights.dtype).row_sum(spread, n)
-    cast = _cast(state)
-    total = (total * (1 + cast.roundoff) + n * cast.absolute).expand(state.rows)
+    narrowed = _cast(state)
+    total = (total * (1 + narrowed.roundoff) + n * narrowed.absolute).expand(state.rows)
     query = state.query.double()
     seen = {name: row_maximum(size, visible, columns) for name, size in _sizes_of_keys(state).items()}
     plain = state.has_bias_or_cap is False
-    arithmetic, stored = accumulation(state.logits.dtype), storage(state.logits.dtype)
+    arithmetic, stored = accumulation(state.logits.dtype), _coarsest(state)
     logit_error = (3 if plain else 8) * arithmetic.roundoff + (1 if plain else 5) * stored.roundoff
     out_arithmetic, out_stored = accumulation(state.out.dtype), storage(state.out.dtype)
     growth = gamma(n.double() + 3, out_arithmetic.roundoff).expand(state.rows)
@@ -98,7 +98,7 @@ def certificate_terms(state: AttentionState) -> CertificateTerms:
         scaling=abs(state.scaling),
         slope=abs(state.scaling / state.score_factor),
         total=total,
-        cast=cast,
+        cast=narrowed,
         longest_seen=seen["value"],
         value_radius=seen["value radius"],
         longest_value=value_length.amax(-1),
@@ -130,8 +130,14 @@ def _products(state: AttentionState, growth: Tensor, total: Tensor, seen: Tensor
 
 
 def _cast(state: AttentionState) -> Storage:
-    same = state.mass is None or state.mass.dtype == state.weights.dtype
-    return Storage(0.0, 0.0) if same else storage(state.value.dtype)
+    return Storage(0.0, 0.0) if state.mass is None else cast(state.weights.dtype, state.mass.dtype)
+
+
+def _coarsest(state: AttentionState) -> Storage:
+    # Half-precision scores may be scaled and capped before they are widened for the softmax.
+    tensors = (state.logits,) if state.scores is None else (state.logits, state.scores)
+    stored = [storage(tensor.dtype) for tensor in tensors] + [cast(tensors[-1].dtype, state.logits.dtype)]
+    return Storage(max(s.roundoff for s in stored), max(s.absolute for s in stored))
 
 
 def _length(vectors: Tensor) -> Tensor:

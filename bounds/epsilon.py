@@ -228,7 +228,9 @@ def _assemble(sums: _RowSums, n: Tensor, dtype: torch.dtype, alpha: float) -> At
     mean = sums.total / n
     lower1, middle, upper1, upper2 = chain_bounds(sums.a_star, gamma, sums.w_star, mean, n)
     lower, upper = torch.maximum(lower1, middle), torch.minimum(upper1, upper2)
-    error = softmax_error(n, upper, dtype)
+    # a* - mean is a rounded number: only with that rounding added is it an upper bound of E.
+    spread = torch.minimum(upper2, upper1.clamp(min=0) + 2.0**-52 * (n + 16) * (sums.a_star.abs() + sums.size / n))
+    error = softmax_error(n, spread.clamp(min=0), dtype)
     tolerance = _chain_tolerance(sums, gamma, upper, n.double(), error)
     tight = None if sums.tail is None else tight_bounds(gamma, sums.tail, n)
 
@@ -264,7 +266,7 @@ def _chain_tolerance(sums: _RowSums, gamma: Tensor, upper: Tensor, n: Tensor, er
     of_epsilon = error.relative * sums.magnitude + error.slope * spread + error.absolute * sums.size
     of_middle = gamma * (error.relative * sums.w_star.abs() + error.absolute)
     # The checker's own float64 sums. For float64 data it is no more precise than what it checks.
-    checker = 2.0**-52 * (n + 16) * (sums.a_star.abs() + sums.magnitude + sums.size / n + gamma + upper)
+    checker = 2.0**-52 * (n + 16) * (sums.a_star.abs() + sums.magnitude + sums.size / n + gamma + upper.abs())
     return (of_epsilon + of_middle + checker) * (1 + 2.0**-28) + 2.0**-1000
 
 

@@ -62,10 +62,14 @@ def kernel(state: FusedState) -> _Kernel:
     u, omega, exp = arithmetic.roundoff, arithmetic.underflow, _EXP_ERROR[state.query.dtype]
     n = state.derived(visible_counts)
     size = n.double().clamp(min=1)
-    # Every block costs a rescaling of sum and output: exponential, product, addition.
-    roundings = size + 7 * torch.ceil(size / BLOCK_KEYS) + 9
+    # Every block that raises the maximum costs a rescaling: exponential, product, addition. Behind a mask the visible
+    # keys may lie in as many blocks as there are.
+    every = torch.full_like(size, state.key.shape[2]) if state.visible is not None else size
+    roundings = size + 7 * torch.minimum(size, torch.ceil(every / BLOCK_KEYS)) + 9
     channels = state.query.shape[-1]
-    reach = state.scaling * state.query.double().norm(dim=-1) * _largest(state, state.key.double().norm(dim=-1))
+    query, longest = state.query.double(), _largest(state, state.key.double().norm(dim=-1))
+    reach = state.scaling * query.norm(dim=-1) * longest
+    read_as_zero = state.scaling * omega * (query.abs().sum(-1) + channels**0.5 * longest)
     argument = gamma(3, u)
     rates = argument * torch.log(size) + exp + roundings * u
     total = rates / (1 - 2 * (rates + argument * arithmetic.exp_reach + exp)) + 2 * size * omega
@@ -73,7 +77,7 @@ def kernel(state: FusedState) -> _Kernel:
     return _Kernel(
         n=n,
         reach=reach,
-        score=gamma(channels + 3, u) * reach + (1 + state.scaling) * (channels + 3) * omega,
+        score=gamma(channels + 3, u) * reach + (1 + state.scaling) * (channels + 3) * omega + read_as_zero,
         total=total,
         product=product,
         # The weights are cast for the product, their sum is not; the errors of exp are in both.

@@ -20,7 +20,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bounds.rounding import accumulation, gamma, softmax_error, storage
+from bounds.rounding import accumulation, cast, gamma, softmax_error, storage
 from bounds.row_check import RowCheck
 from bounds.softmax_sums import largest_spread
 
@@ -37,10 +37,8 @@ def mass_reach(weights: Tensor, mass: Tensor) -> float:
     n = torch.tensor([columns])
     spread = largest_spread(n)
     reach = 1 + float(softmax_error(n, spread, weights.dtype).row_sum(spread, n.double()))
-    if mass.dtype == weights.dtype:
-        return reach
-    cast = storage(mass.dtype)
-    return (reach + columns * cast.absolute) / (1 - cast.roundoff)
+    narrowed = cast(weights.dtype, mass.dtype)
+    return (reach + columns * narrowed.absolute) / (1 - narrowed.roundoff)
 
 
 @torch.no_grad()

@@ -161,6 +161,9 @@ def _tolerance(operand: ProjectedOperand, tables: ProjectionTables, length: Tens
     # PyTorch adds the bias in one operation with the product only if what it reads is contiguous.
     apart = tables.bias_length is not None and (tables.bias_apart or not operand.hidden.is_contiguous())
     tolerance = growth * length[:, None, :, None] * tables.length[:, None, :]
+    # What a product reads as zero: at most omega (|x_i| + |W_ci|) a term; the 1-norms by way of the lengths.
+    flushed = arithmetic.underflow * depth**0.5
+    tolerance = tolerance + flushed * (tables.group * length[:, None, :, None] + tables.length[:, None, :])
     floor = tables.group * ((depth + 2) * arithmetic.underflow + 3 * stored.absolute)
     if tables.bias_length is not None:
         extra = stored.roundoff * (1 + stored.roundoff) if apart else 0.0

@@ -28,7 +28,8 @@ from torch import Tensor
 from bounds.attention_state import AttentionState
 from bounds.blocks import row_blocks
 from bounds.epsilon import AttentionBounds, visible_keys
-from bounds.rounding import Storage, accumulation, gamma, reduced_precision, storage
+from bounds.rounding import Storage, accumulation, cast, gamma, reduced_precision, storage
+from bounds.softmax_sums import largest_spread
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +81,7 @@ def compute_query_output(state: AttentionState, bounds: AttentionBounds) -> Quer
     mass, farthest, reach = _key_sums(state)
     slack = length * farthest
     tolerance = _tolerance(state, bounds, length, query.abs().sum(-1), terms, mass, reach)
-    tolerance = tolerance + slack * bounds.error.row_sum(bounds.upper * bounds.scale, bounds.n)
+    tolerance = tolerance + slack * bounds.error.row_sum(_spread(bounds), bounds.n)
     checker = 2.0**-52 * (bounds.n + query.shape[-1] + 16).double() * (length * mass + terms + slack)
     return QueryOutput(
         epsilon=bounds.a_star / bounds.scale - (query * out).sum(-1),
@@ -102,15 +103,16 @@ def _tolerance(
     channels = state.query.shape[-1]
     sums, products = accumulation(state.out.dtype), accumulation(state.query.dtype)
     n = bounds.n.double()
-    stored_out, cast = storage(state.out.dtype), _cast(state)
-    output = gamma(n + 2, sums.roundoff) * (1 + cast.roundoff) * length * mass + stored_out.roundoff * terms
+    stored_out, narrowed = storage(state.out.dtype), _cast(state)
+    output = gamma(n + 2, sums.roundoff) * (1 + narrowed.roundoff) * length * mass + stored_out.roundoff * terms
     output = output + (stored_out.absolute + 2 * (n + 3) * sums.underflow) * absolute_query
-    weights = length * (cast.roundoff * mass + cast.absolute * reach)
+    # What the cast adds to a weight is multiplied, and rounded, like the weight.
+    weights = length * (narrowed.roundoff * mass + narrowed.absolute * reach * (1 + gamma(n + 2, sums.roundoff)))
     stored = _coarsest([t.dtype for t in (state.query, state.scores, state.logits) if t is not None])
     # The scores may be stored twice: after the product and after the scaling.
     twice = 2 * stored.roundoff + stored.roundoff**2
     flushed = (1 + 1 / bounds.scale) * (stored.absolute + 2 * (channels + 3) * products.underflow)
-    total = 1 + bounds.error.row_sum(bounds.upper * bounds.scale, bounds.n)
+    total = 1 + bounds.error.row_sum(_spread(bounds), bounds.n)
     scores = gamma(channels + 3, products.roundoff) * length * mass + twice * bounds.magnitude + flushed * total
     read_as_zero = 2 * absolute_query * total + length * _value_lengths(state) + channels**0.5 * mass
     return output + weights + scores + max(sums.underflow, products.underflow) * read_as_zero
@@ -126,14 +128,19 @@ def _value_lengths(state: AttentionState) -> Tensor:
     return state.per_query_head(lengths).sum(-1, keepdim=True)
 
 
+def _spread(bounds: AttentionBounds) -> Tensor:
+    """Return an upper bound of E, whatever the rounding of the bounds: W0((n - 1) / e), T2."""
+    return largest_spread(bounds.n)
+
+
 def _cast(state: AttentionState) -> Storage:
     # A softmax that returns float32 inside a half-precision model is rounded once more before the value product.
-    same = state.weights.dtype == state.value.dtype
-    return Storage(0.0, 0.0) if same else storage(state.value.dtype)
+    return cast(state.weights.dtype, state.value.dtype)
 
 
 def _coarsest(dtypes: list[torch.dtype]) -> Storage:
-    stored = [storage(dtype) for dtype in dtypes]
+    widest = max(dtypes, key=lambda dtype: dtype.itemsize)
+    stored = [storage(dtype) for dtype in dtypes] + [cast(widest, dtype) for dtype in dtypes]
     return Storage(max(s.roundoff for s in stored), max(s.absolute for s in stored))
 
 
@@ -152,14 +159,14 @@ def _key_sums(state: AttentionState) -> tuple[Tensor, Tensor, Tensor]:
     mass, farthest, reach = torch.zeros((3, *state.rows), dtype=torch.float64, device=key.device)
     visible = visible_keys(state.visible, state.weights.shape)
     visible = None if visible is None else visible.expand(state.weights.shape)
-    cast = _cast(state).absolute > 0
+    narrowed = _cast(state).absolute > 0
     for block in row_blocks(state.rows, state.weights.shape[-1]):
         seen = None if visible is None else visible[block]
         heads = block[:2]
         mass[block] = _select(seen, state.weights[block].abs() * longest[heads]).sum(-1)
         if distance:
             farthest[block] = _select(seen, distance[0][heads]).amax(-1)
-        if cast:
+        if narrowed:
             reach[block] = _select(seen, value_length[heads]).sum(-1)
     return mass, farthest, reach
 

@@ -4,7 +4,7 @@ Every tolerance of this package is a theorem about floating-point arithmetic, ne
 assumptions (docs/theory.md, "Arithmetic"): round to nearest; float64 kernels compute in float64, all others in
 float32 and round once when they store; sums in any order; exp within two units in the last place.
 
-Public names: ``Storage``, ``storage``, ``Accumulation``, ``accumulation``, ``gamma``, ``SoftmaxError``,
+Public names: ``Storage``, ``storage``, ``Accumulation``, ``accumulation``, ``cast``, ``gamma``, ``SoftmaxError``,
 ``softmax_error``, ``reduced_precision``, ``MAX_KEYS``.
 
 >>> storage(torch.bfloat16).roundoff == 2.0**-8, storage(torch.float32).roundoff
@@ -86,6 +86,15 @@ def accumulation(dtype: torch.dtype) -> Accumulation:
     """Return the arithmetic of a kernel with results of ``dtype``: float64 in itself, others in float32."""
     _require_supported(dtype)
     return _DOUBLE if dtype == torch.float64 else _SINGLE
+
+
+def cast(source: torch.dtype, target: torch.dtype) -> Storage:
+    """Return what converting numbers of ``source`` to ``target`` costs; nothing where ``target`` holds them all."""
+    _require_supported(source)
+    _require_supported(target)
+    if target.itemsize >= source.itemsize and (target.itemsize > source.itemsize or target == source):
+        return Storage(0.0, 0.0)
+    return Storage(2.0**-24, 2.0**-150) if target == torch.float32 else _STORAGE[target]
 
 
 def gamma(count: Number, roundoff: float) -> Number:
