@@ -87,7 +87,10 @@ def _columns(visible: Tensor | None, keys: int) -> Tensor | None:
 
 def _broken(tensor: Tensor, visible: Tensor | None) -> Tensor:
     """Return which rows of ``tensor`` hold a non-finite visible entry; the largest |entry| of a row tells."""
-    bad = torch.empty(tensor.shape[:-1], dtype=torch.bool, device=tensor.device)
+    bad = torch.zeros(tensor.shape[:-1], dtype=torch.bool, device=tensor.device)
+    # One pass settles a clean tensor; NaN and infinities show in the extremes.
+    if not tensor.numel() or all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(tensor)):
+        return bad
     seen = None if visible is None else visible.expand(tensor.shape)
     for block in row_blocks(tuple(tensor.shape[:-1]), tensor.shape[-1]):
         part = tensor[block] if seen is None else torch.where(seen[block], tensor[block], 0.0)
