@@ -18,13 +18,13 @@ Public names: ``ProjectionDetector``, ``operand_reason``.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from bounds.attention_state import AttentionState
+from bounds.attention_state import AttentionState, ProjectedOperand
 from bounds.detector import Detector, Verdict
 from bounds.projection_sums import ProjectionTables, WideHidden, row_sums, tail_check, wide_hidden, worst
 from bounds.registry import register_detector
@@ -65,6 +65,23 @@ def operand_reason(state: AttentionState, operand: str, tail: Tail | None) -> st
     return reduced_precision(record.hidden)
 
 
+@torch.no_grad()
+def _is_linear(source: OperandSource, tables: ProjectionTables) -> bool:
+    """Whether the module returns, hooks included, what its weight and bias say: a subclass may quantise or clip."""
+    module = source.projection.module
+    weight = cast(Tensor, module.weight)
+    inputs = source.projection.weight().shape[1]
+    generator = torch.Generator().manual_seed(0)
+    for size in (2.0**-6, 1.0, 2.0**6):
+        hidden = (torch.randn(1, 5, inputs, generator=generator) * size).to(weight)
+        features = module(hidden)[..., source.features]
+        projected = features.unflatten(-1, (source.heads, -1)).transpose(1, 2)
+        check = row_sums(ProjectedOperand(hidden, projected), tables)
+        if bool((~(check.residual <= check.tolerance)).any()):
+            return False
+    return True
+
+
 class ProjectionDetector(Detector):
     """Shared by the six; a subclass says which operand and how many channels a sum has."""
 
@@ -86,11 +103,13 @@ class ProjectionDetector(Detector):
             for name, of_core in operand_sources(model).items()
         }
 
-    def _tables(self, source: OperandSource) -> tuple[ProjectionTables, Tail]:
+    def _tables(self, source: OperandSource) -> tuple[ProjectionTables, Tail] | str:
         projection = source.projection
         apart = type(projection.module).forward not in _ROUNDING_ONCE
         weight, bias = projection.weight(), projection.bias()
         tables = ProjectionTables.of(weight, bias, source.heads, self.group, bias_apart=apart)
+        if not _is_linear(source, tables):
+            return f"{type(projection.module).__name__} does not compute x.W + b from its weight and bias"
         norm = source.tail.norm
         return tables, source.tail if norm is None else replace(source.tail, gain=norm.gain().clone())
 

@@ -8,7 +8,7 @@ Public names: ``register_detector``, ``get_detector``, ``list_detectors``.
 >>> get_detector("s@v")                                                 # doctest: +ELLIPSIS
 Traceback (most recent call last):
     ...
-ValueError: detector: got 's@v', allowed comb, ...; did you mean 's@w'?
+ValueError: detector: got 's@v', allowed KV, ...; did you mean 's@w'?
 """
 
 from __future__ import annotations

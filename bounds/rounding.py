@@ -162,8 +162,10 @@ def reduced_precision(tensor: Tensor) -> str | None:
     """Return which setting makes matrix products of ``tensor``'s kind less exact than the theory assumes, or None.
 
     The theory needs operands that are not rounded before the product and float32 partial sums: no TF32, no
-    bfloat16 decomposition of float32, no half-precision reductions.
+    bfloat16 decomposition of float32, no half-precision reductions, no autocast.
     """
+    if torch.is_autocast_enabled(tensor.device.type):
+        return "autocast is on: products may convert their operands"
     if tensor.dtype == torch.float64:
         return None
     backend = torch.backends.cuda if tensor.device.type == "cuda" else torch.backends.mkldnn

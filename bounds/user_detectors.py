@@ -121,6 +121,13 @@ def _require_complete(path: str, detector: object) -> None:
     needs = getattr(detector, "needs", None)
     if not (isinstance(needs, frozenset) and all(isinstance(name, str) for name in needs)):
         raise ValueError(f"detector {path!r}: class attribute needs: got {needs!r}, allowed a frozenset of texts")
+    if "proved" not in {name for owner in detector.__mro__ if owner is not Detector for name in vars(owner)}:
+        # Nobody has said that a theorem rules out false positives.
+        detector.proved = False
+    if detector.calibrated and detector.proved:
+        raise ValueError(
+            f"detector {path!r}: got calibrated and proved, allowed one: what is calibrated has no theorem"
+        )
     readable = [field.name for field in fields(AttentionState) if field.init]
     for name in sorted(needs - set(readable)):
         raise ValueError(

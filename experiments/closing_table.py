@@ -45,11 +45,12 @@ def closing_table(folder: CampaignFolder) -> str:
     lines: list[str] = []
     for values, part in plan.groupby(axes, sort=False, dropna=False):
         heading = ", ".join(f"{axis} = {value}" for axis, value in zip(axes, values, strict=True))
-        lines += [f"== {heading}", *_table(folder, runs[runs.run_id.isin(part.run_id)]), ""]
+        tolerance = float(part["detect.tolerance"].iloc[0]) if "detect.tolerance" in axes else None
+        lines += [f"== {heading}", *_table(folder, runs[runs.run_id.isin(part.run_id)], tolerance), ""]
     return "\n".join(lines)
 
 
-def _table(folder: CampaignFolder, runs: pd.DataFrame) -> list[str]:
+def _table(folder: CampaignFolder, runs: pd.DataFrame, tolerance: float | None = None) -> list[str]:
     if runs.empty:
         return ["no finished runs"]
     distinct = runs.drop_duplicates("fault_id")
@@ -64,7 +65,7 @@ def _table(folder: CampaignFolder, runs: pd.DataFrame) -> list[str]:
     order = {name: i for i, name in enumerate((*LOCATIONS, *FIELDS))}
     for (location, field), group in sorted(groups, key=lambda item: [order.get(name, 99) for name in item[0]]):
         lines.append(_line(str(location), str(field), group))
-    lines += [_line("all", "", distinct), "", *_detector_lines(folder, distinct)]
+    lines += [_line("all", "", distinct), "", *_detector_lines(folder, distinct, tolerance)]
     return [*lines, *_correction_lines(distinct), *_times_lines(runs)]
 
 
@@ -85,19 +86,25 @@ def _rate(successes: int, trials: int) -> str:
     return f"{100 * successes / trials:5.1f} % ({100 * low:.1f} - {100 * high:.1f})"
 
 
-def _detector_lines(folder: CampaignFolder, distinct: pd.DataFrame) -> list[str]:
+def _detector_lines(folder: CampaignFolder, distinct: pd.DataFrame, tolerance: float | None) -> list[str]:
     """Return a line for each detector: what it saw, and its false positives on the fault-free passes."""
     columns = ["run_id", "detector", "proved", "applicable", "violations"]
     detections = pd.read_csv(folder.file("detections.csv"), usecols=columns, dtype={"run_id": str})
-    clean = pd.read_csv(folder.file("clean.csv"))
-    harmful = distinct[distinct.outcome.isin(HARMFUL)]
-    lines = [f"{'detector':14}{'detected':27}{'of harmful':27}{'false positives':>16}{'in clean rows':>15}"]
+    detections = detections[detections.run_id.isin(distinct.run_id)]
     known = set(detections.detector)
+    clean = pd.read_csv(folder.file("clean.csv"))
+    clean = clean[clean.detector.isin(known)]
+    if tolerance is not None:
+        clean = clean[clean.tolerance == tolerance]
+    harmful = distinct[distinct.outcome.isin(HARMFUL)]
+    lines = [f"{'detector':18}{'detected':27}{'of harmful':27}{'false positives':>16}{'in clean rows':>15}"]
     for suite, members in SUITES.items():
         if len(members) > 1 and set(members) <= known:
             fired = set(detections[(detections.violations > 0) & detections.detector.isin(members)].run_id)
-            lines.append(f"suite {suite:8}{_share(distinct, fired):27}{_share(harmful, fired)}")
-    for detector, rows in detections[detections.run_id.isin(distinct.run_id)].groupby("detector", sort=False):
+            silent = known & set(members) - set(detections[detections.applicable].detector)
+            note = f"  ({len(silent)} of its {len(members)} do not apply)" if silent else ""
+            lines.append(f"{'suite ' + suite:18}{_share(distinct, fired):27}{_share(harmful, fired):27}{note}")
+    for detector, rows in detections.groupby("detector", sort=False):
         fired = set(rows[rows.violations > 0].run_id)
         own = clean[(clean.detector == detector) & clean.applicable.astype(bool)]
         oracle = is_oracle(str(detector))
@@ -106,10 +113,10 @@ def _detector_lines(folder: CampaignFolder, distinct: pd.DataFrame) -> list[str]
             note = "  (no theorem rules out false positives)"
         false, checked = ("-", "-") if oracle else (str(int(own.violations.sum())), f"{int(own.rows_checked.sum()):,}")
         if not rows.applicable.any():
-            lines.append(f"{detector:14}{'not applicable':27}")
+            lines.append(f"{detector:18}{'not applicable':27}")
             continue
         lines.append(
-            f"{detector:14}{_share(distinct, fired):27}{_share(harmful, fired):27}{false:>16}{checked:>15}{note}"
+            f"{detector:18}{_share(distinct, fired):27}{_share(harmful, fired):27}{false:>16}{checked:>15}{note}"
         )
     online = clean[clean.applicable.astype(bool) & clean.proved.astype(bool) & ~clean.detector.map(is_oracle)]
     total, rows_checked = int(online.violations.sum()), int(online.rows_checked.sum())

@@ -97,6 +97,7 @@ class PairedRunner:
         model_name: str | None = None,
     ) -> None:
         self._calibration = calibration
+        self._calibration_id = ""
         self._made_certifier: Certifier | None = None
         self._detectors: dict[tuple[tuple[str, ...], float], list[Detector]] = {}
         self.subject = subject
@@ -153,6 +154,9 @@ class PairedRunner:
             made = [get_detector(name, config.detect.tolerance) for name in key[0]]
             for detector in made:
                 detector.prepare(self.subject.model)
+            if any(detector.calibrated for detector in made) and not self._calibration_id:
+                seen = self._calibration()
+                self._calibration_id = digest("calibration", *(input_fingerprint(dict(batch)) for batch in seen))
             calibrate(made, self.subject, self._calibration)
             self._detectors[key] = made
         return self._detectors[key]
@@ -165,6 +169,7 @@ class PairedRunner:
         detectors, tolerance = self.detectors(config), config.detect.tolerance
         model_id = model_id or model_fingerprint(self.subject.model)
         names, correct = [detector.name for detector in detectors], config.detect.correct
+        learnt = self._calibration_id if any(detector.calibrated for detector in detectors) else ""
 
         def compute() -> Baseline:
             computed = compute_baseline(self.subject, batch, detectors)
@@ -176,13 +181,20 @@ class PairedRunner:
             "baseline",
             "base",
             dict(batch),
-            {"detectors": names, "tolerance": tolerance, "family": self.subject.family, "correct": correct},
+            {
+                "detectors": names,
+                "tolerance": tolerance,
+                "family": self.subject.family,
+                "correct": correct,
+                "calibration": learnt,
+            },
             compute,
             model=model_id,
             phase="baseline",
             run_id=run_id,
         )
-        baseline_id = digest(model_id, self._input_ids[batch_index])
+        # What calibrated detectors say depends on what they have seen.
+        baseline_id = digest(model_id, self._input_ids[batch_index], *filter(None, [learnt]))
         # What the detectors said of a pass depends on which there were.
         known = f"{baseline_id} {config.detect.names()} {tolerance}"
         if known not in self._clean_known:

@@ -14,6 +14,7 @@ Public names: ``operand_sources``, ``OperandSource``, ``OPERANDS``.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -74,6 +75,11 @@ def operand_sources(model: nn.Module, example_inputs: Mapping[str, Any] | None =
         for sizes in ({"q": 10, "k": -10, "v": 9}, {"q": -10, "k": 10, "v": -9}):
             with _random_outputs(sources, sizes), observer.watching(model):
                 model(**inputs)
+        far = _far_positions(model, inputs)
+        if far is not None:
+            # Some architectures scale queries by their position, and near the beginning by 1.
+            with observer.watching(model):
+                model(**{**inputs, "position_ids": far})
     for core in cores:
         for operand, source in sources[core.name].items():
             if isinstance(source, OperandSource):
@@ -81,6 +87,17 @@ def operand_sources(model: nn.Module, example_inputs: Mapping[str, Any] | None =
                 sources[core.name][operand] = _measured(core, operand, source, seen, norms)
     _known[model] = sources
     return sources
+
+
+def _far_positions(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor | None:
+    """Return the last positions that the model has, (batch, position); ``None`` if it takes or has none."""
+    tokens, config = inputs.get("input_ids"), getattr(model, "config", None)
+    longest = getattr(config, "max_position_embeddings", None)
+    takes = "position_ids" in inspect.signature(model.forward).parameters
+    if not takes or "position_ids" in inputs or not isinstance(tokens, Tensor) or not isinstance(longest, int):
+        return None
+    last = torch.arange(longest - tokens.shape[-1], longest, device=tokens.device)
+    return last.expand(tokens.shape) if longest > tokens.shape[-1] else None
 
 
 def _origins(model: nn.Module, inputs: Mapping[str, Any], cores: Sequence[AttentionCore]) -> Sources:

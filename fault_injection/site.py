@@ -171,7 +171,7 @@ class SiteSurvey:
         self._masks: list[Tensor] = []
         self.overwritten: set[tuple[int, int]] = set()
         self._scores: Tensor | None = None
-        self._original: tuple[Tensor, int] | None = None
+        self._original: Tensor | None = None
         self._key: Tensor | None = None
         self.kv_identical: dict[tuple[int, int], bool] = {}
 
@@ -184,7 +184,7 @@ class SiteSurvey:
         if location == "scores":
             # A copy: some architectures scale the scores in place.
             self._scores = tensor.detach().clone()
-            self._original = tensor, tensor._version
+            self._original = tensor
         if location == "k":
             self._key = tensor
         if location == "v" and self._key is not None:
@@ -199,7 +199,7 @@ class SiteSurvey:
     def _note_logits(self, key: tuple[int, int], logits: Tensor, scaling: float | None) -> None:
         visible = self._shared(visible_keys(logits, self._model_dtype))
         scores, self._scores = self._scores, None
-        if self._original is not None and self._original[0]._version != self._original[1]:
+        if self._original is not None and scores is not None and not torch.equal(self._original, scores):
             self.overwritten.add(key)
         self._original = None
         self.visible[key] = visible

@@ -18,6 +18,7 @@ from zoo import ZOO, ZooEntry, logits_of, zoo_parameters
 
 from fault_injection import (
     LOCATIONS,
+    OBSERVED,
     ElementIndex,
     Fault,
     FaultMissedError,
@@ -266,10 +267,10 @@ def test_suspending_runs_the_models_own_code_and_comes_back(name: str, tensors_o
             assert {m.config._attn_implementation for m in model.modules() if hasattr(m, "config")} == {"eager"}
             assert bitwise_equal_outputs(forward(model, before.inputs), before.output)
             assert tensors_of(model, before.inputs) == {}
-        assert len(tensors_of(model, before.inputs)) == 2 * 7
+        assert len(tensors_of(model, before.inputs)) == 2 * len(OBSERVED)
         with pytest.raises(ZeroDivisionError), suspended(model):
             raise ZeroDivisionError
-        assert len(tensors_of(model, before.inputs)) == 2 * 7
+        assert len(tensors_of(model, before.inputs)) == 2 * len(OBSERVED)
     before.check()
 
 
@@ -342,7 +343,7 @@ def test_a_part_of_a_patched_model_is_refused_or_leaves_the_patch_alone(name: st
         except ValueError as refusal:
             assert "patched" in str(refusal)  # noqa: PT017
         assert bitwise_equal_outputs(forward(model, before.inputs), before.output)
-        assert len(tensors_of(model, before.inputs)) == 2 * 7
+        assert len(tensors_of(model, before.inputs)) == 2 * len(OBSERVED)
     before.check()
 
 
