@@ -83,8 +83,8 @@ class ExperimentResult:
     )
     certificate: float | None = _column(
         "with detect.certificate: largest share of its length by which a single fault in the first injected layer can "
-        "have moved a row of its output (T26); empty if one of the campaign's proved detectors fired, if the fault hits "
-        "several elements there, or if a location has no check"
+        "have moved a row of its output (T26); empty if one of the campaign's proved detectors fired, if the fault "
+        "hits several elements there, or if a location has no check"
     )
     repairs: int | None = _column("elements that detect.correct replaced; empty without it")
     miscorrections: int | None = _column("those of them that no fault had hit")

@@ -123,6 +123,13 @@ def _origin(
     projection = _from_code(numbers, reader.code) or _from_names(core.module, operand, numbers, reader)
     if projection is None:
         return f"its {OPERANDS[operand]} were not recognised as features of one linear module"
+    if (
+        operand == "q"
+        and getattr(core.module, "attn_temperature_tuning", False)
+        and not getattr(core.module, "use_rope", True)
+    ):
+        # llama4: by the row of the sequence, whatever position_ids say, and by 1 in a sequence short enough to run here
+        return "its queries are scaled by their row in long sequences, which short dry runs do not show"
     weight = cast(Tensor, projection.module.weight)
     if not weight.dtype.is_floating_point:
         return f"the projection of its {OPERANDS[operand]} is quantised ({weight.dtype})"

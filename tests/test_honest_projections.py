@@ -5,7 +5,14 @@ import torch
 from attention_states import random_state
 from micro_campaign import micro_gpt2
 from torch import nn
-from transformers import Llama4ForCausalLM, Llama4TextConfig, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    Llama4ForCausalLM,
+    Llama4TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Ministral3Config,
+    Ministral3ForCausalLM,
+)
 from zoo import ZOO
 
 from bounds import get_detector
@@ -45,8 +52,8 @@ def test_a_linear_subclass_that_computes_something_else_is_not_judged():
     assert not isinstance(reasons["P_k"], str)
 
 
-def test_a_scale_that_depends_on_the_position_is_found_far_from_the_beginning():
-    # Layers without rotation scale their queries by log(position / floor_scale + 1): 1 at the beginning.
+def test_a_scale_that_depends_on_the_row_of_a_long_sequence_is_not_judged():
+    # Layers without rotation scale their queries by log(row / floor_scale + 1) + 1: 1 in short sequences.
     torch.manual_seed(0)
     size = {"hidden_size": 32, "intermediate_size": 64, "intermediate_size_mlp": 64, "num_hidden_layers": 4}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "num_local_experts": 2}
@@ -56,8 +63,22 @@ def test_a_scale_that_depends_on_the_position_is_found_far_from_the_beginning():
     unrotated = [f"model.layers.{i}.self_attn" for i, rotated in enumerate(config.no_rope_layers) if not rotated]
     assert unrotated
     for name in unrotated:
-        assert "not recognised" in sources[name]["q"]
+        assert isinstance(sources[name]["q"], str)
+        assert "scaled by their row" in sources[name]["q"]
         assert not isinstance(sources[name]["v"], str)
+
+
+def test_a_scale_that_depends_on_positions_is_found_far_from_the_beginning():
+    torch.manual_seed(0)
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    heads = {"num_key_value_heads": 2, "head_dim": 8, "vocab_size": 96, "max_position_embeddings": 1024}
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "attn_implementation": "eager"}
+    rotation = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 16.0, "original_max_position_embeddings": 64}
+    scale = {"llama_4_scaling_beta": 0.1, "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0}
+    config = Ministral3Config(**size, **heads, **tokens, rope_parameters=rotation | scale)
+    sources = operand_sources(Ministral3ForCausalLM(config).eval())["model.layers.0.self_attn"]
+    assert isinstance(sources["q"], str)
+    assert not isinstance(sources["k"], str)
 
 
 @pytest.mark.parametrize("name", ["S_row", "S_col", "O_row", "O_hull", "q@o"])
