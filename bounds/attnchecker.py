@@ -23,7 +23,8 @@ from torch import Tensor
 
 from bounds.attention_state import AttentionState
 from bounds.detector import Detector, Verdict
-from bounds.product_checksums import joint_verdict, output_deviations, required, score_deviations, written_rows
+from bounds.product_checksums import joint_verdict, output_deviations, score_deviations, written_rows
+from bounds.product_detector import required
 from bounds.registry import register_detector
 from bounds.row_check import RowCheck
 

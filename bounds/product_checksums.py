@@ -7,7 +7,7 @@ A deviation is the sum over a column (or row) of the stored product minus the sa
 Abraham, "Algorithm-Based Fault Tolerance for Matrix Operations", IEEE Transactions on Computers C-33(6), 1984). It is 0
 in real numbers; what rounding makes of it has no bound here, unlike in the detectors with theorems.
 
-Public names: ``score_deviations``, ``output_deviations``, ``seen_rows``, ``written_rows``, ``required``,
+Public names: ``score_deviations``, ``output_deviations``, ``seen_rows``, ``written_rows``,
 ``joint_verdict``.
 
 >>> q, k = torch.tensor([[1.0], [2.0]]).view(1, 1, 2, 1), torch.tensor([[3.0], [4.0]]).view(1, 1, 2, 1)
@@ -29,6 +29,7 @@ from torch import Tensor
 from bounds.attention_state import AttentionState
 from bounds.detector import Verdict, extreme
 from bounds.epsilon import visible_keys
+from bounds.product_detector import required
 from bounds.row_check import RowCheck, judged
 
 
@@ -45,18 +46,6 @@ def written_rows(state: AttentionState, tensor: Tensor) -> Tensor:
     """Return a (B, H, T, ...) tensor with 0 in the rows that see no key: softmax is not defined there."""
     seen = seen_rows(state)
     return tensor if seen is None else tensor.masked_fill(~seen.unsqueeze(-1), 0.0)
-
-
-def required(state: AttentionState, name: str) -> Tensor:
-    """Return an optional tensor of a state that must carry it.
-
-    Raises:
-        ValueError: when it does not.
-    """
-    tensor: Tensor | None = getattr(state, name)
-    if tensor is None:
-        raise ValueError(f"{name}: got None, allowed a state that carries it")
-    return tensor
 
 
 @torch.no_grad()

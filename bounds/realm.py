@@ -33,7 +33,8 @@ from torch import Tensor
 from bounds.attention_state import AttentionState
 from bounds.calibrated_detector import CalibratedDetector
 from bounds.detector import Verdict
-from bounds.product_checksums import joint_verdict, output_deviations, required, score_deviations, written_rows
+from bounds.product_checksums import joint_verdict, output_deviations, score_deviations, written_rows
+from bounds.product_detector import required
 from bounds.registry import register_detector
 from bounds.row_check import RowCheck
 

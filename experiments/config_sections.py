@@ -19,7 +19,7 @@ import torch
 
 from bounds import get_detector
 from bounds.suites import expand
-from bounds.user_detectors import load_detector
+from bounds.user_detectors import is_detector_path, load_detector
 from experiments.errors import UsageError
 from experiments.sources import parse_source
 from fault_injection.bits import check_bits
@@ -203,8 +203,8 @@ class DetectConfig:
     """What looks for violations, and when a run counts as critical.
 
     Attributes:
-        detectors: names of detectors and of suites (``lite``, ``full``, ``full-g4``, ``epsilon``, ``oracles``,
-            ``competitors``), or ``module:Class`` and ``file.py:Class`` for your own; ``oracle_*`` ones read the
+        detectors: names of detectors and of suites (``lite``, ``full``, ``full-g4``, ``full-g1``, ``epsilon``,
+            ``oracles``, ``competitors``), or ``module:Class`` and ``file.py:Class`` for your own; ``oracle_*`` ones read the
             fault-free pass and are reported apart.
         tolerance: added to the proved rounding tolerance of every detector, in the detector's own unit.
         critical_loss: the change of the loss (nats) above which a run is critical.
@@ -220,7 +220,7 @@ class DetectConfig:
 
     def names(self) -> tuple[str, ...]:
         """Return the names of the detectors, suites replaced by their members and your own classes registered."""
-        return expand(load_detector(name).name if ":" in name else name for name in self.detectors)
+        return expand(load_detector(name).name if is_detector_path(name) else name for name in self.detectors)
 
     def __post_init__(self) -> None:
         try:
