@@ -204,8 +204,8 @@ class DetectConfig:
 
     Attributes:
         detectors: names of detectors and of suites (``lite``, ``full``, ``full-g4``, ``full-g1``, ``epsilon``,
-            ``oracles``, ``competitors``), or ``module:Class`` and ``file.py:Class`` for your own; ``oracle_*`` ones read
-            the fault-free pass and are reported apart.
+            ``oracles``, ``competitors``), or ``module:Class`` and ``file.py:Class`` for your own; those
+            named ``oracle_*`` read the fault-free pass and are reported apart.
         tolerance: added to the proved rounding tolerance of every detector, in the detector's own unit.
         critical_loss: the change of the loss (nats) above which a run is critical.
         certificate: bound what an undetected fault can have done to the output (a column of the runs).
