@@ -12,7 +12,7 @@ Public names: ``PairedRunner``, ``RunRecord``.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ from experiments.baseline import Baseline, compute_baseline, timed_forward
 from experiments.calibration import calibrate
 from experiments.config import ExperimentConfig
 from experiments.corrector import Corrector, check_clean_correction
-from experiments.errors import CheckRefusedError
+from experiments.errors import CheckRefusedError, MissingResourceError, UsageError
 from experiments.gate import control_run, equivalence_gate
 from experiments.objective import Evaluation
 from experiments.origins import recorded_origins
@@ -239,6 +239,23 @@ class PairedRunner:
         self.monitor.add_time("baseline_forward", seconds)
         self.monitor.add_time("total", time.perf_counter() - start)
         return self._record(planned, config, baseline, faults, fault_id, injected, effect, batch_index)
+
+    def run_many(
+        self, runs: Sequence[tuple[PlannedRun, ExperimentConfig]]
+    ) -> Iterator[tuple[PlannedRun, RunRecord | Exception]]:
+        """Execute runs of one context; yield each once, in any order, as it is done.
+
+        A run that raises is yielded with its exception; what refuses the whole campaign is raised.
+        """
+        for planned, config in runs:
+            try:
+                record = self.run(planned, config)
+            except (UsageError, MissingResourceError, CheckRefusedError):
+                raise
+            except Exception as error:
+                yield planned, error
+            else:
+                yield planned, record
 
     def _certifier(self) -> Certifier:
         if self._made_certifier is None:
