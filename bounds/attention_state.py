@@ -35,11 +35,18 @@ class ProjectedOperand:
         projected: (B, H, T, d), what it returned, ordered by head and channel; H is the number of key/value heads for
             keys and values.
         rotation: cosines and sines as the attention module was given them; None without a rotary embedding.
+        source: int64 (number of sequences,), which entry of ``hidden`` and ``rotation`` each sequence of the call has:
+            sequences that were made of one share them without a copy. None: each its own, or all the only one.
     """
 
     hidden: Tensor
     projected: Tensor
     rotation: tuple[Tensor, Tensor] | None = None
+    source: Tensor | None = None
+
+    def by_sequence(self, tensor: Tensor) -> Tensor:
+        """Return what was computed from ``hidden`` or ``rotation``, entry by entry, sequence by sequence."""
+        return tensor if self.source is None or tensor.shape[0] == 1 else tensor[self.source]
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,6 +76,7 @@ class AttentionState:
             sink's column; the tensor ``weights`` itself where nothing of this happens. Optional.
         projected: by "q", "k", "v", where they come from; operands whose origin is unknown are missing. Optional.
         visible: bool, broadcastable to ``logits``, True where a query sees a key; None when every key is visible.
+        heads: int64 (B, H), which query heads of the whole call these are; None where they are all of them in order.
         layer: index of the layer, where it has one.
         name: qualified module name.
     """
@@ -88,6 +96,7 @@ class AttentionState:
     mass: Tensor | None = None
     projected: Mapping[str, ProjectedOperand] | None = None
     visible: Tensor | None = None
+    heads: Tensor | None = None
     layer: int | None = None
     name: str = ""
     _derived: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
@@ -120,6 +129,21 @@ class AttentionState:
     def per_query_head(self, tensor: Tensor) -> Tensor:
         """Repeat a (B, H_kv, ...) tensor to (B, H, ...), the way grouped-query attention reads it."""
         return tensor.repeat_interleave(self.query.shape[1] // tensor.shape[1], dim=1)
+
+    def of_heads(self, table: Tensor, operand: Tensor) -> Tensor:
+        """Return a table over the heads of the whole call, by the heads of this state.
+
+        Args:
+            table: (H_all, ...), as many as the whole call has of the operand's kind.
+            operand: (B, H, ...) or (B, H_kv, ...), one of this state's tensors: its heads are meant.
+
+        Returns:
+            (H, ...), or (B, H, ...) where ``heads`` says which they are.
+        """
+        if self.heads is None:
+            return table
+        share = self.query.shape[1] // operand.shape[1]
+        return table[self.heads[:, ::share] // share]
 
     def derived(self, factory: Callable[[AttentionState], Derived]) -> Derived:
         """Return ``factory(self)``, computed at most once: detectors that need the same statistics share them."""

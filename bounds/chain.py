@@ -59,9 +59,10 @@ def chain_bounds(
     zero = torch.zeros((), dtype=gamma.dtype, device=gamma.device)
     others = (n - 1).clamp(min=0)
     lambert = lambert_table(int(n.max()) if n.numel() else 1, n.device)[n]
-    decay = others * torch.exp(-gamma)
+    second = torch.exp(-gamma)
+    decay = others * second
     upper2 = torch.where(gamma <= lambert + 1, lambert, gamma * decay / (1 + decay))
-    bounds = (gamma * torch.sigmoid(-gamma), gamma * (1 - w_star), a_star - mean, upper2)
+    bounds = (gamma * (second / (1 + second)), gamma * (1 - w_star), a_star - mean, upper2)
     lower1, middle, upper1, upper2 = (torch.where(several, bound, zero) for bound in bounds)
     return lower1, middle, upper1, upper2
 

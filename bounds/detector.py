@@ -4,11 +4,13 @@
     detector.prepare(model)                      # once per model: tables that depend on the weights alone
     verdict = detector.check(state)              # per attention call
     if verdict.applicable and verdict.fired: ...
+    verdicts = detector.check_each(state)        # the same for each sequence of the batch on its own
 
 A detector reads the faulty pass only. One that compares with the fault-free pass is an *oracle*: its name starts
 with ``oracle_``, and ``check`` takes what ``reduce`` kept of that pass.
 
-Public names: ``Detector``, ``Verdict``, ``MAX_POSITIONS``, ``extreme``, ``first_positions``.
+Public names: ``Detector``; and of ``bounds.verdict``: ``Verdict``, ``merged``, ``MAX_POSITIONS``, ``extreme``,
+``first_positions``.
 
 >>> Verdict.not_applicable("q@o", "queries have 192 channels and values 128").fired
 False
@@ -17,60 +19,16 @@ False
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from bounds.attention_state import AttentionState
+from bounds.sequences import sequence_of
+from bounds.verdict import MAX_POSITIONS, Verdict, extreme, first_positions, merged
 from bounds.violations import require_tolerance
 
-MAX_POSITIONS = 16
-"""Most positions a verdict lists; the counts are always complete."""
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What one detector says about one attention call. Plain numbers: it keeps no tensor alive.
-
-    Attributes:
-        detector: name of the detector.
-        rows_checked: number of rows the invariant was evaluated on.
-        violations: number of rows that break it, non-finite ones included.
-        nonfinite: number of rows that could not be evaluated because something in them is NaN or Inf.
-        positions: indices of the first violations, at most MAX_POSITIONS.
-        largest_ratio: largest residual in units of the tolerance; None where the invariant has none.
-        smallest_margin: smallest distance to the nearer bound, negative outside; None where there is no bound.
-        reason: why the invariant says nothing about this call; None when it applies.
-        detail: what broke, for people; may be empty.
-    """
-
-    detector: str
-    rows_checked: int = 0
-    violations: int = 0
-    nonfinite: int = 0
-    positions: tuple[tuple[int, ...], ...] = ()
-    largest_ratio: float | None = None
-    smallest_margin: float | None = None
-    reason: str | None = None
-    detail: str = ""
-
-    @classmethod
-    def not_applicable(cls, detector: str, reason: str) -> Verdict:
-        """Return the verdict of a detector that cannot speak about this call."""
-        return cls(detector=detector, reason=reason)
-
-    @property
-    def applicable(self) -> bool:
-        """Whether the invariant holds for this kind of attention call at all."""
-        return self.reason is None
-
-    @property
-    def fired(self) -> bool:
-        """Whether any row breaks the invariant."""
-        return self.violations > 0
+__all__ = ["MAX_POSITIONS", "Detector", "Verdict", "extreme", "first_positions", "merged"]
 
 
 class Detector(ABC):
@@ -84,6 +42,8 @@ class Detector(ABC):
         oracle: whether it needs the fault-free pass.
         proved: whether a theorem rules out false positives; not so for thresholds taken from the literature.
         calibrated: whether it must see fault-free calls of other inputs first (``calibrate``).
+        per_group: whether the verdict on a call is that of ``bounds.sequences.by_group`` of it, merged over the groups,
+            number for number: nothing it reads belongs to several groups of heads.
     """
 
     name: ClassVar[str]
@@ -93,6 +53,7 @@ class Detector(ABC):
     oracle: ClassVar[bool] = False
     proved: ClassVar[bool] = True
     calibrated: ClassVar[bool] = False
+    per_group: ClassVar[bool] = False
 
     def __init__(self, tolerance: float = 0.0) -> None:
         """Set the allowance that is added to every proved tolerance, in the detector's own units.
@@ -102,6 +63,14 @@ class Detector(ABC):
         """
         require_tolerance(tolerance)
         self.tolerance = tolerance
+
+    @property
+    def propagates(self) -> bool:
+        """Whether it can fire on a correct evaluation of attention whose inputs an earlier fault has changed.
+
+        What is proved holds of all inputs, so that such a detector is silent behind a fault.
+        """
+        return self.oracle or not self.proved
 
     def prepare(self, model: nn.Module) -> None:  # noqa: B027
         """Compute what depends on the model's weights alone. Most detectors need nothing."""
@@ -132,30 +101,37 @@ class Detector(ABC):
             ValueError: when an oracle gets no baseline, a baseline is given to another detector, or the two passes
                 have different shapes.
         """
+        refused = self.refused(state, baseline)
+        return self.judge(state, baseline) if refused is None else refused
+
+    def check_each(self, state: AttentionState, baseline: Any = None) -> list[Verdict]:
+        """Judge each sequence of the batch as ``check`` judges a call of it alone; positions are left out.
+
+        Args:
+            state: the call; what is the same for all sequences may have a batch of 1.
+            baseline: for an oracle, what ``reduce`` returned for the same sequences of the fault-free pass, or
+                ``bounds.sequences.gathered`` of it.
+
+        Raises:
+            ValueError: as ``check`` does.
+        """
+        return [
+            self.check(sequence_of(state, number), sequence_of(baseline, number)) for number in range(state.rows[0])
+        ]
+
+    def refused(self, state: AttentionState, baseline: Any) -> Verdict | None:
+        """Return the verdict on a call the invariant says nothing about, None when it is to be judged.
+
+        Raises:
+            ValueError: when an oracle gets no baseline, or a baseline is given to another detector.
+        """
         if (reason := self.applicable(state)) is not None:
             return Verdict.not_applicable(self.name, reason)
         if self.oracle != (baseline is not None):
             got, allowed = ("None", "what reduce() returned") if self.oracle else ("one", "None: it is no oracle")
             raise ValueError(f"{self.name}: baseline: got {got}, allowed {allowed}")
-        return self.judge(state, baseline)
+        return None
 
     @abstractmethod
     def judge(self, state: AttentionState, baseline: Any) -> Verdict:
         """Judge a call the invariant applies to; ``check`` has verified the arguments."""
-
-
-def extreme(reduce: Callable[[Tensor], Tensor], *values: float | None) -> float | None:
-    """Return the largest or smallest of the values that exist; NaN if one of them is.
-
-    Args:
-        reduce: ``torch.max`` or ``torch.min``.
-        *values: None for a value that does not exist.
-    """
-    # torch's max and min propagate NaN; the built-in ones lose it, depending on the order.
-    present = [value for value in values if value is not None]
-    return float(reduce(torch.tensor(present, dtype=torch.float64))) if present else None
-
-
-def first_positions(positions: Tensor) -> tuple[tuple[int, ...], ...]:
-    """Return the first MAX_POSITIONS rows of a (count, axes) index tensor as tuples."""
-    return tuple(tuple(row) for row in positions[:MAX_POSITIONS].tolist())

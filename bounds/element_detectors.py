@@ -30,6 +30,7 @@ from torch import Tensor
 
 from bounds import output_sums, score_sums
 from bounds.attention_state import AttentionState
+from bounds.blocks import row_blocks
 from bounds.line_sums import LINE_ELEMENTS
 from bounds.output_detectors import OutputGroups
 from bounds.product_detector import key_counts, required, value_product
@@ -42,20 +43,24 @@ from bounds.score_detectors import ScoreTiles
 def score_elements(state: AttentionState) -> RowCheck:
     """Return of every row of scores, (B, H, T), the element furthest outside its tolerance (F6)."""
     scores, addend = required(state, "scores"), state.score_addend
-    parts = []
-    for rows in _row_slices(scores):
-        own = addend if addend is None or addend.ndim < 2 or addend.shape[-2] == 1 else addend[..., rows, :]
-        query = state.query[:, :, rows]
-        check = score_sums.tile_sums(query, state.key, scores[:, :, rows], state.score_factor, own, width=1)
-        parts.append(_furthest(check))
-    return RowCheck(torch.cat([part.residual for part in parts], -1), torch.cat([part.tolerance for part in parts], -1))
+    residual, tolerance = (torch.empty(scores.shape[:3], dtype=torch.float64, device=scores.device) for _ in range(2))
+    batch, groups, keys, _ = state.key.shape
+    share = scores.shape[1] // groups
+    # The cut of the rows must not depend on how many groups of heads there are: the bits of the products would.
+    for sequences, group, rows in row_blocks((batch, groups, scores.shape[2]), share * keys, LINE_ELEMENTS):
+        own = sequences, slice(group.start * share, group.stop * share), rows
+        added = None if addend is None else _part(addend, own)
+        operands = state.query[own], state.key[sequences, group], scores[own]
+        part = _furthest(score_sums.tile_sums(*operands, state.score_factor, added, width=1))
+        residual[own], tolerance[own] = part.residual, part.tolerance
+    return RowCheck(residual, tolerance)
 
 
-def _row_slices(scores: Tensor) -> list[slice]:
-    """Cut the rows so that the float64 products of a part stay small, whatever the size of the layer."""
-    batch, heads, rows, keys = scores.shape
-    step = max(1, LINE_ELEMENTS // max(batch * heads * keys, 1))
-    return [slice(start, start + step) for start in range(0, max(rows, 1), step)]
+def _part(addend: Tensor, part: tuple[slice, slice, slice]) -> Tensor:
+    """Return the addend of some sequences, heads and rows; an axis of 1 stands for all."""
+    addend = addend.reshape((1,) * (4 - addend.ndim) + tuple(addend.shape))
+    sizes = addend.shape[:3]
+    return addend[tuple(slice(None) if size == 1 else own for size, own in zip(sizes, part, strict=True))]
 
 
 def _furthest(check: RowCheck) -> RowCheck:

@@ -30,7 +30,9 @@ from torch import Tensor
 
 from bounds.blocks import row_blocks
 from bounds.chain import chain_bounds, tight_bounds
+from bounds.fixed_order import wide
 from bounds.rounding import MAX_KEYS, SoftmaxError, accumulation, softmax_error
+from bounds.selection import Masks, selected
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,32 +192,32 @@ class _RowSums:
 def _row_sums(logits: Tensor, weights: Tensor, visible: Tensor | None, tight: bool) -> _RowSums:
     rows, keys = logits.shape[:-1], logits.shape[-1]
     sums = torch.empty((8 + tight, *rows), dtype=torch.float64, device=logits.device)
-    if visible is not None:
-        visible = visible.expand(logits.shape)
+    masks = None if visible is None else Masks.of(visible, logits, weights)
     for block in row_blocks(tuple(rows), keys):
-        seen = None if visible is None else visible[block]
-        for number, value in enumerate(_block_sums(logits[block], weights[block], seen, tight)):
+        own = None if masks is None else masks.block(block)
+        for number, value in enumerate(_block_sums(logits[block], weights[block], own, tight)):
             sums[number][block] = value
     return _RowSums(*sums.unbind(0))
 
 
-def _block_sums(logits: Tensor, weights: Tensor, visible: Tensor | None, tight: bool) -> list[Tensor]:
+def _block_sums(logits: Tensor, weights: Tensor, masks: Masks | None, tight: bool) -> list[Tensor]:
     # Hidden entries are selected away, never multiplied by zero: 0 * inf is NaN.
-    competing = logits if visible is None else torch.where(visible, logits, -math.inf)
-    top, index = competing.topk(min(2, logits.shape[-1]), dim=-1)
-    w_star = weights.gather(-1, index[..., :1])[..., 0]
-    values = (logits if visible is None else torch.where(visible, logits, 0.0)).double()
-    mass = weights if visible is None else torch.where(visible, weights, 0.0)
-    largest = top[..., :1].double()
-    product = values * mass
-    magnitude = product.abs()
-    sums = [top[..., 0], top[..., -1], w_star, product.sum(-1), magnitude.sum(-1)]
-    del product
+    shown = logits if masks is None else selected(logits, masks.logits)
+    mass = weights if masks is None else selected(weights, masks.weights)
+    competing = shown if masks is None else shown + masks.hidden
+    top, index = competing.max(-1, keepdim=True)
+    second = competing.scatter(-1, index, -math.inf).amax(-1)
+    w_star = weights.gather(-1, index)[..., 0]
+    values, largest = wide(shown), top.double()
+    product = values * wide(mass)
+    sums = [top[..., 0], second, w_star, product.sum(-1)]
+    magnitude = product.abs_()
+    sums.append(magnitude.sum(-1))
     delta = largest - values
     # In place only on what was made here: with float64 logits ``values`` may be the caller's own tensor.
-    sums += [magnitude.mul_(delta).sum(-1), values.sum(-1), values.abs().sum(-1)]
+    sums += [magnitude.mul_(delta).sum(-1), values.sum(-1), torch.abs(values, out=delta).sum(-1)]
     if tight:
-        terms = torch.exp(competing.double() - largest).scatter_(-1, index[..., :1], 0.0)
+        terms = torch.exp(competing.double() - largest).scatter_(-1, index, 0.0)
         sums.append(terms.sum(-1))
     return sums
 

@@ -11,6 +11,7 @@
 What they can see is limited by theorem (docs/theory.md, T5): logits and weights that belong together satisfy the
 chain whatever the logits are, so ``s@w`` sees faults in the weights only, besides non-finite values.
 
+>>> import torch
 >>> from bounds import AttentionState, get_detector
 >>> logits, values = torch.tensor([0.3, -1.2, 0.8]).view(1, 1, 1, 3), torch.eye(3).view(1, 1, 3, 3)
 >>> weights = torch.softmax(logits, -1)
@@ -22,14 +23,11 @@ chain whatever the logits are, so ``s@w`` sees faults in the weights only, besid
 
 from __future__ import annotations
 
-from dataclasses import replace
+from abc import abstractmethod
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from bounds.attention_state import AttentionState
-from bounds.detector import Detector, Verdict, extreme, first_positions
+from bounds.detector import Detector, Verdict
 from bounds.epsilon import Interval
 from bounds.epsilon_statistics import (
     EpsilonBaseline,
@@ -41,41 +39,8 @@ from bounds.epsilon_statistics import (
 )
 from bounds.query_output import query_output_reason
 from bounds.registry import register_detector
-from bounds.violations import Violations, detect_violation
-
-
-def _verdict(name: str, found: Violations) -> Verdict:
-    return Verdict(
-        detector=name,
-        rows_checked=found.rows_checked,
-        violations=found.count,
-        nonfinite=found.nonfinite,
-        positions=first_positions(found.positions),
-        largest_ratio=found.largest_ratio,
-        smallest_margin=found.smallest_margin,
-    )
-
-
-def _either(name: str, first: Violations, second: Violations) -> Verdict:
-    """Return the verdict of a row check that fires where one of two does; both judged the same rows."""
-    fired = first.fired | second.fired
-    # A row that is not finite on one path counts once, whatever the other path says.
-    nonfinite = first.nonfinite_rows | second.nonfinite_rows
-    return Verdict(
-        detector=name,
-        rows_checked=first.rows_checked,
-        violations=int(fired.sum()),
-        nonfinite=int(nonfinite.sum()),
-        positions=first_positions(fired.nonzero()),
-        largest_ratio=extreme(torch.max, first.largest_ratio, second.largest_ratio),
-        smallest_margin=extreme(torch.min, first.smallest_margin, second.smallest_margin),
-    )
-
-
-def _with_margin(name: str, found: Violations, wide: Tensor) -> Verdict:
-    """Return the verdict with the smallest margin of the rows in ``wide``: others lie on their bounds."""
-    margins = found.margins[wide]
-    return replace(_verdict(name, found), smallest_margin=float(margins.min()) if margins.numel() else None)
+from bounds.row_outcome import BoundedOutcome, either, verdict, verdicts
+from bounds.violations import row_outcome
 
 
 def _weights_interval(state: AttentionState, baseline: Any) -> Interval:
@@ -99,13 +64,15 @@ def _matching(state: AttentionState, baseline: Any) -> EpsilonBaseline:
     if not isinstance(baseline, EpsilonBaseline):
         raise ValueError(f"baseline: got {type(baseline).__name__}, allowed EpsilonBaseline (what reduce() returns)")
     rows = tuple(baseline.weights.lower.shape)
-    if rows != state.rows:
+    if rows not in (state.rows, (1, *state.rows[1:])):
         raise ValueError(f"baseline: got rows {rows}, but this call has {state.rows}")
     return baseline
 
 
 class _EpsilonDetector(Detector):
     """Shared by the detectors of the chain; an oracle differs from its online twin in where the interval comes from."""
+
+    per_group = True
 
     def reduce(self, state: AttentionState) -> EpsilonBaseline | None:
         """Return the intervals of the fault-free pass for an oracle, else None."""
@@ -115,15 +82,27 @@ class _EpsilonDetector(Detector):
         """Compute epsilon and its bounds."""
         state.derived(epsilon_bounds)
 
-    def by_weights(self, state: AttentionState, baseline: Any) -> Violations:
-        """Judge epsilon of logits and weights."""
-        interval = _weights_interval(state, baseline)
-        return detect_violation(interval, state.derived(epsilon_bounds).epsilon, self.tolerance)
+    @abstractmethod
+    def outcome(self, state: AttentionState, baseline: Any) -> BoundedOutcome:
+        """Return what is found in every row with a visible key."""
 
-    def by_output(self, state: AttentionState, baseline: Any) -> Violations:
-        """Judge epsilon of query and output."""
-        interval = _output_interval(state, baseline)
-        return detect_violation(interval, state.derived(query_output).epsilon, self.tolerance)
+    def by_weights(self, state: AttentionState, baseline: Any) -> BoundedOutcome:
+        """Compare epsilon of logits and weights with its bounds."""
+        return row_outcome(_weights_interval(state, baseline), state.derived(epsilon_bounds).epsilon, self.tolerance)
+
+    def by_output(self, state: AttentionState, baseline: Any) -> BoundedOutcome:
+        """Compare epsilon of query and output with its bounds."""
+        return row_outcome(_output_interval(state, baseline), state.derived(query_output).epsilon, self.tolerance)
+
+    def judge(self, state: AttentionState, baseline: Any) -> Verdict:
+        """Judge every row with a visible key."""
+        return verdict(self.name, self.outcome(state, baseline))
+
+    def check_each(self, state: AttentionState, baseline: Any = None) -> list[Verdict]:
+        """Judge the rows of each sequence, all at once."""
+        if (refused := self.refused(state, baseline)) is not None:
+            return [refused] * state.rows[0]
+        return verdicts(self.name, self.outcome(state, baseline))
 
 
 @register_detector
@@ -135,13 +114,12 @@ class WeightsDetector(_EpsilonDetector):
     statement = "max(lower1, middle) <= (a* - sum w a) / alpha <= min(upper1, upper2) (T2, tolerance F2)"
     cost = "n"
 
-    def judge(self, state: AttentionState, baseline: Any) -> Verdict:
-        """Judge every row with a visible key.
+    # Rows of fewer keys lie on their bounds (T3): they have no say in the smallest margin.
+    least_keys = 3
 
-        The smallest margin is over the rows with more than two of them: the others lie on their bounds (T3).
-        """
-        found = self.by_weights(state, baseline)
-        return _with_margin(self.name, found, state.derived(epsilon_bounds).n > 2)
+    def outcome(self, state: AttentionState, baseline: Any) -> BoundedOutcome:
+        """Return what is found along the path of the weights."""
+        return self.by_weights(state, baseline).among(state.derived(epsilon_bounds).n >= self.least_keys)
 
 
 @register_detector
@@ -156,18 +134,13 @@ class TightWeightsDetector(WeightsDetector):
         """Compute epsilon and the bounds T4."""
         state.derived(tight_epsilon_bounds)
 
-    def by_weights(self, state: AttentionState, baseline: Any) -> Violations:
-        """Judge epsilon of logits and weights."""
+    # Gamma and w* determine E of rows of fewer keys.
+    least_keys = 4
+
+    def by_weights(self, state: AttentionState, baseline: Any) -> BoundedOutcome:
+        """Compare epsilon of logits and weights with the narrowest interval."""
         bounds = state.derived(tight_epsilon_bounds)
-        return detect_violation(bounds.interval(), bounds.epsilon, self.tolerance)
-
-    def judge(self, state: AttentionState, baseline: Any) -> Verdict:
-        """Judge every row with a visible key.
-
-        The smallest margin is over the rows with more than three of them: gamma and w* determine E of the others.
-        """
-        found = self.by_weights(state, baseline)
-        return _with_margin(self.name, found, state.derived(tight_epsilon_bounds).n > 3)
+        return row_outcome(bounds.interval(), bounds.epsilon, self.tolerance)
 
 
 @register_detector
@@ -189,9 +162,9 @@ class OutputDetector(_EpsilonDetector):
         """Return why T6 says nothing about ``state``, or None when it applies."""
         return super().applicable(state) or query_output_reason(state)
 
-    def judge(self, state: AttentionState, baseline: Any) -> Verdict:
-        """Judge every row with a visible key."""
-        return _verdict(self.name, self.by_output(state, baseline))
+    def outcome(self, state: AttentionState, baseline: Any) -> BoundedOutcome:
+        """Return what is found along the path of query and output."""
+        return self.by_output(state, baseline)
 
 
 @register_detector
@@ -201,9 +174,9 @@ class CombinedDetector(OutputDetector):
     name = "comb"
     statement = "s@w and q@o both hold (T2, T6)"
 
-    def judge(self, state: AttentionState, baseline: Any) -> Verdict:
-        """Judge every row with a visible key."""
-        return _either(self.name, self.by_weights(state, baseline), self.by_output(state, baseline))
+    def outcome(self, state: AttentionState, baseline: Any) -> BoundedOutcome:
+        """Return what is found along either path."""
+        return either(self.by_weights(state, baseline), self.by_output(state, baseline))
 
 
 @register_detector

@@ -17,6 +17,7 @@ must be exactly 0), but weights and outputs of rows without a visible key are no
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -43,16 +44,23 @@ class FiniteDetector(Detector):
     statement = "query, key, value, visible scores and logits, weights and out are finite (A5)"
     cost = "n + d"
 
+    per_group = True
+
+    @property
+    def propagates(self) -> bool:
+        """It fires behind a fault too: an input that is not finite has an output that is not, however correct."""
+        return True
+
     @torch.no_grad()
     def judge(self, state: AttentionState, baseline: Any) -> Verdict:
         """Count the rows of all tensors that are not finite."""
         rows_checked, positions, details = 0, [], []
         for name, bad, checked in _nonfinite_rows(state):
-            rows_checked += checked
-            rows = bad.nonzero()
-            if len(rows):
-                positions.append(rows)
-                details.append(f"{name}: {len(rows)} row{'s' if len(rows) > 1 else ''}")
+            rows_checked += getattr(state, name)[..., 0].numel() if checked is None else int(checked.sum())
+            if bad is None or not len(rows := bad.nonzero()):
+                continue
+            positions.append(rows)
+            details.append(f"{name}: {len(rows)} row{'s' if len(rows) > 1 else ''}")
         broken = sum(len(rows) for rows in positions)
         return Verdict(
             detector=self.name,
@@ -63,21 +71,32 @@ class FiniteDetector(Detector):
             detail=", ".join(details),
         )
 
+    @torch.no_grad()
+    def check_each(self, state: AttentionState, baseline: Any = None) -> list[Verdict]:
+        """Count the rows of each sequence, all at once."""
+        sequences = state.rows[0]
+        if (refused := self.refused(state, baseline)) is not None:
+            return [refused] * sequences
+        found = torch.zeros((2, sequences), dtype=torch.int64, device=state.out.device)
+        for name, bad, checked in _nonfinite_rows(state):
+            found[0] += getattr(state, name)[0, ..., 0].numel() if checked is None else checked.flatten(1).sum(1)
+            if bad is not None:
+                found[1] += bad.flatten(1).any(1)
+        return [Verdict(self.name, rows, broken, broken) for rows, broken in found.mT.tolist()]
 
-def _nonfinite_rows(state: AttentionState) -> Iterator[tuple[str, Tensor, int]]:
-    """Yield for each tensor its name, which rows are not finite, and how many were checked."""
+
+def _nonfinite_rows(state: AttentionState) -> Iterator[tuple[str, Tensor | None, Tensor | None]]:
+    """Yield for each tensor its name, which rows are not finite (None: none), and which were checked (None: all)."""
     visible = visible_keys(state.visible, state.logits.shape)
     sees = None if visible is None else visible.any(-1).expand(state.rows)
     for name in ("query", "key", "value"):
-        bad = _broken(getattr(state, name), None)
-        yield name, bad, bad.numel()
+        yield name, _broken(getattr(state, name), None), None
     for name in ("scores", "logits"):
         if (tensor := getattr(state, name)) is not None:
-            bad = _broken(tensor, _columns(visible, tensor.shape[-1]))
-            yield name, bad, bad.numel()
+            yield name, _broken(tensor, _columns(visible, tensor.shape[-1])), None
     for name in ("weights", "out"):
         bad = _broken(getattr(state, name), None)
-        yield name, bad if sees is None else bad & sees, bad.numel() if sees is None else int(sees.sum())
+        yield name, bad if bad is None or sees is None else bad & sees, sees
 
 
 def _columns(visible: Tensor | None, keys: int) -> Tensor | None:
@@ -85,14 +104,17 @@ def _columns(visible: Tensor | None, keys: int) -> Tensor | None:
     return visible if visible is None or visible.shape[-1] == 1 else visible[..., :keys]
 
 
-def _broken(tensor: Tensor, visible: Tensor | None) -> Tensor:
-    """Return which rows of ``tensor`` hold a non-finite visible entry; the largest |entry| of a row tells."""
-    bad = torch.zeros(tensor.shape[:-1], dtype=torch.bool, device=tensor.device)
+def _broken(tensor: Tensor, visible: Tensor | None) -> Tensor | None:
+    """Return which rows of ``tensor`` hold a non-finite visible entry; None if no entry is non-finite."""
     # One pass settles a clean tensor; NaN and infinities show in the extremes.
-    if not tensor.numel() or all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(tensor)):
-        return bad
-    seen = None if visible is None else visible.expand(tensor.shape)
-    for block in row_blocks(tuple(tensor.shape[:-1]), tensor.shape[-1]):
-        part = tensor[block] if seen is None else torch.where(seen[block], tensor[block], 0.0)
-        bad[block] = ~torch.isfinite(part.abs().amax(-1))
+    if not tensor.numel() or all(math.isfinite(extreme) for extreme in torch.aminmax(tensor)):
+        return None
+    bad = torch.empty(tensor.shape[:-1], dtype=torch.bool, device=tensor.device)
+    for block in row_blocks(tuple(bad.shape), tensor.shape[-1]):
+        bad[block] = ~torch.isfinite(tensor[block].abs().amax(-1))
+    if visible is not None:
+        # Only in the rows found does it matter which keys are hidden.
+        rows = bad.nonzero(as_tuple=True)
+        seen = visible.expand(tensor.shape)[rows]
+        bad[rows] = ~torch.isfinite(torch.where(seen, tensor[rows], 0.0)).all(-1)
     return bad

@@ -24,7 +24,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bounds.product_sums import tile_check
+from bounds.product_sums import Transposed, tile_check
 from bounds.row_check import RowCheck
 
 
@@ -38,11 +38,11 @@ def row_sums(mass: Tensor, value: Tensor, out: Tensor, keys: Tensor | None = Non
 @torch.no_grad()
 def group_sums(mass: Tensor, value: Tensor, out: Tensor, keys: Tensor | None = None, *, width: int = 4) -> RowCheck:
     """Return the same for every group of ``width`` neighbouring channels, (B, H, T, ceil(D_v / width)) (F8)."""
-    return tile_check(mass, value.mT, out, width=width, terms=keys)
+    return tile_check(mass, Transposed(value), out, width=width, terms=keys)
 
 
 @torch.no_grad()
 def column_sums(mass: Tensor, value: Tensor, out: Tensor) -> RowCheck:
     """Return how far the sum of every column of the output is from what the operands give, (B, H, D_v) (F8)."""
-    check = tile_check(value.mT, mass, out.mT)
+    check = tile_check(Transposed(value), mass, Transposed(out))
     return RowCheck(check.residual[..., 0], check.tolerance[..., 0])

@@ -6,25 +6,25 @@ Public names: ``ProductDetector``, ``key_counts``, ``value_product``, ``required
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from bounds.attention_state import AttentionState
-from bounds.detector import Detector, Verdict
 from bounds.rounding import reduced_precision
-from bounds.row_check import RowCheck, judged
+from bounds.row_check import RowCheck, RowDetector
 from bounds.softmax_sums import visible_counts
 
 
-class ProductDetector(Detector):
+class ProductDetector(RowDetector):
     """Base class: subclasses give the equation as a function of the state, whose result is kept with the state.
 
     Class attributes:
         operand: name of the tensor whose format decides in which precision the product ran.
     """
 
+    per_group = True
     operand: ClassVar[str]
 
     @staticmethod
@@ -41,9 +41,9 @@ class ProductDetector(Detector):
         """Return why the product's rounding errors have no bound, or None when they have."""
         return super().applicable(state) or reduced_precision(getattr(state, self.operand))
 
-    def judge(self, state: AttentionState, baseline: Any) -> Verdict:
-        """Judge every row of the equation."""
-        return judged(self.name, state.derived(self.equation), allowance=self.tolerance)
+    def check_rows(self, state: AttentionState) -> RowCheck:
+        """Return every row of the equation."""
+        return state.derived(self.equation)
 
 
 def required(state: AttentionState, name: str) -> Tensor:

@@ -5,9 +5,9 @@ row of Y over the tile is one inner product of a row of A. Rounding moves it by 
 (docs/theory.md, T7 and F5), and a single wrong entry that is off by more than twice the tolerance cannot be missed.
 
     check = tile_check(query, key, scores)               # rows of the scores, (B, H, T, 1)
-    check = tile_check(key, query, scores.mT)            # its columns, (B, H, S, 1)
+    check = tile_check(key, query, Transposed(scores))   # its columns, (B, H, S, 1)
 
-Public names: ``tile_check``, ``product_tolerance``, ``flushed``.
+Public names: ``tile_check``, ``Transposed``, ``product_tolerance``, ``flushed``.
 
 >>> left, right = torch.ones(1, 1, 2, 4), torch.ones(1, 1, 3, 4)
 >>> result = left @ right.mT
@@ -18,20 +18,33 @@ Public names: ``tile_check``, ``product_tolerance``, ``flushed``.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from bounds.blocks import row_blocks
+from bounds.fixed_order import inner_products, wide
 from bounds.line_sums import LINE_ELEMENTS, LineSums, absolute, line_sums, line_totals
 from bounds.rounding import accumulation, gamma, storage
 from bounds.row_check import RowCheck
 
 
+@dataclass(frozen=True, eq=False)
+class Transposed:
+    """A matrix whose transpose is stored: its lines are the columns of ``stored``, (B, H, N, M) for (B, H, M, N)."""
+
+    stored: Tensor
+
+
+Matrix = Tensor | Transposed
+
+
 @torch.no_grad()
 def tile_check(
-    left: Tensor,
-    right: Tensor,
-    result: Tensor,
+    left: Matrix,
+    right: Matrix,
+    result: Matrix,
     *,
     width: int | None = None,
     factor: float = 1.0,
@@ -50,22 +63,30 @@ def tile_check(
         terms: broadcastable to (B, H, M): number of the p terms of a row's inner products that are not exactly 0, or an
             upper bound of it. None: all of them.
     """
-    columns, length = result.shape[-1], left.shape[-1]
+    found, turned = _stored(result)
+    columns = found.shape[-2 if turned else -1]
     count = columns if width is None else min(width, columns)
-    tiles = line_sums(right.mT, width)
-    if storage(result.dtype).roundoff:
-        found = line_sums(result, width)
-        sum_of_stored, stored = found.total, storage(result.dtype).roundoff * found.size
+    summed, across = _stored(right)
+    tiles = line_sums(summed, width, columns=not across)
+    if storage(found.dtype).roundoff:
+        sums = line_sums(found, width, columns=turned)
+        sum_of_stored, stored = sums.total, storage(found.dtype).roundoff * sums.size
     else:
-        sum_of_stored, stored = line_totals(result, width), None
-    total, size = _products(left, tiles, count, flushed(result.dtype))
+        sum_of_stored, stored = line_totals(found, width, columns=turned), None
+    total, size = _products(left, tiles, count, flushed(found.dtype))
     if factor != 1:
         total, size = total * factor, size * abs(factor)
     if addend is not None:
         total, size = total + addend.total, size + addend.size
+    length = tiles.total.shape[-2]
     lengths = torch.tensor(float(length)) if terms is None else terms[..., None].double()
-    tolerance = product_tolerance(size, stored, dtype=result.dtype, length=lengths, count=count, factor=factor)
+    tolerance = product_tolerance(size, stored, dtype=found.dtype, length=lengths, count=count, factor=factor)
     return RowCheck((sum_of_stored - total).abs_(), tolerance)
+
+
+def _stored(matrix: Matrix) -> tuple[Tensor, bool]:
+    """Return a matrix as it is stored, and whether that is its transpose."""
+    return (matrix.stored, True) if isinstance(matrix, Transposed) else (matrix, False)
 
 
 def flushed(dtype: torch.dtype) -> float:
@@ -78,7 +99,7 @@ def flushed(dtype: torch.dtype) -> float:
     return arithmetic.underflow / arithmetic.roundoff
 
 
-def _products(left: Tensor, tiles: LineSums, count: int, raised: float) -> tuple[Tensor, Tensor]:
+def _products(left: Matrix, tiles: LineSums, count: int, raised: float) -> tuple[Tensor, Tensor]:
     """Return the products of every row with the sums of the other operand, and the same of the magnitudes.
 
     Args:
@@ -90,24 +111,25 @@ def _products(left: Tensor, tiles: LineSums, count: int, raised: float) -> tuple
     Returns:
         Two float64 tensors (B, max(H_l, H_r), M, tiles).
     """
-    batch, heads, rows, length = left.shape
+    stored, turned = _stored(left)
+    batch, heads, length, rows = stored.shape if turned else stored.mT.shape
     group = max(1, tiles.total.shape[1] // heads)
     total, size = (_thin(sums, heads) for sums in (tiles.total, tiles.size + count * raised))
-    products = torch.empty((2, batch, heads, total.shape[2], rows), dtype=torch.float64, device=left.device)
+    least = raised * size.sum(-1)
+    products = torch.empty((2, batch, heads, total.shape[2], rows), dtype=torch.float64, device=stored.device)
     for block in row_blocks((batch, heads, rows), length, LINE_ELEMENTS):
         head, row = block[:2], block[2]
-        part = left[block].double()
-        products[0][*head, :, row] = total[head] @ part.mT
-        products[1][*head, :, row] = size[head] @ absolute(part, left).add_(raised).mT
+        part = stored[*head, :, row].double() if turned else wide(stored[block])
+        products[0][*head, :, row] = inner_products(total[head], part, turned=turned)
+        products[1][*head, :, row] = inner_products(size[head], absolute(part, stored), turned=turned)
+    # Every magnitude of the left operand is raised too: once for the whole line.
+    products[1] += least.unsqueeze(-1)
     both = products.unflatten(3, (group, -1)).flatten(2, 3).mT
     return both[0], both[1]
 
 
 def _thin(sums: Tensor, heads: int) -> Tensor:
-    """Return (B, H_r, p, tiles) sums as rows (B, heads, H_r / heads * tiles, p): repeated, or joined, to ``heads``.
-
-    A thin left operand makes the products twice as fast as a thin right one.
-    """
+    """Return (B, H_r, p, tiles) sums as rows (B, heads, H_r / heads * tiles, p): repeated, or joined, to ``heads``."""
     lines = sums.mT
     if lines.shape[1] < heads:
         return lines.repeat_interleave(heads // lines.shape[1], dim=1)

@@ -18,18 +18,17 @@ Public names: ``ProjectionDetector``, ``operand_reason``.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, ClassVar, cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from bounds.attention_state import AttentionState, ProjectedOperand
-from bounds.detector import Detector, Verdict
 from bounds.projection_sums import ProjectionTables, WideHidden, row_sums, tail_check, wide_hidden, worst
 from bounds.registry import register_detector
 from bounds.rounding import reduced_precision
-from bounds.row_check import RowCheck, judged
+from bounds.row_check import RowCheck, RowDetector
 from fault_injection.operand_source import OperandSource
 from fault_injection.operand_tails import Tail
 from fault_injection.operands import OPERANDS, operand_sources
@@ -82,7 +81,7 @@ def _is_linear(source: OperandSource, tables: ProjectionTables) -> bool:
     return True
 
 
-class ProjectionDetector(Detector):
+class ProjectionDetector(RowDetector):
     """Shared by the six; a subclass says which operand and how many channels a sum has."""
 
     operand: ClassVar[str]
@@ -125,6 +124,8 @@ class ProjectionDetector(Detector):
         found = self._prepared.get(state.name, "this module was not there when it was prepared")
         if isinstance(found, str):
             return found
+        if state.heads is not None:
+            return "its tables are those of all heads, and this state has some of them"
         return operand_reason(state, self.operand, found[1])
 
     @torch.no_grad()
@@ -152,10 +153,6 @@ class ProjectionDetector(Detector):
         if found[1].kind == "identity":
             return self.check_rows(state)
         return tail_check(found[1], state.projected[self.operand], getattr(state, READ_AS[self.operand]), group=1)
-
-    def judge(self, state: AttentionState, baseline: Any) -> Verdict:
-        """Judge every row of the operand."""
-        return judged(self.name, self.check_rows(state), allowance=self.tolerance)
 
 
 def _statement(operand: str, channels: str) -> str:

@@ -18,6 +18,7 @@ Public names: ``ProjectionTables``, ``row_sums``, ``tail_check``, ``worst``, ``W
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from bounds.attention_state import AttentionState, ProjectedOperand
 from bounds.blocks import row_blocks
+from bounds.fixed_order import product
 from bounds.rounding import accumulation, gamma, storage
 from bounds.row_check import RowCheck
 from fault_injection.operand_tails import Tail
@@ -143,9 +145,11 @@ def row_sums(operand: ProjectedOperand, tables: ProjectionTables, wide: WideHidd
         Rows (B, H, T), or (B, H, T, groups) if the tables are by groups.
     """
     hidden, length = (WideHidden() if wide is None else wide).of(operand.hidden)
-    expected = (hidden @ tables.sums).unflatten(-1, tables.length.shape).transpose(1, 2)
+    # Sequence by sequence: the bits of a product of all at once would depend on their number.
+    expected = operand.by_sequence(torch.stack([product(own, tables.sums) for own in hidden.unbind(0)]))
+    expected = expected.unflatten(-1, tables.length.shape).transpose(1, 2)
     found = _grouped(operand.projected, tables.group)
-    tolerance = _tolerance(operand, tables, length)
+    tolerance = _tolerance(operand, tables, operand.by_sequence(length))
     if tables.bias_sums is not None:
         expected = expected + tables.bias_sums.unsqueeze(1)
     residual = (found - expected).abs_()
@@ -192,17 +196,34 @@ def tail_check(tail: Tail, operand: ProjectedOperand, read: Tensor, group: int |
     parts = -(-channels // group) if group is not None and group < channels else 1
     shape = (batch, heads, rows, parts)
     residual, tolerance = (torch.empty(shape, dtype=torch.float64, device=read.device) for _ in range(2))
-    for sequences, positions in row_blocks((batch, rows), heads * channels):
+    rotation = operand.rotation
+    tables = None if rotation is None else (operand.by_sequence(rotation[0]), operand.by_sequence(rotation[1]))
+    for sequences, positions in _blocks(read, tables is None or tables[0].shape[0] == 1):
+        expected = tail.expected(
+            operand.projected[sequences, :, positions],
+            None
+            if tables is None
+            else (_entries(tables[0], sequences)[:, positions], _entries(tables[1], sequences)[:, positions]),
+            read.dtype,
+        )
         block = sequences, slice(None), positions
-        rotation = operand.rotation
-        if rotation is not None:
-            # A table may be the same for the whole batch.
-            table = sequences if rotation[0].shape[0] == batch else slice(None)
-            rotation = rotation[0][table, positions], rotation[1][table, positions]
-        expected = tail.expected(operand.projected[block], rotation, read.dtype)
         off = (read[block].double() - expected.value).abs_()
-        residual[block], tolerance[block] = _worst_elements(off, expected.tolerance, parts, group or channels)
+        allowed = expected.tolerance.expand(off.shape)
+        residual[block], tolerance[block] = _worst_elements(off, allowed, parts, group or channels)
     return RowCheck(residual, tolerance) if parts > 1 else RowCheck(residual.squeeze(-1), tolerance.squeeze(-1))
+
+
+def _blocks(read: Tensor, one_rotation: bool) -> Iterator[tuple[slice, slice]]:
+    """Yield sequences and positions; sequences of different rotations apart, whose size enters the tolerance."""
+    batch, heads, rows, channels = read.shape
+    for first in [0] if one_rotation else range(batch):
+        for sequences, positions in row_blocks((batch if one_rotation else 1, rows), heads * channels):
+            yield slice(first + sequences.start, first + sequences.stop), positions
+
+
+def _entries(tensor: Tensor, sequences: slice) -> Tensor:
+    # What is the same for the whole batch is there once.
+    return tensor if tensor.shape[0] == 1 else tensor[sequences]
 
 
 def _worst_elements(off: Tensor, tolerance: Tensor, parts: int, group: int) -> tuple[Tensor, Tensor]:

@@ -28,7 +28,9 @@ from torch import Tensor
 from bounds.attention_state import AttentionState
 from bounds.blocks import row_blocks
 from bounds.epsilon import AttentionBounds, visible_keys
+from bounds.fixed_order import wide
 from bounds.rounding import Storage, accumulation, cast, gamma, reduced_precision, storage
+from bounds.selection import selected, selection
 from bounds.softmax_sums import largest_spread
 
 
@@ -75,19 +77,31 @@ def compute_query_output(state: AttentionState, bounds: AttentionBounds) -> Quer
     """
     if (reason := query_output_reason(state)) is not None:
         raise ValueError(f"q@o does not apply to {state.name or 'this state'}: {reason}")
-    query, out = state.query.double(), state.out.double()
-    length = query.square().sum(-1).sqrt()
-    terms = (query * out).abs().sum(-1)
+    dot, terms, length, absolute_query = _channel_sums(state)
     mass, farthest, reach = _key_sums(state)
     slack = length * farthest
-    tolerance = _tolerance(state, bounds, length, query.abs().sum(-1), terms, mass, reach)
+    tolerance = _tolerance(state, bounds, length, absolute_query, terms, mass, reach)
     tolerance = tolerance + slack * bounds.error.row_sum(_spread(bounds), bounds.n)
-    checker = 2.0**-52 * (bounds.n + query.shape[-1] + 16).double() * (length * mass + terms + slack)
+    checker = 2.0**-52 * (bounds.n + state.query.shape[-1] + 16).double() * (length * mass + terms + slack)
     return QueryOutput(
-        epsilon=bounds.a_star / bounds.scale - (query * out).sum(-1),
+        epsilon=bounds.a_star / bounds.scale - dot,
         slack=slack,
         tolerance=(tolerance + checker) * (1 + 2.0**-28),
     )
+
+
+def _channel_sums(state: AttentionState) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return q.o, sum |q_c o_c|, |q| and sum |q_c|, each (B, H, T) float64."""
+    sums = torch.empty((4, *state.rows), dtype=torch.float64, device=state.query.device)
+    for block in row_blocks(state.rows, state.query.shape[-1]):
+        query = wide(state.query[block])
+        terms = query * wide(state.out[block])
+        sums[0][block] = terms.sum(-1)
+        sums[1][block] = terms.abs_().sum(-1)
+        sums[2][block] = torch.mul(query, query, out=terms).sum(-1)
+        sums[3][block] = torch.abs(query, out=terms).sum(-1)
+    dot, terms, squares, absolute = sums.unbind(0)
+    return dot, terms, squares.sqrt_(), absolute
 
 
 def _tolerance(
@@ -120,7 +134,7 @@ def _tolerance(
 
 def _value_lengths(state: AttentionState) -> Tensor:
     """Return the sum of |v_j| over the keys that any query of the call sees, (B, H, 1)."""
-    lengths = state.value.double().square().sum(-1).sqrt()
+    lengths = state.derived(_key_lengths)[1]
     visible = visible_keys(state.visible, state.weights.shape)
     if visible is not None:
         seen = visible.expand(*visible.shape[:-1], lengths.shape[-1]).any(-2)
@@ -149,26 +163,36 @@ def _key_sums(state: AttentionState) -> tuple[Tensor, Tensor, Tensor]:
 
     m_j is the larger of |k_j| and |v_j|. The distance is 0 by definition where the model has K = V.
     """
-    key, value = state.key.double(), state.value.double()
-    value_length = value.square().sum(-1).sqrt()
-    longest = torch.maximum(key.square().sum(-1).sqrt(), value_length)
-    columns = [longest, value_length]
+    key_length, value_length, difference = state.derived(_key_lengths)
+    columns = [torch.maximum(key_length, value_length), value_length]
     if not state.kv_equal:
-        columns.append((value - key).square().sum(-1).sqrt())
+        columns.append(difference)
     longest, value_length, *distance = (state.per_query_head(column)[:, :, None, :] for column in columns)
-    mass, farthest, reach = torch.zeros((3, *state.rows), dtype=torch.float64, device=key.device)
-    visible = visible_keys(state.visible, state.weights.shape)
-    visible = None if visible is None else visible.expand(state.weights.shape)
+    mass, farthest, reach = torch.zeros((3, *state.rows), dtype=torch.float64, device=state.key.device)
+    visible, shape = visible_keys(state.visible, state.weights.shape), state.weights.shape
+    bits = None if visible is None else selection(visible, torch.float64).expand(shape)
     narrowed = _cast(state).absolute > 0
-    for block in row_blocks(state.rows, state.weights.shape[-1]):
-        seen = None if visible is None else visible[block]
+    for block in row_blocks(state.rows, shape[-1]):
         heads = block[:2]
-        mass[block] = _select(seen, state.weights[block].abs() * longest[heads]).sum(-1)
+        seen = None if bits is None else bits[block]
+        # A hidden key may be infinite: selected after the product.
+        mass[block] = selected(wide(state.weights[block]).abs().mul_(longest[heads]), seen).sum(-1)
         if distance:
-            farthest[block] = _select(seen, distance[0][heads]).amax(-1)
+            farthest[block] = selected(distance[0][heads].expand(mass[block].shape + shape[-1:]), seen).amax(-1)
         if narrowed:
-            reach[block] = _select(seen, value_length[heads]).sum(-1)
+            reach[block] = selected(value_length[heads].expand(mass[block].shape + shape[-1:]), seen).sum(-1)
     return mass, farthest, reach
+
+
+def _key_lengths(state: AttentionState) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the lengths of keys, of values and of their differences, each (B, H_kv, S) float64."""
+    squares = torch.empty((3, *state.key.shape[:-1]), dtype=torch.float64, device=state.key.device)
+    for block in row_blocks(tuple(state.key.shape[:-1]), state.key.shape[-1]):
+        key, value = wide(state.key[block]), wide(state.value[block])
+        for number, vectors in enumerate((key, value, value - key)):
+            squares[number][block] = (vectors * vectors).sum(-1)
+    keys, values, differences = squares.sqrt_().unbind(0)
+    return keys, values, differences
 
 
 def _select(visible: Tensor | None, values: Tensor) -> Tensor:

@@ -15,18 +15,20 @@ Public names: ``RangeDetector``, ``ScoreRange``.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from collections.abc import Callable
+from dataclasses import replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from bounds.attention_state import AttentionState, ProjectedOperand
-from bounds.detector import Detector, Verdict
+from bounds.product_detector import required
 from bounds.projection_detectors import READ_AS, operand_reason
 from bounds.range_bounds import OperandRange, reason_without_range, score_bound
 from bounds.registry import register_detector
 from bounds.rounding import storage
-from bounds.row_check import RowCheck, judged
+from bounds.row_check import RowCheck, RowDetector
 from fault_injection.operand_source import OperandSource
 from fault_injection.operands import operand_sources
 
@@ -54,29 +56,39 @@ def _record(state: AttentionState, operand: str) -> ProjectedOperand:
 
 
 def _outside(state: AttentionState, operand: str, found: OperandRange) -> Tensor | None:
-    """Return which rows (B, T) of an operand were made from something that is no output of the norm; None: none."""
+    """Return which rows (1 or B, T) of an operand were made from something no norm puts out; None: none."""
     if found.ellipsoid is None:
         return None
-    outside = found.ellipsoid.outside(_record(state, operand).hidden)
-    return outside if bool(outside.any()) else None
+    record = _record(state, operand)
+    outside = found.ellipsoid.outside(record.hidden)
+    return record.by_sequence(outside) if bool(outside.any()) else None
 
 
-def _amplitude(state: AttentionState, operand: str, found: OperandRange) -> float:
-    """Return the factor by which the call's rotation may lengthen a vector; 1 without one."""
-    rotation = _record(state, operand).rotation
-    if found.tail.rotation is None or rotation is None:
-        return 1.0
-    # Below 1/2 rounding errors would not shrink as much. With this order of arguments max keeps a NaN.
-    return max(found.tail.rotation.amplitude(rotation), 0.5)
+def _amplitude(state: AttentionState, operand: str, found: OperandRange) -> Tensor:
+    """Return the factor by which a sequence's rotation may lengthen a vector, (1 or B, 1); 1 without one."""
+    record = _record(state, operand)
+    if found.tail.rotation is None or record.rotation is None:
+        return torch.ones(1, 1, dtype=torch.float64, device=record.hidden.device)
+    tables = [
+        found.tail.rotation.amplitude(own) for own in zip(*(part.split(1) for part in record.rotation), strict=True)
+    ]
+    # Below 1/2 rounding errors would not shrink as much. A clamp keeps a NaN.
+    amplitude = torch.tensor(tables, dtype=torch.float64, device=record.hidden.device).clamp(min=0.5)
+    return record.by_sequence(amplitude)[:, None]
 
 
-def _passes(check: RowCheck) -> bool:
-    return bool((check.residual <= check.tolerance).all())
+def _once_more(check: RowCheck, without_outside: Callable[[], Tensor | None]) -> RowCheck:
+    """Return the check with the rows above their bound judged again, by the residuals that a function returns."""
+    passed = check.residual <= check.tolerance
+    if bool(passed.all()) or (residual := without_outside()) is None:
+        return check
+    return replace(check, residual=torch.where(passed, check.residual, residual))
 
 
-class RangeDetector(Detector):
+class RangeDetector(RowDetector):
     """Shared by the three; a subclass says which operand."""
 
+    per_group = True
     operand: ClassVar[str]
     cost = "d, compare only"
 
@@ -100,16 +112,14 @@ class RangeDetector(Detector):
         if isinstance(found, str):
             raise ValueError(f"{self.name}: got a call it does not apply to; ask applicable() first")
         read: Tensor = getattr(state, READ_AS[self.operand])
-        amplitude = _amplitude(state, self.operand, found)
-        bound = torch.where(found.rotated, found.channel * amplitude, found.channel)
-        check = RowCheck(read.abs().amax(2).double(), bound)
-        if _passes(check) or (outside := _outside(state, self.operand, found)) is None:
-            return check
-        return RowCheck(read.masked_fill(outside[:, None, :, None], 0).abs().amax(2).double(), bound)
+        amplitude, channel = _amplitude(state, self.operand, found)[..., None], state.of_heads(found.channel, read)
+        bound = torch.where(found.rotated, channel * amplitude, channel)
 
-    def judge(self, state: AttentionState, baseline: Any) -> Verdict:
-        """Judge every channel; a position is (batch, head, channel)."""
-        return judged(self.name, self.check_rows(state), allowance=self.tolerance)
+        def without_outside() -> Tensor | None:
+            outside = _outside(state, self.operand, found)
+            return None if outside is None else _largest(read.masked_fill(outside[:, None, :, None], 0))
+
+        return _once_more(RowCheck(_largest(read), bound), without_outside)
 
 
 @register_detector
@@ -143,13 +153,14 @@ class ValueRange(RangeDetector):
 
 
 @register_detector
-class ScoreRange(Detector):
+class ScoreRange(RowDetector):
     """Raw scores, masked ones included: each is a product of a query and a key that some input has."""
 
     name = "s_stat"
     needs = frozenset({"query", "key", "scores", "projected"})
     statement = "|q.k| <= D sigma(A_q' A_k) + sqrt(D) (|A_q' c_k| + |A_k' c_q|) + |c_q.c_k| (T17)"
     cost = "n, compare only"
+    per_group = True
 
     def __init__(self, tolerance: float = 0.0) -> None:
         super().__init__(tolerance)
@@ -181,20 +192,22 @@ class ScoreRange(Detector):
             raise ValueError(f"{self.name}: got a call it does not apply to; ask applicable() first")
         query, key, bound = found
         # A partial rotation leaves channels as they are.
-        amplitude = max(_amplitude(state, "q", query), 1.0) * max(_amplitude(state, "k", key), 1.0)
-        tolerance = _stored_score(bound * amplitude, state).unsqueeze(-1)
-        check = RowCheck(state.scores.abs().amax(-1).double(), tolerance)
-        if _passes(check):
-            return check
-        scores = state.scores
-        for operand, side, axis in (("q", query, -1), ("k", key, -2)):
-            if (outside := _outside(state, operand, side)) is not None:
-                scores = scores.masked_fill(outside[:, None].unsqueeze(axis), 0)
-        return RowCheck(scores.abs().amax(-1).double(), tolerance)
+        amplitude = _amplitude(state, "q", query).clamp(min=1) * _amplitude(state, "k", key).clamp(min=1)
+        tolerance = _stored_score(state.of_heads(bound, state.query) * amplitude, state).unsqueeze(-1)
 
-    def judge(self, state: AttentionState, baseline: Any) -> Verdict:
-        """Judge every row of the scores."""
-        return judged(self.name, self.check_rows(state), allowance=self.tolerance)
+        def without_outside() -> Tensor | None:
+            scores = given = required(state, "scores")
+            for operand, side, axis in (("q", query, -1), ("k", key, -2)):
+                if (outside := _outside(state, operand, side)) is not None:
+                    scores = scores.masked_fill(outside[:, None].unsqueeze(axis), 0)
+            return None if scores is given else scores.abs().amax(-1).double()
+
+        return _once_more(RowCheck(state.scores.abs().amax(-1).double(), tolerance), without_outside)
+
+
+def _largest(read: Tensor) -> Tensor:
+    # Two extremes that read the tensor are faster than one of a copy without signs; NaN wins in both.
+    return torch.maximum(read.amax(2), -read.amin(2)).double()
 
 
 def _pair(query: OperandRange | str, key: OperandRange | str) -> tuple[OperandRange, OperandRange, Tensor] | str:

@@ -1,10 +1,11 @@
 """Turn residuals and tolerances into a verdict: the one decision rule of all detectors.
 
     judged("S_row", RowCheck(residual, tolerance))       # fires where not (residual <= tolerance)
+    judged_each("S_row", RowCheck(residual, tolerance))  # one verdict for each sequence
 
 A row fires iff *not* (residual <= tolerance), so that NaN fires, and iff its tolerance is not finite.
 
-Public names: ``RowCheck``, ``judged``.
+Public names: ``RowCheck``, ``judged``, ``judged_each``, ``RowDetector``.
 
 >>> check = RowCheck(torch.tensor([0.5, float("nan"), 3.0]), torch.tensor([1.0, 1.0, 2.0]))
 >>> verdict = judged("example", check)
@@ -14,12 +15,18 @@ Public names: ``RowCheck``, ``judged``.
 
 from __future__ import annotations
 
+import math
+from abc import abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from bounds.detector import Verdict, first_positions
+from bounds.attention_state import AttentionState
+from bounds.detector import Detector
+from bounds.row_outcome import RowOutcome, not_finite, verdict, verdicts
+from bounds.verdict import Verdict
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,26 +54,40 @@ def judged(name: str, check: RowCheck, *, allowance: float = 0.0, detail: str = 
         allowance: what the user adds to the tolerance (``Detector.tolerance``), in units of the residual.
         detail: for people; kept only if a row fires.
     """
+    return verdict(name, _outcome(check, allowance), detail)
+
+
+@torch.no_grad()
+def judged_each(name: str, check: RowCheck, *, allowance: float = 0.0) -> list[Verdict]:
+    """Return the verdict on the rows of each sequence, the first axis of ``check``. Arguments as for ``judged``."""
+    return verdicts(name, _outcome(check, allowance))
+
+
+def _outcome(check: RowCheck, allowance: float) -> RowOutcome:
     residual, checked = check.residual, check.checked
-    tolerance = (check.tolerance + allowance if allowance else check.tolerance).expand(residual.shape)
-    broken = ~(residual <= tolerance) | ~torch.isfinite(tolerance)
-    rows = residual.numel()
-    if checked is not None:
-        checked = checked.expand(residual.shape)
-        broken &= checked
-        rows = int(checked.sum())
-        residual, tolerance = residual[checked], tolerance[checked]
-    violations = int(broken.sum())
-    finite = torch.isfinite(residual) & torch.isfinite(tolerance)
-    nonfinite = int((~finite).sum()) if violations else 0
+    tolerance = check.tolerance + allowance if allowance else check.tolerance
     # A residual of 0 is perfect whatever the tolerance, a tolerance of 0 included.
     ratio = torch.where(residual <= 0, 0.0, residual / tolerance)
-    return Verdict(
-        detector=name,
-        rows_checked=rows,
-        violations=violations,
-        nonfinite=nonfinite,
-        positions=first_positions(broken.nonzero()) if violations else (),
-        largest_ratio=float(ratio.max()) if rows else None,
-        detail=detail if violations else "",
-    )
+    fired = ~((residual <= tolerance) & (tolerance < math.inf))
+    if checked is not None:
+        fired &= checked
+        ratio = torch.where(checked, ratio, -math.inf)
+    return RowOutcome(fired, fired & not_finite(residual, tolerance), ratio, checked)
+
+
+class RowDetector(Detector):
+    """Base class of the detectors that check one equation row by row; subclasses implement ``check_rows``."""
+
+    @abstractmethod
+    def check_rows(self, state: AttentionState) -> RowCheck:
+        """Return residual and tolerance of every row of a call the detector applies to; the first axis is the batch."""
+
+    def judge(self, state: AttentionState, baseline: Any) -> Verdict:
+        """Judge every row."""
+        return judged(self.name, self.check_rows(state), allowance=self.tolerance)
+
+    def check_each(self, state: AttentionState, baseline: Any = None) -> list[Verdict]:
+        """Judge the rows of each sequence, all at once."""
+        if (refused := self.refused(state, baseline)) is not None:
+            return [refused] * state.rows[0]
+        return judged_each(self.name, self.check_rows(state), allowance=self.tolerance)

@@ -27,8 +27,9 @@ import torch
 from torch import Tensor
 
 from bounds.blocks import row_blocks
+from bounds.fixed_order import wide
 from bounds.line_sums import LINE_ELEMENTS, LineSums, line_sums
-from bounds.product_sums import tile_check
+from bounds.product_sums import Transposed, tile_check
 from bounds.rounding import accumulation, gamma, storage
 from bounds.row_check import RowCheck
 
@@ -58,14 +59,14 @@ def column_sums(
 ) -> RowCheck:
     """Return how far the sum of every column of the scores is from what the operands give, (B, H, S) (F6)."""
     added = None if addend is None else _down(addend, scores.shape[-2])
-    check = tile_check(key, query, scores.mT, factor=factor, addend=added)
+    check = tile_check(key, query, Transposed(scores), factor=factor, addend=added)
     return RowCheck(check.residual[..., 0], check.tolerance[..., 0])
 
 
 def _down(addend: Tensor, rows: int) -> LineSums:
     """Return the sums (..., S, 1) of an addend's columns; it may have no axis of queries, or one of length 1."""
-    columns = (addend if addend.ndim > 1 else addend[None]).mT
-    sums, times = line_sums(columns), rows // columns.shape[-1]
+    own = addend if addend.ndim > 1 else addend[None]
+    sums, times = line_sums(own, columns=True), rows // own.shape[-2]
     return LineSums(sums.total * times, sums.size * times)
 
 
@@ -96,4 +97,4 @@ def length_bound(
 
 
 def _lengths(vectors: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(vectors, dim=-1, dtype=torch.float64)
+    return torch.linalg.vector_norm(wide(vectors), dim=-1)

@@ -21,13 +21,10 @@ They see faults of the softmax and of its stored weights, and nothing else: logi
 
 from __future__ import annotations
 
-from typing import Any
-
 from bounds.attention_state import AttentionState
-from bounds.detector import Detector, Verdict
 from bounds.registry import register_detector
 from bounds.rounding import MAX_KEYS
-from bounds.row_check import RowCheck, judged
+from bounds.row_check import RowCheck, RowDetector
 from bounds.softmax_rows import divergence, elements, simplex
 from bounds.softmax_sums import row_sums, visible_counts
 
@@ -37,8 +34,10 @@ def weight_sums(state: AttentionState) -> RowCheck:
     return row_sums(state.weights, state.derived(visible_counts))
 
 
-class _SoftmaxDetector(Detector):
-    """Shared by the detectors of the softmax."""
+class _SoftmaxDetector(RowDetector):
+    """Shared by the detectors of the softmax. They judge every row with a visible key."""
+
+    per_group = True
 
     def derive(self, state: AttentionState) -> None:
         """Count the visible keys."""
@@ -70,9 +69,9 @@ class WeightSum(_SoftmaxDetector):
         if self.applicable(state) is None:
             state.derived(weight_sums)
 
-    def judge(self, state: AttentionState, baseline: Any) -> Verdict:
-        """Judge every row with a visible key."""
-        return judged(self.name, state.derived(weight_sums), allowance=self.tolerance)
+    def check_rows(self, state: AttentionState) -> RowCheck:
+        """Return the distance of every sum from 1."""
+        return state.derived(weight_sums)
 
 
 @register_detector
@@ -84,10 +83,9 @@ class WeightSimplex(_SoftmaxDetector):
     statement = "0 <= w_j <= 1 + tau, and w_j = 0 exactly where j is masked (F12)"
     cost = "n"
 
-    def judge(self, state: AttentionState, baseline: Any) -> Verdict:
-        """Judge every row with a visible key."""
-        check = simplex(state.weights, state.derived(visible_counts), state.visible)
-        return judged(self.name, check, allowance=self.tolerance)
+    def check_rows(self, state: AttentionState) -> RowCheck:
+        """Return how far every row leaves the simplex."""
+        return simplex(state.weights, state.derived(visible_counts), state.visible)
 
 
 @register_detector
@@ -99,10 +97,9 @@ class WeightElements(_SoftmaxDetector):
     statement = "w_j = exp(a_j - a*) / sum_k exp(a_k - a*) for every j (F13)"
     cost = "n exp"
 
-    def judge(self, state: AttentionState, baseline: Any) -> Verdict:
-        """Judge every row with a visible key."""
-        check = elements(state.logits, state.weights, state.derived(visible_counts))
-        return judged(self.name, check, allowance=self.tolerance)
+    def check_rows(self, state: AttentionState) -> RowCheck:
+        """Return the largest error of every row's weights."""
+        return elements(state.logits, state.weights, state.derived(visible_counts))
 
 
 @register_detector
@@ -114,7 +111,6 @@ class WeightDivergence(_SoftmaxDetector):
     statement = "sum_j w_j (ln w_j - a_j + lse) - sum_j w_j + 1 = 0 (T1, F14)"
     cost = "n exp"
 
-    def judge(self, state: AttentionState, baseline: Any) -> Verdict:
-        """Judge every row with a visible key."""
-        check = divergence(state.logits, state.weights, state.derived(visible_counts))
-        return judged(self.name, check, allowance=self.tolerance)
+    def check_rows(self, state: AttentionState) -> RowCheck:
+        """Return the divergence of every row's weights."""
+        return divergence(state.logits, state.weights, state.derived(visible_counts))

@@ -3,7 +3,7 @@
 The rule (docs/theory.md, "Decision"): with residual ``r = max(lower - epsilon, epsilon - upper)`` a row is a
 violation iff **not (r <= tolerance)** or the tolerance is not finite, so that NaN and Inf always count.
 
-Public names: ``detect_violation``, ``Violations``.
+Public names: ``detect_violation``, ``row_outcome``, ``Violations``, ``require_tolerance``.
 
 >>> from bounds.epsilon import compute_attention_bounds
 >>> logits = torch.tensor([[1.0, 0.0, -1.0], [0.0, 2.0, 0.5]])
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from bounds.epsilon import AttentionBounds, Interval
+from bounds.row_outcome import BoundedOutcome, not_finite, verdict
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +81,7 @@ def detect_violation(
         epsilon = bounds.epsilon
     if epsilon.shape != bounds.lower.shape:
         raise ValueError(f"epsilon: got shape {tuple(epsilon.shape)}, allowed {tuple(bounds.lower.shape)}")
-    return _judge(bounds, epsilon.double(), bounds.tolerance + tolerance)
+    return _judge(bounds, epsilon.double(), tolerance)
 
 
 def require_tolerance(tolerance: float) -> None:
@@ -91,26 +92,35 @@ def require_tolerance(tolerance: float) -> None:
         )
 
 
-def _judge(bounds: AttentionBounds | Interval, epsilon: Tensor, tolerance: Tensor) -> Violations:
+def row_outcome(bounds: AttentionBounds | Interval, epsilon: Tensor, tolerance: float = 0.0) -> BoundedOutcome:
+    """Return what ``detect_violation`` finds, row by row and without counting. Arguments as there."""
+    allowed = bounds.tolerance + tolerance
     below, above = epsilon - bounds.lower, bounds.upper - epsilon
     # torch.minimum propagates NaN, so a NaN anywhere in the row reaches the comparison and fires.
     margins = torch.minimum(below, above)
-    # One test for all: epsilon, lower, upper and tolerance each reach one of the three summands.
-    finite = torch.isfinite(below.abs() + above.abs() + tolerance)
-    nonfinite = bounds.checked & ~finite
-    fired = bounds.checked & (~(-margins <= tolerance) | nonfinite)
-    rows = int(bounds.checked.sum())
-    checked_margins = margins[bounds.checked]
-    ratios = (-margins / tolerance)[bounds.checked]
-    positions = fired.nonzero()
+    # Epsilon, lower and upper each reach one of the first two.
+    nonfinite = bounds.checked & not_finite(below, above, allowed)
+    return BoundedOutcome(
+        fired=bounds.checked & ~(-margins <= allowed) | nonfinite,
+        nonfinite=nonfinite,
+        ratio=torch.where(bounds.checked, -margins / allowed, -math.inf),
+        checked=bounds.checked,
+        margin=torch.where(bounds.checked, margins, math.inf),
+        bounded=bounds.checked,
+    )
+
+
+def _judge(bounds: AttentionBounds | Interval, epsilon: Tensor, tolerance: float) -> Violations:
+    outcome = row_outcome(bounds, epsilon, tolerance)
+    found = verdict("", outcome)
     return Violations(
-        fired=fired,
-        margins=torch.where(bounds.checked, margins, math.nan),
-        rows_checked=rows,
-        count=len(positions),
-        nonfinite=int(nonfinite.sum()),
-        nonfinite_rows=nonfinite,
-        positions=positions,
-        smallest_margin=float(checked_margins.min()) if rows else None,
-        largest_ratio=float(ratios.max()) if rows else None,
+        fired=outcome.fired,
+        margins=torch.where(bounds.checked, outcome.margin, math.nan),
+        rows_checked=found.rows_checked,
+        count=found.violations,
+        nonfinite=found.nonfinite,
+        nonfinite_rows=outcome.nonfinite,
+        positions=outcome.fired.nonzero(),
+        smallest_margin=found.smallest_margin,
+        largest_ratio=found.largest_ratio,
     )

@@ -2,8 +2,9 @@
 
     status = run_campaign(config, shard=Shard(1, 1), overwrite=False, arguments=sys.argv[1:])
 
-Rows are appended as runs finish: first what the detectors said, then the run's own row, which makes it count. A run
-that raises is recorded with its traceback and does not stop the others; it is tried again the next time.
+Runs of one model and one data set are handed over together, in windows, and come back in any order. Rows are appended
+as they come: first what the detectors said, then the run's own row, which makes it count. A run that raises is recorded
+with its traceback and does not stop the others; it is tried again the next time.
 
 Public names: ``run_campaign``, ``CampaignStatus``.
 """
@@ -11,10 +12,11 @@ Public names: ``run_campaign``, ``CampaignStatus``.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import time
 import traceback
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,16 +28,19 @@ from experiments.config import ExperimentConfig
 from experiments.contexts import Contexts, check_plan, check_runs, context_key
 from experiments.csv_file import CsvFile, read_rows, write_text
 from experiments.errors import CheckRefusedError, MissingResourceError, UsageError
-from experiments.paired_run import RunRecord
-from experiments.plan import Plan, PlannedRun, Shard, make_plan, shard_of
+from experiments.paired_run import PairedRunner
+from experiments.plan import Plan, PlannedRun, Shard, canonical_json, context_values, make_plan, shard_of
 from experiments.provenance import environment_facts, set_determinism
 from experiments.result import CleanRow, DetectionRow, ExperimentResult, FailureRow, cells, columns
+from experiments.run_record import RunRecord
 from experiments.writer_lock import WriterLock
 from monitoring import TraceWriter
 
 logger = logging.getLogger(__name__)
 
 LOG_EVERY_SECONDS = 30.0
+WINDOW = 4096
+"""Most runs that are handed over together."""
 
 
 @dataclass(frozen=True)
@@ -88,12 +93,13 @@ class Provenance:
     def __init__(self, folder: CampaignFolder, shard: Shard, environment: dict[str, Any]) -> None:
         self._folder, self._environment = folder, environment
         self._files = ("provenance.json", f"shards/{shard.file_name}.json")
-        self._known = 0
+        self._known = ""
 
     def note(self, contexts: dict[str, dict[str, Any]]) -> None:
-        """Write contexts that were opened since the last call."""
-        if len(contexts) > self._known:
-            self._known = len(contexts)
+        """Write what was opened, or found out, since the last call."""
+        known = canonical_json(contexts)
+        if known != self._known:
+            self._known = known
             for name in self._files:
                 self._folder.note_provenance(name, {**self._environment, "contexts": contexts})
 
@@ -132,29 +138,59 @@ def _execute(
     contexts: Contexts,
     provenance: Provenance,
 ) -> CampaignStatus:
-    start, failed = time.perf_counter(), 0
+    start, done, failed = time.perf_counter(), 0, 0
     before = len(shard_of(plan, shard)) - len(todo)
     with contextlib.ExitStack() as stack:
         contexts.use_trace(stack.enter_context(TraceWriter(folder.file("trace") / f"{shard.file_name}.jsonl")))
         files = stack.enter_context(ShardFiles(folder, shard))
-        for run in _with_progress(todo, before):
-            try:
-                config = plan.config_of(run)
-                known = len(contexts.facts)
-                pairs = contexts.open(config)
-                if len(contexts.facts) > known:
-                    check_runs(pairs, _same_context(plan, todo, context_key(config)))
-                provenance.note(contexts.facts)
-                record = pairs.run(run, config)
-            except (UsageError, MissingResourceError, CheckRefusedError):
-                raise
-            except Exception as error:
-                failed += 1
-                files.append_failure(run, error)
-                logger.error("run %s failed: %s: %s", run.run_id, type(error).__name__, error)
-                continue
-            files.append(record)
-    return CampaignStatus(folder, before, len(todo) - failed, failed, time.perf_counter() - start)
+        progress = stack.enter_context(Progress(before, len(todo)))
+
+        def opened(config: ExperimentConfig) -> PairedRunner:
+            known = len(contexts.facts)
+            pairs = contexts.open(config)
+            if len(contexts.facts) > known:
+                check_runs(pairs, _same_context(plan, todo, context_key(config)))
+            provenance.note(contexts.facts)
+            return pairs
+
+        for window in _windows(plan, todo):
+            for run, record in _records(opened, window):
+                if isinstance(record, Exception):
+                    failed += 1
+                    files.append_failure(run, record)
+                    logger.error("run %s failed: %s: %s", run.run_id, type(record).__name__, record)
+                else:
+                    done += 1
+                    files.append(record)
+                progress.advance()
+            provenance.note(contexts.facts)
+    return CampaignStatus(folder, before, done, failed, time.perf_counter() - start)
+
+
+def _windows(plan: Plan, runs: Iterable[PlannedRun]) -> Iterator[list[tuple[PlannedRun, ExperimentConfig]]]:
+    """Yield runs with their configurations: consecutive ones of one context, at most WINDOW together."""
+    for _, group in itertools.groupby(runs, key=lambda run: context_values(plan, run)):
+        while window := [(run, plan.config_of(run)) for run in itertools.islice(group, WINDOW)]:
+            yield window
+
+
+def _records(
+    opened: Callable[[ExperimentConfig], PairedRunner], window: Sequence[tuple[PlannedRun, ExperimentConfig]]
+) -> Iterator[tuple[PlannedRun, RunRecord | Exception]]:
+    """Yield each run of a window with its record; with the error where it, or what all of them need, raised."""
+    waiting = {run.run_id: run for run, _ in window}
+    try:
+        for run, record in opened(window[0][1]).run_many(window):
+            del waiting[run.run_id]
+            yield run, record
+        if waiting:
+            raise RuntimeError(f"{len(waiting)} of {len(window)} runs were handed over and not executed")
+    except (UsageError, MissingResourceError, CheckRefusedError):
+        raise
+    except Exception as error:
+        # The context could not be opened, or the runs not be executed together.
+        for run in waiting.values():
+            yield run, error
 
 
 class ShardFiles:
@@ -203,16 +239,26 @@ class ShardFiles:
         self._failures.append(cells(FailureRow(run_id=run.run_id, exception=message, traceback=relative)))
 
 
-def _with_progress(runs: list[PlannedRun], before: int) -> Iterator[PlannedRun]:
-    """Yield runs; show one bar on a terminal, a log line now and then elsewhere."""
-    bar = tqdm(total=before + len(runs), initial=before, unit="run", disable=None, dynamic_ncols=True)
-    quiet, start = bar.disable, time.perf_counter()
-    last = start
-    with bar:
-        for number, run in enumerate(runs, start=1):
-            yield run
-            bar.update()
-            now = time.perf_counter()
-            if quiet and now - last >= LOG_EVERY_SECONDS:
-                last = now
-                logger.info("%d of %d runs, %.1f runs/s", before + number, before + len(runs), number / (now - start))
+class Progress:
+    """One bar on a terminal, a log line now and then elsewhere."""
+
+    def __init__(self, before: int, runs: int) -> None:
+        self._before, self._runs, self._number = before, runs, 0
+        self._start = self._last = time.perf_counter()
+        self._bar = tqdm(total=before + runs, initial=before, unit="run", disable=None, dynamic_ncols=True)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *details: object) -> None:
+        self._bar.close()
+
+    def advance(self) -> None:
+        """Count one run."""
+        self._number += 1
+        self._bar.update()
+        now = time.perf_counter()
+        if self._bar.disable and now - self._last >= LOG_EVERY_SECONDS:
+            self._last = now
+            rate = self._number / (now - self._start)
+            logger.info("%d of %d runs, %.1f runs/s", self._before + self._number, self._before + self._runs, rate)

@@ -23,7 +23,7 @@ from experiments.plan import Plan, canonical_json
 from experiments.result import ExperimentResult, cell, columns
 from experiments.writer_lock import is_held
 
-UNBOUND = ("output_dir", "slurm.")
+UNBOUND = ("output_dir", "slurm.", "run.engine", "run.batch_runs")
 """Fields that may change between the sessions of one campaign: they decide where and how, not what."""
 
 

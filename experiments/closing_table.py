@@ -1,6 +1,7 @@
 """The table a campaign closes with: by location and bit field, what the faults did and who saw them.
 
-Every rate stands with its n and a 95 % Wilson interval; faults that were drawn twice count once.
+Every rate stands with its n and a 95 % Wilson interval; faults that were drawn twice count once. What detectors saw is
+counted over all runs, outcomes and what was seen of harmful faults over those that have an outcome (``run.scope``).
 
 Public names: ``closing_table``, ``wilson_interval``.
 """
@@ -53,10 +54,13 @@ def closing_table(folder: CampaignFolder) -> str:
 def _table(folder: CampaignFolder, runs: pd.DataFrame, tolerance: float | None = None) -> list[str]:
     if runs.empty:
         return ["no finished runs"]
-    distinct = runs.drop_duplicates("fault_id")
+    # Of a fault that was drawn twice, and propagated once, the outcome is kept.
+    known_first = runs.sort_values("outcome", key=lambda outcome: outcome.isna(), kind="stable")
+    distinct = known_first.drop_duplicates("fault_id").sort_index()
     lines = [
         f"{len(runs)} runs, {len(distinct)} distinct faults, {int((~distinct.effective.astype(bool)).sum())} of them "
         "not effective",
+        *_scope_lines(runs),
         "",
         f"{'location':9}{'bit field':10}{'n':>6}{'masked':>8}{'benign':>8}{'critical':>9}{'nonfin':>8}"
         f"  {'detected (95 % interval)':27}{'of harmful':>11}{'inject ms':>11}{'detect ms':>11}",
@@ -67,6 +71,18 @@ def _table(folder: CampaignFolder, runs: pd.DataFrame, tolerance: float | None =
         lines.append(_line(str(location), str(field), group))
     lines += [_line("all", "", distinct), "", *_detector_lines(folder, distinct, tolerance)]
     return [*lines, *_correction_lines(distinct), *_times_lines(runs)]
+
+
+def _scope_lines(runs: pd.DataFrame) -> list[str]:
+    """Return how many runs were propagated, if not all were."""
+    propagated = runs.scope == "full"
+    if propagated.all():
+        return []
+    masked = int((~propagated & runs.outcome.notna()).sum())
+    return [
+        f"{int(propagated.sum())} of {len(runs)} runs propagated (run.scope=site); of the others {masked} are masked "
+        f"in their layer and {int(runs.outcome.isna().sum())} have no outcome; shares of outcomes: take scope = full"
+    ]
 
 
 def _line(location: str, field: str, group: pd.DataFrame) -> str:
@@ -156,4 +172,8 @@ def _times_lines(runs: pd.DataFrame) -> list[str]:
         name: 1e3 * float(runs[f"{name}_seconds"].mean())
         for name in ("baseline", "injection", "bounds", "detection", "total")
     }
-    return ["mean milliseconds: " + ", ".join(f"{name} {value:.2f}" for name, value in means.items())]
+    executed = runs.execution.value_counts()
+    return [
+        "mean milliseconds: " + ", ".join(f"{name} {value:.2f}" for name, value in means.items()),
+        "executed: " + ", ".join(f"{count} by {engine}" for engine, count in executed.items()),
+    ]

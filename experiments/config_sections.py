@@ -4,7 +4,7 @@ Each section refuses values that cannot be meant when it is made, so a configura
 as can be known without the model and the data.
 
 Public names: ``ModelConfig``, ``DataConfig``, ``IndexConfig``, ``FaultConfig``, ``DetectConfig``, ``RunConfig``,
-``StopConfig``, ``SlurmConfig``, ``DTYPES``.
+``StopConfig``, ``SlurmConfig``, ``DTYPES``, ``ENGINES``.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from fault_injection.site import ElementIndex
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 AIMS = ("uniform",)
+ENGINES = ("auto", "plain", "fast")
 
 
 def check_choice(key: str, got: Any, allowed: Sequence[str]) -> None:
@@ -210,6 +211,10 @@ class DetectConfig:
         critical_loss: the change of the loss (nats) above which a run is critical.
         certificate: bound what an undetected fault can have done to the output (a column of the runs).
         correct: repair single errors of scores, weights and outputs in the pass; outcome and loss are those after it.
+        layers: ``injected``: detectors look at the layers that faults hit; behind them only those that can fire there.
+            A proved detector is silent on a correct evaluation of finite inputs, whatever they are (that is what its
+            proof says), so there only ``finite`` and detectors without a proof look. ``all``: every detector looks at
+            every layer from the first injected one on.
     """
 
     detectors: list[str] = field(default_factory=lambda: ["full", "epsilon", "oracles"])
@@ -217,6 +222,7 @@ class DetectConfig:
     critical_loss: float = 1e-3
     certificate: bool = False
     correct: bool = False
+    layers: str = "injected"
 
     def names(self) -> tuple[str, ...]:
         """Return the names of the detectors, suites replaced by their members and your own classes registered."""
@@ -230,6 +236,7 @@ class DetectConfig:
             raise UsageError(f"detect.detectors: {error}") from error
         if len(set(self.detectors)) != len(self.detectors):
             raise UsageError(f"detect.detectors: a name is given twice in {self.detectors}")
+        check_choice("detect.layers", self.layers, ("injected", "all"))
         for key in ("tolerance", "critical_loss"):
             got = getattr(self, key)
             if not (math.isfinite(got) and got >= 0):
@@ -241,9 +248,12 @@ class RunConfig:
     """How runs are executed.
 
     Attributes:
-        engine: ``plain`` computes whole forward passes; ``auto`` chooses the fastest exact engine (now ``plain``).
-        scope: ``full`` propagates every fault to the loss.
-        batch_runs: runs in one pass (``null``: chosen by the engine; the plain engine takes one).
+        engine: ``plain`` computes a whole forward pass for every run; ``fast`` computes again only what a fault
+            changes, many runs in one pass, to the same bits; ``auto`` is the fastest that is exact for the model.
+        scope: ``full`` propagates every fault to the loss; ``site`` computes what it does to the output of its layer,
+            and what detectors say there. Such rows have no outcome, unless nothing changes there (``masked``).
+        full_every: with ``site``, propagate every n-th repeat of each grid point all the same (0, n, 2n, ...).
+        batch_runs: most runs in one pass of the fast engine (``null``: chosen from the memory).
         reuse_baseline: compute the fault-free pass of an input once; ``false`` repeats it for every run, in random
             order with the injected pass.
         threads: threads of one process. The last bit of a result can depend on it, so it is part of the configuration;
@@ -252,16 +262,24 @@ class RunConfig:
 
     engine: str = "auto"
     scope: str = "full"
+    full_every: int | None = None
     batch_runs: int | None = None
     reuse_baseline: bool = True
     threads: int = 1
 
     def __post_init__(self) -> None:
-        check_at_least("run.threads", self.threads, 1)
-        check_choice("run.engine", self.engine, ("auto", "plain"))
-        check_choice("run.scope", self.scope, ("full",))
-        if self.batch_runs not in (None, 1):
-            raise UsageError(f"run.batch_runs: got {self.batch_runs}, allowed 1 or null in this version")
+        for key in ("full_every", "batch_runs", "threads"):
+            check_at_least(f"run.{key}", getattr(self, key), 1)
+        check_choice("run.engine", self.engine, ENGINES)
+        check_choice("run.scope", self.scope, ("full", "site"))
+        if self.full_every is not None and self.scope != "site":
+            raise UsageError(f"run.full_every: got {self.full_every}, allowed null unless run.scope is site")
+        if self.engine == "fast" and not self.reuse_baseline:
+            raise UsageError("run.engine: got 'fast', allowed auto or plain if run.reuse_baseline is false")
+
+    def propagates(self, repeat: int) -> bool:
+        """Whether this repeat of a grid point is propagated to the loss."""
+        return self.scope == "full" or (self.full_every is not None and repeat % self.full_every == 0)
 
 
 @dataclass(frozen=True)

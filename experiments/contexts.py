@@ -117,7 +117,7 @@ class Contexts:
             calibration=lambda: [subject.to_device(batch) for batch in make_calibration_batches(*source)],
         )
         checks = pairs.prepare(config)
-        self.facts[key] = {
+        self.facts[key] = pairs.facts = {
             "model": config.model.path,
             "resolved": loaded.resolved,
             "revision": loaded.revision,

@@ -4,7 +4,7 @@
     merged.missing            # run ids without a row
 
 Rows come in the order of the plan, whichever worker did them and when, so the merged tables of two executions differ
-in timings only. A run that two workers did must have given the same numbers twice.
+in timings and ``execution`` only. A run that two workers did must have given the same numbers twice.
 
 Public names: ``Merged``, ``merge_campaign``.
 """
@@ -18,7 +18,7 @@ from experiments.campaign_folder import CampaignFolder
 from experiments.csv_file import read_rows, write_rows
 from experiments.errors import CheckRefusedError
 from experiments.plan import make_plan
-from experiments.result import TIMINGS, CleanRow, DetectionRow, ExperimentResult, FailureRow, columns
+from experiments.result import UNREPEATABLE, CleanRow, DetectionRow, ExperimentResult, FailureRow, columns
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def _merge_detections(folder: CampaignFolder, order: dict[str, int], owner: dict
 
 
 def _check_same(known: list[str], row: list[str], header: list[str], folder: CampaignFolder) -> None:
-    differing = [name for name, a, b in zip(header, known, row, strict=True) if a != b and name not in TIMINGS]
+    differing = [name for name, a, b in zip(header, known, row, strict=True) if a != b and name not in UNREPEATABLE]
     if differing:
         raise CheckRefusedError(
             f"{folder.shards}: run {row[0]} was done twice with different results in {', '.join(differing)}; "

@@ -2,13 +2,14 @@
 
 The losses are computed here, from the logits, in float64 and in the same way for every model, so they do not depend
 on how a model class reduces its own. Logits are converted in small pieces, so that peak memory grows by megabytes only.
-A NaN or infinity is never replaced: it comes out as a NaN or infinite loss.
+A NaN or infinity is never replaced: it comes out as a NaN or infinite loss. The arithmetic on rows is that of
+``experiments.row_kernels``.
 
     outputs = model(**model_inputs(batch))
     evaluation = loss_and_logits("causal", outputs, batch)     # .loss, .sequence_losses, .output
 
-Public names: ``Evaluation``, ``loss_and_logits``, ``aligned_targets``, ``token_losses``, ``kl_per_position``,
-``kl_mean``, ``top1_changed``, ``RelativeChange``, ``relative_change``.
+Public names: ``Evaluation``, ``loss_and_logits``, ``aligned_targets``, ``checked_targets``, ``mean_losses``,
+``token_losses``, ``kl_per_position``, ``kl_mean``, ``top1_changed``, ``RelativeChange``, ``relative_change``.
 
 >>> logits = torch.tensor([[[0.0, 0.0], [3.0, 1.0]]])
 >>> evaluation = loss_and_logits("causal", logits, {"input_ids": torch.tensor([[0, 1]])})
@@ -20,7 +21,7 @@ Public names: ``Evaluation``, ``loss_and_logits``, ``aligned_targets``, ``token_
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -29,10 +30,9 @@ from torch import Tensor
 
 from experiments.batches import IGNORED, real_positions
 from experiments.errors import UsageError, nearest
+from experiments.row_kernels import answers_of, as_array, as_tensor, chances_of, divergences, pieces, quiet, row_norms
 
 _FAMILIES = ("causal", "masked", "encoder-decoder", "encoder")
-
-_CHUNK_ELEMENTS = 1 << 18  # 2 MiB of float64, so that a piece stays in the cache of a core
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,25 +73,58 @@ def loss_and_logits(family: str, outputs: Any, batch: Mapping[str, Tensor]) -> E
     Raises:
         UsageError: Unknown family, outputs without logits, or a sequence without a single target.
     """
-    if family not in _FAMILIES:
-        raise UsageError(f"family: got {family!r}, allowed {', '.join(_FAMILIES)}{nearest(family, _FAMILIES)}")
+    _check_family(family)
     output = _answer(outputs, "last_hidden_state" if family == "encoder" else "logits")
-    if family == "encoder":
+    targets = checked_targets(family, output, batch)
+    if targets is None:
         return Evaluation(None, None, output)
+    flat = targets.flatten()
+    losses = torch.zeros(len(flat), dtype=torch.float64, device=output.device)
+    losses[flat != IGNORED] = token_losses(output.flatten(0, 1), flat)
+    means, sequence_means = mean_losses(losses.unsqueeze(0), targets)
+    return Evaluation(means[0], sequence_means[0], output)
+
+
+def checked_targets(family: str, output: Tensor, batch: Mapping[str, Tensor]) -> Tensor | None:
+    """Return the targets (B, T) of an output (B, T, V) on its device, at least one a sequence; None for an encoder.
+
+    Raises:
+        UsageError: Unknown family, labels of another shape, or a sequence without a single target.
+    """
+    _check_family(family)
+    if family == "encoder":
+        return None
     targets = aligned_targets(family, batch).to(output.device)
     if targets.shape != output.shape[:2]:
         raise UsageError(
             f"labels: got shape {tuple(targets.shape)} for logits of {tuple(output.shape)}; allowed (B, T)"
         )
-    counts = (targets != IGNORED).sum(dim=1)
-    if bool((counts == 0).any()):
-        empty = (counts == 0).nonzero().flatten().tolist()
+    missing = (targets == IGNORED).all(dim=1)
+    if bool(missing.any()):
+        empty = missing.nonzero().flatten().tolist()
         raise UsageError(
             f"labels: sequences {empty} of the batch have no target; allowed one or more in every sequence"
         )
-    # one sequence at a time: the loss of a sequence then does not depend on what else is in its batch
-    sums = torch.stack([token_losses(output[row], targets[row]).sum() for row in range(len(targets))])
-    return Evaluation(float(sums.sum() / counts.sum()), sums / counts, output)
+    return targets
+
+
+@quiet
+def mean_losses(losses: Tensor, targets: Tensor) -> tuple[list[float], Tensor]:
+    """Return the mean losses of passes, and of their sequences.
+
+    Args:
+        losses: (R, B * T) float64, one row for each pass, 0 where there is no target.
+        targets: (B, T), the targets of each pass.
+
+    Returns:
+        R floats, the means over all targets; and (R, B) float64, those over the targets of each sequence, which do not
+        depend on what else is in a batch.
+    """
+    B, T = targets.shape
+    counts = (targets != IGNORED).sum(dim=1)
+    sums = as_array(losses).reshape(-1, B, T).sum(axis=-1)
+    means: list[float] = (sums.sum(axis=-1) / int(counts.sum())).tolist()
+    return means, as_tensor(sums) / counts
 
 
 def aligned_targets(family: str, batch: Mapping[str, Tensor]) -> Tensor:
@@ -118,6 +151,7 @@ def aligned_targets(family: str, batch: Mapping[str, Tensor]) -> Tensor:
     return targets
 
 
+@quiet
 def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
     """Return the cross-entropy of every target, ``-log softmax(logits)[target]``, in nats.
 
@@ -130,14 +164,14 @@ def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
     """
     rows = (targets != IGNORED).nonzero().flatten()
     losses = torch.empty(len(rows), dtype=torch.float64, device=logits.device)
-    for piece in _pieces(len(rows), logits.shape[-1]):
+    for piece in pieces(len(rows), logits.shape[-1]):
         chosen = rows[piece]
-        # not logsumexp minus the target: for logits of 1e20, as faults make them, that difference has no digit left
-        surprise = -logits[chosen].double().log_softmax(dim=-1)
-        losses[piece] = surprise.gather(-1, targets[chosen].unsqueeze(-1)).squeeze(-1)
+        values = as_array(logits.index_select(0, chosen).double())
+        losses[piece] = as_tensor(answers_of(values, as_array(targets[chosen]), scratch=values).losses)
     return losses
 
 
+@quiet
 def kl_per_position(baseline: Tensor, injected: Tensor) -> Tensor:
     """Return ``KL(softmax(baseline) || softmax(injected))`` in nats for every row.
 
@@ -149,13 +183,13 @@ def kl_per_position(baseline: Tensor, injected: Tensor) -> Tensor:
         (N,) float64; 0 for equal rows, never negative, NaN or infinite where logits are not finite.
     """
     _same_shape(baseline, injected)
-    divergences = torch.empty(len(baseline), dtype=torch.float64, device=baseline.device)
-    for piece in _pieces(*baseline.shape):
-        before = baseline[piece].double().log_softmax(dim=-1)
-        after = injected[piece].double().log_softmax(dim=-1)
-        # a divergence is >= 0; what rounding leaves below is 0, and clamp keeps a NaN
-        divergences[piece] = (before.exp() * (before - after)).sum(dim=-1).clamp(min=0.0)
-    return divergences
+    found = torch.empty(len(baseline), dtype=torch.float64, device=baseline.device)
+    for piece in pieces(*baseline.shape):
+        before, after = as_array(baseline[piece].double()), as_array(injected[piece].double())
+        none = as_array(torch.full((len(before),), IGNORED, device=baseline.device))
+        answers = answers_of(before, none), answers_of(after, none)
+        found[piece] = as_tensor(divergences(after - before, chances_of(before, answers[0]), *answers))
+    return found
 
 
 def kl_mean(baseline: Tensor, injected: Tensor, mask: Tensor | None = None) -> float:
@@ -194,6 +228,7 @@ def top1_changed(baseline: Tensor, injected: Tensor, mask: Tensor | None = None)
     return int((moved | (before_exists ^ after_exists)).sum())
 
 
+@quiet
 def relative_change(baseline: Tensor, injected: Tensor, mask: Tensor | None = None) -> RelativeChange:
     """Measure how far the injected hidden state is from the baseline's, in float64.
 
@@ -216,6 +251,11 @@ def relative_change(baseline: Tensor, injected: Tensor, mask: Tensor | None = No
     return RelativeChange(_norm(change) / size, float(change.abs().amax()))
 
 
+def _check_family(family: str) -> None:
+    if family not in _FAMILIES:
+        raise UsageError(f"family: got {family!r}, allowed {', '.join(_FAMILIES)}{nearest(family, _FAMILIES)}")
+
+
 def _answer(outputs: Any, name: str) -> Tensor:
     answer = outputs if isinstance(outputs, Tensor) else getattr(outputs, name, None)
     if not isinstance(answer, Tensor) or answer.ndim != 3:
@@ -224,11 +264,6 @@ def _answer(outputs: Any, name: str) -> Tensor:
             f"outputs: got {type(outputs).__name__}{shape}, allowed a 3-D tensor or an object with .{name}"
         )
     return answer
-
-
-def _pieces(rows: int, width: int) -> Iterator[slice]:
-    step = max(1, _CHUNK_ELEMENTS // max(1, width))
-    return (slice(start, start + step) for start in range(0, rows, step))
 
 
 def _counted(baseline: Tensor, injected: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -252,9 +287,5 @@ def _same_shape(baseline: Tensor, injected: Tensor) -> None:
         raise ValueError(f"injected: got shape {tuple(injected.shape)}, allowed the baseline's {tuple(baseline.shape)}")
 
 
-def _norm(values: Tensor) -> float:
-    # scaled, because the squares of values beyond 1e154 overflow even in float64
-    largest = values.abs().amax()
-    if not 0.0 < float(largest) < float("inf"):
-        return float(largest)
-    return float(largest * torch.linalg.vector_norm(values / largest))
+def _norm(rows: Tensor) -> float:
+    return float(row_norms(row_norms(as_array(rows))[None, :])[0])

@@ -6,20 +6,20 @@
                predicts nothing, its output moves by more than that, relatively
     benign     the rest
 
-Public names: ``Effect``, ``effect_of``.
+Public names: ``Effect``, ``effect_of``, ``effects_of_differences``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from experiments.objective import Evaluation, kl_mean, relative_change, top1_changed
-from experiments.windows import real_positions
-from fault_injection.model_outputs import bitwise_equal
+from experiments.baseline_rows import BaselineRows, RowDifferences, measure_rows
+from experiments.objective import Evaluation
+from experiments.row_kernels import as_array, changed_rows, quiet, row_norms
 
 
 @dataclass(frozen=True)
@@ -44,30 +44,104 @@ class Effect:
 
 
 def effect_of(
-    baseline: Evaluation, injected: Evaluation, batch: Mapping[str, Tensor], family: str, critical_loss: float
+    baseline: Evaluation,
+    injected: Evaluation,
+    batch: Mapping[str, Tensor],
+    family: str,
+    critical_loss: float,
+    baseline_rows: BaselineRows | None = None,
 ) -> Effect:
     """Compare an injected pass with its baseline.
 
     Padding does not count, but every bit of the output does for ``masked``, and every NaN or Inf for ``nonfinite``.
+    Only the rows that are not bitwise the baseline's are computed with.
+
+    Args:
+        baseline: The fault-free pass.
+        injected: The faulty one.
+        batch: The input of both.
+        family: Of the model.
+        critical_loss: The loss may move by so much, nats.
+        baseline_rows: ``BaselineRows.of(family, baseline.output, batch)``, if it is there already.
+
+    Raises:
+        ValueError: Outputs of different shapes, no position counts, or a baseline of zeros.
     """
-    predicts = family != "encoder"
-    loss_diff = None
-    if baseline.loss is not None and injected.loss is not None:
-        loss_diff = injected.loss - baseline.loss
-    nonfinite_rows = int((~torch.isfinite(injected.output).all(-1)).sum())
-    if not nonfinite_rows and bitwise_equal(baseline.output, injected.output):
-        return Effect("masked", loss_diff, 0.0, 0.0 if predicts else None, 0 if predicts else None, 0)
-    real = real_positions(batch)
-    change = relative_change(baseline.output, injected.output, real).l2_relative
-    divergence = kl_mean(baseline.output, injected.output, real) if predicts else None
-    changed = top1_changed(baseline.output, injected.output, real) if predicts else None
-    if nonfinite_rows or (injected.loss is not None and not _is_finite(injected.loss)):
-        outcome = "nonfinite"
-    elif changed or abs(change if loss_diff is None else loss_diff) > critical_loss:
-        outcome = "critical"
-    else:
-        outcome = "benign"
-    return Effect(outcome, loss_diff, change, divergence, changed, nonfinite_rows)
+    before, after = baseline.output, injected.output
+    if before.shape != after.shape or before.dtype != after.dtype:
+        raise ValueError(
+            f"injected: got {after.dtype} {tuple(after.shape)}, allowed the baseline's {before.dtype}"
+            f" {tuple(before.shape)}"
+        )
+    known = baseline_rows or BaselineRows.of(family, before, batch)
+    values = after.reshape(-1, after.shape[-1])
+    rows = torch.arange(len(values), device=values.device)
+    rows = changed_rows(known.values, rows, values).nonzero().flatten()
+    differences = measure_rows(known, rows, values.index_select(0, rows))
+    losses = baseline.loss, [injected.loss]
+    return effects_of_differences(known, rows, torch.zeros_like(rows), differences, losses, critical_loss)[0]
+
+
+@quiet
+def effects_of_differences(
+    baseline: BaselineRows,
+    rows: Tensor,
+    runs: Tensor,
+    differences: RowDifferences,
+    losses: tuple[float | None, Sequence[float | None]],
+    critical_loss: float,
+) -> list[Effect]:
+    """Put together, for each of R runs, what its rows that are not bitwise the baseline's differ in.
+
+    Args:
+        baseline: The fault-free rows.
+        rows: (N,) int64, their numbers; each at most once a run.
+        runs: (N,) int64, their runs, ``0 .. R - 1``.
+        differences: Of the N rows.
+        losses: The loss of the baseline, and those of the R runs; None without a loss.
+        critical_loss: Losses may move by so much, nats.
+    """
+    num_runs = len(losses[1])
+
+    def spread(values: Tensor, elsewhere: Tensor) -> Tensor:
+        """Return (R, B * T): the values in their runs and rows, the baseline's elsewhere."""
+        table = elsewhere.expand(num_runs, -1).clone()
+        table[runs, rows] = values
+        return table
+
+    def spread_real(values: Tensor) -> Tensor:
+        # no change is nothing, but of a NaN there is no saying
+        nothing = torch.zeros_like(baseline.norms).masked_fill_(~baseline.finite, torch.nan)
+        return spread(values, nothing).masked_fill_(~baseline.real, 0.0)
+
+    changed = torch.bincount(runs, minlength=num_runs).tolist()
+    nonfinite = spread(~differences.finite, ~baseline.finite).sum(dim=1).tolist()
+    changes = _relative(spread_real(differences.norms), baseline, changed)
+    divergences: list[float | None] = [None] * num_runs
+    moved: list[int | None] = [None] * num_runs
+    if differences.divergences is not None and differences.moved is not None:
+        divergences = (as_array(spread_real(differences.divergences)).sum(axis=-1) / int(baseline.real.sum())).tolist()
+        moved = (spread(differences.moved, torch.zeros_like(baseline.real)) & baseline.real).sum(dim=1).tolist()
+    effects = []
+    for run, injected_loss in enumerate(losses[1]):
+        loss_diff = None if losses[0] is None or injected_loss is None else injected_loss - losses[0]
+        broken = nonfinite[run] > 0 or (injected_loss is not None and not _is_finite(injected_loss))
+        moves = abs(changes[run] if loss_diff is None else loss_diff) > critical_loss
+        if not changed[run] and not nonfinite[run]:
+            outcome = "masked"
+        else:
+            outcome = "nonfinite" if broken else "critical" if moved[run] or moves else "benign"
+        effects.append(Effect(outcome, loss_diff, changes[run], divergences[run], moved[run], nonfinite[run]))
+    return effects
+
+
+def _relative(changes: Tensor, baseline: BaselineRows, changed: Sequence[int]) -> list[float]:
+    size = float(row_norms(as_array(baseline.norms.where(baseline.real, 0.0).unsqueeze(0)))[0])
+    if size == 0.0 and any(changed):
+        raise ValueError("baseline: got nothing but zeros, so no change is relative to it")
+    norms = row_norms(as_array(changes))
+    relative: list[float] = (norms / size if size else norms).tolist()
+    return relative
 
 
 def _is_finite(value: float) -> bool:

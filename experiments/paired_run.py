@@ -1,8 +1,9 @@
 """Pairs: one fault, its injected pass, and the fault-free baseline of the same input.
 
     pairs = PairedRunner(subject, batches, forward)
-    pairs.prepare(config)                    # equivalence gate and control run, or CheckRefusedError
+    pairs.prepare(config)                    # equivalence gate, control run and start-up proof, or CheckRefusedError
     record = pairs.run(planned, config)      # a RunRecord: one result, its detections, its faults
+    for planned, record in pairs.run_many(runs): ...
 
 Everything random in a run is drawn from the run's own generator, in this order: batch, layers, element, bits.
 
@@ -13,66 +14,59 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 from torch import Tensor
 
-from bounds import Detector, get_detector
+from bounds import Detector
 from bounds.certifier import Certifier
-from experiments.baseline import Baseline, compute_baseline, timed_forward
-from experiments.calibration import calibrate
+from experiments.baseline import Baseline, timed_forward
+from experiments.baseline_rows import BaselineRows
+from experiments.baselines import Baselines
 from experiments.config import ExperimentConfig
-from experiments.corrector import Corrector, check_clean_correction
+from experiments.engine.batch_runs import BatchRuns
 from experiments.errors import CheckRefusedError, MissingResourceError, UsageError
 from experiments.gate import control_run, equivalence_gate
+from experiments.injected_pass import InjectedPass
+from experiments.measured import Measured, Setting
 from experiments.objective import Evaluation
-from experiments.origins import recorded_origins
 from experiments.outcome import Effect, effect_of
+from experiments.output_keeper import OutputKeeper, change_of
 from experiments.plan import PlannedRun
-from experiments.result import CleanRow, DetectionRow, ExperimentResult
-from experiments.result_rows import clean_rows, detection_rows, experiment_result
+from experiments.result import DetectionRow
+from experiments.result_rows import Seen, detection_rows, run_row
+from experiments.run_record import DrawnRun, RunRecord
 from experiments.subject import Subject
 from experiments.watcher import Watcher
-from fault_injection import (
-    Fault,
-    InjectionRecord,
-    Injector,
-    candidate_layers,
-    choose_layers,
-    draw_fault,
-    instrumentation_of,
-    tapped,
-)
+from fault_injection import Fault, Site, candidate_layers, choose_layers, draw_fault, instrumentation_of
 from fault_injection.bits import check_bits
 from fault_injection.model_outputs import bitwise_equal
 from monitoring import PerformanceMetrics, PerformanceMonitor
 from monitoring.cached_forward import CachedForward
-from monitoring.fingerprints import digest, input_fingerprint, model_fingerprint
+from monitoring.fingerprints import digest, model_fingerprint
 from monitoring.flops import attention_formula_gap
 
+Done = TypeVar("Done")
 
-@dataclass(frozen=True)
-class RunRecord:
-    """Everything one run yields; ``clean`` are the rows of fault-free passes that were made for it."""
+WORTH_A_PROOF = 32
+"""Fewer runs are done sooner than the start-up proof of the fast engine."""
 
-    result: ExperimentResult
-    detections: tuple[DetectionRow, ...]
-    faults: tuple[Fault, ...]
-    metrics: PerformanceMetrics
-    clean: tuple[CleanRow, ...] = ()
-
-
-@dataclass(frozen=True)
-class InjectedPass:
-    """What the injected pass of a run gave; ``corrector`` is None unless ``detect.correct``."""
-
-    evaluation: Evaluation
-    records: tuple[InjectionRecord, ...]
-    watcher: Watcher
-    corrector: Corrector | None
-    forward_seconds: float
+SIZES = (
+    "num_layers",
+    "num_heads",
+    "head_dim",
+    "seq_len",
+    "batch_size",
+    "attention_flops",
+    "bounds_flops",
+    "forward_flops",
+    "total_flops",
+)
+"""What ``PerformanceMetrics`` says of the model and the pass, and not of the execution."""
 
 
 class PairedRunner:
@@ -85,6 +79,9 @@ class PairedRunner:
         calibration: gives fault-free inputs that no run uses, for detectors that must be calibrated (default: none).
         model_name: what the rows call a model that was given, like the batches, from Python (default: both are those of
             the run's configuration).
+
+    Attributes:
+        facts: what was checked, and how runs are executed, for provenance.
     """
 
     def __init__(
@@ -96,18 +93,17 @@ class PairedRunner:
         calibration: Callable[[], Sequence[Mapping[str, Tensor]]] = tuple,
         model_name: str | None = None,
     ) -> None:
-        self._calibration = calibration
-        self._calibration_id = ""
         self._made_certifier: Certifier | None = None
-        self._detectors: dict[tuple[tuple[str, ...], float], list[Detector]] = {}
         self.subject = subject
         self._model_name = model_name
         self.batches = batches
         self.forward = forward
-        self._clean_known: set[str] = set()
-        self._clean_new: list[CleanRow] = []
+        self.facts: dict[str, Any] = {}
+        self._first_sites: Mapping[tuple[int, str], Site] | None = None
+        self._sizes: dict[tuple[int, int], dict[str, Any]] = {}
+        self._fast = BatchRuns(self)
+        self._baselines = Baselines(subject, batches, lambda: self.forward, calibration)
         self.monitor = PerformanceMonitor(subject.device)
-        self._input_ids = [input_fingerprint(dict(batch)) for batch in batches]
         self._has_formulas = attention_formula_gap(subject.model) is None
 
     def prepare(self, config: ExperimentConfig) -> dict[str, Any]:
@@ -116,7 +112,7 @@ class PairedRunner:
         equivalence_gate(self.subject, first)
         baseline = self.baseline(0, config)
         control_run(self.subject, first, baseline.evaluation, baseline.sites)
-        return {
+        self.facts |= {
             "equivalence_gate": "bitwise equal to the model's own eager attention",
             "control_run": "loss and output differ by exactly 0",
             "execution": "plain",
@@ -124,6 +120,9 @@ class PairedRunner:
             "attention_paths": [core.path for core in self.subject.cores],
             "kv_equal": [self.subject.kv_equal.get(core.index) for core in self.subject.cores],
         }
+        if config.run.engine == "fast":
+            self._fast.proof(config)
+        return self.facts
 
     def check_layers(self, config: ExperimentConfig) -> list[int]:
         """Return the candidate layers of a run; ``ValueError`` if the configuration names layers that do not exist."""
@@ -140,7 +139,10 @@ class PairedRunner:
     def check_fault(self, config: ExperimentConfig) -> None:
         """Raise ``ValueError`` or ``IndexError`` if such a fault cannot be drawn on the first batch."""
         spec = config.fault.spec()
-        sites = self.baseline(0, config).sites
+        # A look into the cache costs a copy of the baseline.
+        if self._first_sites is None:
+            self._first_sites = self.baseline(0, config).sites
+        sites = self._first_sites
         for layer in self.check_layers(config):
             site = sites[layer, spec.location]
             site.check(spec.index)
@@ -149,61 +151,42 @@ class PairedRunner:
 
     def detectors(self, config: ExperimentConfig) -> list[Detector]:
         """Return the detectors of a configuration, prepared for the model and calibrated, made once for all runs."""
-        key = config.detect.names(), config.detect.tolerance
-        if key not in self._detectors:
-            made = [get_detector(name, config.detect.tolerance) for name in key[0]]
-            for detector in made:
-                detector.prepare(self.subject.model)
-            if any(detector.calibrated for detector in made) and not self._calibration_id:
-                seen = self._calibration()
-                self._calibration_id = digest("calibration", *(input_fingerprint(dict(batch)) for batch in seen))
-            calibrate(made, self.subject, self._calibration)
-            self._detectors[key] = made
-        return self._detectors[key]
+        return self._baselines.detectors(config)
 
     def baseline(
         self, batch_index: int, config: ExperimentConfig, run_id: str = "", model_id: str | None = None
     ) -> Baseline:
         """Return the fault-free pass of a batch, computed once for each input, model and set of detectors."""
-        batch = self.batches[batch_index]
-        detectors, tolerance = self.detectors(config), config.detect.tolerance
-        model_id = model_id or model_fingerprint(self.subject.model)
-        names, correct = [detector.name for detector in detectors], config.detect.correct
-        learnt = self._calibration_id if any(detector.calibrated for detector in detectors) else ""
+        return self._baselines.get(batch_index, config, run_id, model_id)
 
-        def compute() -> Baseline:
-            computed = compute_baseline(self.subject, batch, detectors)
-            if correct:
-                check_clean_correction(self.subject, batch, computed)
-            return computed
+    def batch_index(self, planned: PlannedRun) -> int:
+        """Return which batch a run uses."""
+        return int(planned.generator().integers(len(self.batches)))
 
-        baseline = self.forward.cached(
-            "baseline",
-            "base",
-            dict(batch),
-            {
-                "detectors": names,
-                "tolerance": tolerance,
-                "family": self.subject.family,
-                "correct": correct,
-                "calibration": learnt,
-            },
-            compute,
-            model=model_id,
-            phase="baseline",
-            run_id=run_id,
-        )
-        # What calibrated detectors say depends on what they have seen.
-        baseline_id = digest(model_id, self._input_ids[batch_index], *filter(None, [learnt]))
-        # What the detectors said of a pass depends on which there were.
-        known = f"{baseline_id} {config.detect.names()} {tolerance}"
-        if known not in self._clean_known:
-            self._clean_known.add(known)
-            self._clean_new += clean_rows(baseline_id, baseline, self.subject.layer_names, tolerance)
-        return baseline
+    def draw(
+        self, planned: PlannedRun, config: ExperimentConfig, known: tuple[str, Baseline] | None = None
+    ) -> DrawnRun:
+        """Draw everything random in a run.
+
+        Args:
+            planned: its identity.
+            config: the configuration of this run alone.
+            known: fingerprint of the model, and baseline of the input, if they are at hand: they cost milliseconds.
+
+        Raises:
+            ValueError, IndexError: layers, bits or an index that the model does not have.
+        """
+        model_id = known[0] if known else model_fingerprint(self.subject.model)
+        random = planned.generator()
+        batch_index = int(random.integers(len(self.batches)))
+        baseline = known[1] if known else self.baseline(batch_index, config, planned.run_id, model_id)
+        faults = self._draw(config, baseline, random)
+        fault_id = digest(model_id, self._baselines.input_ids[batch_index], *(fault.to_json() for fault in faults))[:16]
+        first = bool(random.integers(2))
+        return DrawnRun(planned, config, batch_index, baseline, faults, fault_id, first, model_id)
 
     def run(self, planned: PlannedRun, config: ExperimentConfig) -> RunRecord:
-        """Execute one run.
+        """Execute one run by whole forward passes.
 
         Args:
             planned: its identity.
@@ -216,46 +199,113 @@ class PairedRunner:
         self.monitor.reset()
         self.subject.synchronize()
         start = time.perf_counter()
-        random = planned.generator()
-        batch_index = int(random.integers(len(self.batches)))
-        model_id = model_fingerprint(self.subject.model)
-        baseline = self.baseline(batch_index, config, planned.run_id, model_id)
-        faults = self._draw(config, baseline, random)
-        fault_id = digest(model_id, self._input_ids[batch_index], *(fault.to_json() for fault in faults))[:16]
-        baseline_first = bool(random.integers(2))
+        return self.run_drawn(self.draw(planned, config), start=start)
+
+    def run_drawn(
+        self,
+        drawn: DrawnRun,
+        around: Callable[[], AbstractContextManager[None]] = nullcontext,
+        *,
+        execution: str = "plain",
+        start: float | None = None,
+        rows: BaselineRows | None = None,
+    ) -> RunRecord:
+        """Execute a drawn run by an injected pass.
+
+        Args:
+            drawn: the run.
+            around: what the pass runs in (a model that resumes at a block).
+            execution: what the row calls this.
+            start: when the run began, on ``time.perf_counter`` (default: now; the monitor is then reset).
+            rows: those of the baseline's output, if they are there already.
+        """
+        if start is None:
+            self.monitor.reset()
+            self.subject.synchronize()
+            start = time.perf_counter()
+        baseline, config, batch = drawn.baseline, drawn.config, self.batches[drawn.batch_index]
         seconds = baseline.forward_seconds
-        if not config.run.reuse_baseline and baseline_first:
-            seconds = self._repeat_baseline(baseline, batch_index)
-        injected = self._inject(faults, fault_id, baseline, batch_index, config, planned.run_id, model_id)
-        if not config.run.reuse_baseline and not baseline_first:
-            seconds = self._repeat_baseline(baseline, batch_index)
+        if not config.run.reuse_baseline and drawn.baseline_first:
+            seconds = self._repeat_baseline(baseline, drawn.batch_index)
+        with around():
+            injected = self._inject(drawn)
+        if not config.run.reuse_baseline and not drawn.baseline_first:
+            seconds = self._repeat_baseline(baseline, drawn.batch_index)
         effect = effect_of(
-            baseline.evaluation,
-            injected.evaluation,
-            self.batches[batch_index],
-            self.subject.family,
-            config.detect.critical_loss,
+            baseline.evaluation, injected.evaluation, batch, self.subject.family, config.detect.critical_loss, rows
         )
+        local = None
+        if injected.keeper is not None:
+            clean = OutputKeeper(drawn.faults[0].layer)
+            self.subject.forward(batch, clean)
+            local = change_of(drawn.faults[0], injected.keeper, clean)
+        # Nothing behind an output that did not move can differ; for any other the site alone does not know.
+        unmoved = injected.keeper is None or bitwise_equal(injected.keeper.out, clean.out)
+        reached = effect if local is None or (unmoved and effect.outcome == "masked") else None
         self.monitor.add_time("baseline_forward", seconds)
         self.monitor.add_time("total", time.perf_counter() - start)
-        return self._record(planned, config, baseline, faults, fault_id, injected, effect, batch_index)
+        detections = self.detections(drawn, injected.watcher, reached)
+        measured = Measured(
+            batch_index=drawn.batch_index,
+            faults=drawn.faults,
+            fault_id=drawn.fault_id,
+            records=injected.records,
+            baseline_loss=baseline.evaluation.loss,
+            injected_loss=None if reached is None else injected.evaluation.loss,
+            effect=reached,
+            local=local,
+            detections=detections,
+            metrics=self.metrics(drawn, detections),
+            injection_seconds=injected.forward_seconds,
+            certificate=injected.watcher.certificate,
+            corrector=injected.corrector,
+            execution=execution,
+        )
+        return self.record(drawn, measured)
+
+    def detections(self, drawn: DrawnRun, seen: Seen, effect: Effect | None) -> list[DetectionRow]:
+        """Return the rows of what detectors said in a run."""
+        batch = self.batches[drawn.batch_index]
+        return detection_rows(drawn.planned.run_id, seen, effect, batch, drawn.config)
+
+    def record(self, drawn: DrawnRun, measured: Measured) -> RunRecord:
+        """Return the record of a run; the first one after a new baseline brings its rows along."""
+        setting = Setting(
+            model=self._model_name or drawn.config.model.path,
+            source="dataloader" if self._model_name else drawn.config.data.source,
+            dtype=str(self.subject.dtype).removeprefix("torch."),
+            device=str(self.subject.device),
+            depth=len(self.subject.cores),
+        )
+        result = run_row(drawn.planned, drawn.config, setting, measured)
+        clean = self._baselines.new_rows()
+        return RunRecord(result, tuple(measured.detections), drawn.faults, measured.metrics, clean)
 
     def run_many(
         self, runs: Sequence[tuple[PlannedRun, ExperimentConfig]]
     ) -> Iterator[tuple[PlannedRun, RunRecord | Exception]]:
-        """Execute runs of one context; yield each once, in any order, as it is done.
+        """Execute runs of one context as ``run.engine`` says; yield each once, in any order, as it is done.
 
         A run that raises is yielded with its exception; what refuses the whole campaign is raised.
         """
+        together = [run for run in runs if run[1].run.engine != "plain"]
+        if len(together) < WORTH_A_PROOF:
+            together = [run for run in together if run[1].run.engine == "fast"]
+        yield from self._fast.run(together)
+        done = {planned.run_id for planned, _ in together}
         for planned, config in runs:
-            try:
-                record = self.run(planned, config)
-            except (UsageError, MissingResourceError, CheckRefusedError):
-                raise
-            except Exception as error:
-                yield planned, error
-            else:
-                yield planned, record
+            if planned.run_id not in done:
+                yield planned, self.attempt(partial(self.run, planned, config))
+
+    @staticmethod
+    def attempt(execute: Callable[[], Done]) -> Done | Exception:
+        """Return what ``execute`` does, or the error of one run; one that refuses the whole campaign is raised."""
+        try:
+            return execute()
+        except (UsageError, MissingResourceError, CheckRefusedError):
+            raise
+        except Exception as error:
+            return error
 
     def _certifier(self) -> Certifier:
         if self._made_certifier is None:
@@ -276,98 +326,51 @@ class PairedRunner:
             )
         return seconds
 
-    def _inject(
-        self,
-        faults: Sequence[Fault],
-        fault_id: str,
-        baseline: Baseline,
-        batch_index: int,
-        config: ExperimentConfig,
-        run_id: str,
-        model_id: str,
-    ) -> InjectedPass:
-        injector = Injector(faults)
-        detectors, situation = self.detectors(config), baseline.situation
-        # Layers before the first fault are bitwise those of the baseline, and so are their verdicts.
-        layers = frozenset(range(min(fault.layer for fault in faults), len(self.subject.cores)))
-        synchronize = self.subject.synchronize
-        certifier = self._certifier() if config.detect.certificate else None
-        watcher = Watcher(detectors, situation, layers=layers, synchronize=synchronize, certifier=certifier)
-        corrector = None
-        if config.detect.correct:
-            corrector = Corrector(situation.visible, layers=layers, synchronize=synchronize)
-        # The corrector comes last: detectors judge what it then repairs.
-        taps = (watcher,) if corrector is None else (watcher, corrector)
+    def _inject(self, drawn: DrawnRun) -> InjectedPass:
+        batch, detect = self.batches[drawn.batch_index], drawn.config.detect
 
-        def injected_pass() -> Evaluation:
-            with (
-                recorded_origins(self.subject.model, [*detectors, *filter(None, [certifier])]) as watcher.origins,
-                self.monitor.timer("injection_forward"),
-                tapped(self.subject.model, injector),
-            ):
-                evaluation = self.subject.forward(self.batches[batch_index], *taps)
-            injector.finish()
-            return evaluation
+        def traced(compute: Callable[[], Evaluation], watcher: Watcher) -> Evaluation:
+            return self.forward.forward(
+                "injected",
+                f"fault:{drawn.fault_id}",
+                dict(batch),
+                compute,
+                model=drawn.model_id,
+                run_id=drawn.planned.run_id,
+                fault=[fault.to_json() for fault in drawn.faults],
+                details=lambda answer: {
+                    "loss": answer.loss,
+                    "phase_ms": {"bounds": 1e3 * watcher.bounds_seconds, "detection": 1e3 * watcher.detection_seconds},
+                },
+            )
 
-        evaluation = self.forward.forward(
-            "injected",
-            f"fault:{fault_id}",
-            dict(self.batches[batch_index]),
-            injected_pass,
-            model=model_id,
-            run_id=run_id,
-            fault=[fault.to_json() for fault in faults],
-            details=lambda answer: {
-                "loss": answer.loss,
-                "phase_ms": {"bounds": 1e3 * watcher.bounds_seconds, "detection": 1e3 * watcher.detection_seconds},
-            },
+        return InjectedPass.of(
+            self.subject,
+            batch,
+            drawn.faults,
+            drawn.baseline.situation,
+            self.detectors(drawn.config),
+            detect,
+            self.monitor,
+            certifier=self._certifier() if detect.certificate else None,
+            keep_output=not drawn.propagates,
+            traced=traced,
         )
-        self.monitor.add_time("bounds_computation", watcher.bounds_seconds)
-        self.monitor.add_time("violation_detection", watcher.detection_seconds)
-        self.monitor.record_memory()
-        total = self.monitor.metrics.injection_forward_time or 0.0
-        looked = watcher.bounds_seconds + watcher.detection_seconds + (corrector.seconds if corrector else 0.0)
-        return InjectedPass(evaluation, tuple(injector.records), watcher, corrector, max(0.0, total - looked))
 
-    def _record(
-        self,
-        planned: PlannedRun,
-        config: ExperimentConfig,
-        baseline: Baseline,
-        faults: tuple[Fault, ...],
-        fault_id: str,
-        injected: InjectedPass,
-        effect: Effect,
-        batch_index: int,
-    ) -> RunRecord:
-        detections = detection_rows(planned.run_id, injected.watcher, effect, self.batches[batch_index], config)
-        metrics = self._metrics(batch_index, len({row.layer for row in detections if row.layer is not None}))
-        result = experiment_result(
-            planned=planned,
-            config=config,
-            model=self._model_name or config.model.path,
-            source="dataloader" if self._model_name else config.data.source,
-            dtype=str(self.subject.dtype).removeprefix("torch."),
-            device=str(self.subject.device),
-            depth=len(self.subject.cores),
-            batch_index=batch_index,
-            faults=faults,
-            fault_id=fault_id,
-            records=injected.records,
-            losses=(baseline.evaluation.loss, injected.evaluation.loss),
-            effect=effect,
-            detections=detections,
-            metrics=metrics,
-            injection_seconds=injected.forward_seconds,
-            certificate=injected.watcher.certificate,
-            corrector=injected.corrector,
-        )
-        clean, self._clean_new = tuple(self._clean_new), []
-        return RunRecord(result, tuple(detections), faults, metrics, clean)
+    def metrics(self, drawn: DrawnRun, detections: Sequence[DetectionRow]) -> PerformanceMetrics:
+        """Return what the monitor measured, with sizes and operations where formulas hold for the architecture.
 
-    def _metrics(self, batch_index: int, checked_layers: int) -> PerformanceMetrics:
-        """Return what was measured in the run, with sizes and operations where formulas hold for the architecture."""
-        if self._has_formulas:
-            self.monitor.record_model_info(self.subject.model, dict(self.batches[batch_index]))
-            self.monitor.estimate_flops(checked_layers)
-        return self.monitor.metrics
+        The operations of bounds are those of the layers that all detectors looked at.
+        """
+        if not self._has_formulas:
+            return self.monitor.metrics
+        layers = {row.layer for row in detections if row.layer is not None}
+        if drawn.config.detect.layers == "injected":
+            layers &= {fault.layer for fault in drawn.faults}
+        key = drawn.batch_index, len(layers)
+        if key not in self._sizes:
+            self.monitor.record_model_info(self.subject.model, dict(self.batches[drawn.batch_index]))
+            self.monitor.estimate_flops(len(layers))
+            known = self.monitor.metrics
+            self._sizes[key] = {name: getattr(known, name) for name in SIZES}
+        return replace(self.monitor.metrics, **self._sizes[key])

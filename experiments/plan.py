@@ -9,7 +9,8 @@ swept value. It does not depend on the order of the grid, on shards, on where re
 are, so a campaign with more repeats contains the runs of one with fewer. Detectors watch a run and do not determine it:
 two campaigns that differ only in detectors inject the same faults.
 
-Public names: ``PlannedRun``, ``Plan``, ``make_plan``, ``canonical_json``, ``Shard``, ``parse_shard``, ``shard_of``.
+Public names: ``PlannedRun``, ``Plan``, ``make_plan``, ``canonical_json``, ``Shard``, ``parse_shard``, ``shard_of``,
+``context_values``.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import itertools
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,9 @@ import numpy as np
 from experiments.config import ExperimentConfig
 from experiments.errors import UsageError
 from experiments.sections import known_fields, replaced
+
+KEPT_CONFIGS = 8192
+"""Most configurations of grid points a plan keeps."""
 
 DETERMINING = ("model.", "data.", "fault.")
 """Sections whose every field determines a run (but for where the model is computed: ``model.device``)."""
@@ -68,10 +72,21 @@ class Plan:
     config: ExperimentConfig
     axes: tuple[str, ...]
     runs: tuple[PlannedRun, ...]
+    _configs: dict[str, ExperimentConfig] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def config_of(self, run: PlannedRun) -> ExperimentConfig:
-        """Return the configuration of one run: the campaign's, with the run's axis values in place."""
-        return ExperimentConfig.of(replaced(self.config, dict(zip(self.axes, run.values, strict=True))))
+        """Return the configuration of one run: the campaign's, with the run's axis values in place.
+
+        Runs of one grid point share one object.
+        """
+        # Values may be lists, and 1, 1.0 and True are different ones: their text tells them apart.
+        key = repr(run.values)
+        if key not in self._configs:
+            if len(self._configs) >= KEPT_CONFIGS:
+                self._configs.clear()
+            values = dict(zip(self.axes, run.values, strict=True))
+            self._configs[key] = ExperimentConfig.of(replaced(self.config, values))
+        return self._configs[key]
 
     def by_id(self, run_id: str) -> PlannedRun:
         """Return the run with this identity; ``UsageError`` if the plan has none."""
@@ -95,8 +110,9 @@ def make_plan(config: ExperimentConfig) -> Plan:
     for values in itertools.product(*config.sweep.values()):
         point = {**base, **dict(zip(axes, values, strict=True))}
         drawn = {key: value for key, value in point.items() if not key.startswith(("detect.", "run."))}
+        point_text, drawn_text = canonical_json(point), canonical_json(drawn)
         for repeat in range(config.num_runs):
-            run_id, draw_id = _identity(point, repeat), _identity(drawn, repeat)
+            run_id, draw_id = _identity(point_text, repeat), _identity(drawn_text, repeat)
             if run_id in seen:
                 raise UsageError(f"sweep: two runs of the grid are identical ({dict(zip(axes, values, strict=True))})")
             seen.add(run_id)
@@ -104,8 +120,8 @@ def make_plan(config: ExperimentConfig) -> Plan:
     return Plan(config, axes, tuple(runs))
 
 
-def _identity(point: Mapping[str, Any], repeat: int) -> str:
-    return hashlib.blake2b(f"{canonical_json(point)}#{repeat}".encode(), digest_size=32).hexdigest()[:16]
+def _identity(point: str, repeat: int) -> str:
+    return hashlib.blake2b(f"{point}#{repeat}".encode(), digest_size=32).hexdigest()[:16]
 
 
 def _determining(config: ExperimentConfig) -> dict[str, Any]:
@@ -116,10 +132,13 @@ def _determining(config: ExperimentConfig) -> dict[str, Any]:
     return {key: _plain(field_of(config, key)) for key in [*keys, "seed"]}
 
 
+_OF_CONTEXT = ("model.", "data.")
+
 _CHECKED_TOGETHER = (
     ("data.num_samples", "data.batch_size"),
     ("fault.layers", "fault.layer_mode", "fault.layer_pattern"),
     ("model.dtype", "fault.bit", "fault.location", "fault.kind", "fault.rate"),
+    ("run.engine", "run.reuse_baseline", "run.scope", "run.full_every"),
 )
 """Fields that restrict each other."""
 
@@ -181,13 +200,17 @@ def parse_shard(text: str | None, environment: Mapping[str, str]) -> Shard:
     )
 
 
+def context_values(plan: Plan, run: PlannedRun) -> str:
+    """Return a text that is equal for runs of one model, one data set and one seed."""
+    return repr([run.values[i] for i, key in enumerate(plan.axes) if key == "seed" or key.startswith(_OF_CONTEXT)])
+
+
 def shard_of(plan: Plan, shard: Shard) -> list[PlannedRun]:
     """Return the runs of ``shard``, grouped so that runs of one model and one data set are done together."""
-    context = [i for i, key in enumerate(plan.axes) if key == "seed" or key.startswith(("model.", "data."))]
     mine = plan.runs[shard.number - 1 :: shard.count]
+    if not any(key == "seed" or key.startswith(_OF_CONTEXT) for key in plan.axes):
+        return list(mine)
     order: dict[str, int] = {}
-    for run in plan.runs if not context else mine:
-        order.setdefault(canonical_json([run.values[i] for i in context]), len(order))
-        if not context:
-            break
-    return sorted(mine, key=lambda run: order[canonical_json([run.values[i] for i in context])])
+    for run in plan.runs:
+        order.setdefault(context_values(plan, run), len(order))
+    return sorted(mine, key=lambda run: order[context_values(plan, run)])

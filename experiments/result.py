@@ -6,7 +6,8 @@ A column exists once: as a field of a dataclass here. Its unit is in its name, i
 Cells: a number that does not exist is an empty cell, never 0; floats are written by ``repr`` so that they read back to
 the same bits; ``value_after`` may be ``nan`` or ``inf``; booleans are ``True`` and ``False``.
 
-Public names: ``ExperimentResult``, ``DetectionRow``, ``CleanRow``, ``FailureRow``, ``columns``, ``cell``, ``TIMINGS``.
+Public names: ``ExperimentResult``, ``DetectionRow``, ``CleanRow``, ``FailureRow``, ``columns``, ``cell``, ``cells``,
+``TIMINGS``, ``UNREPEATABLE``.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from typing import Any
 OUTCOMES = ("masked", "benign", "critical", "nonfinite")
 
 
-def _column(meaning: str, *, timing: bool = False) -> Any:
-    return field(default=None, metadata={"meaning": meaning, "timing": timing})
+def _column(meaning: str, *, timing: bool = False, reproducible: bool = True) -> Any:
+    metadata = {"meaning": meaning, "timing": timing, "reproducible": reproducible and not timing}
+    return field(default=None, metadata=metadata)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +53,10 @@ class ExperimentResult:
     index_row: int | None = _column("position of the hit element: query (q, scores, weights, out) or key (k, v)")
     index_col: int | None = _column("column of the hit element: key (scores, weights) or channel")
     masked_position: bool | None = _column("whether the hit element is a key that its query does not see")
-    effective: bool = _column("whether the fault changed a bit pattern (and, at a masked position, the output)")
+    effective: bool = _column(
+        "whether the fault changed a bit pattern (and, at a masked position, the output: that of the model, or of the "
+        "attention layer if scope is site)"
+    )
     value_before: float | None = _column("the hit element before the fault")
     value_after: float | None = _column("the hit element after the fault; may be nan or inf")
     bits_before: str | None = _column("its bit pattern before, hexadecimal")
@@ -59,14 +64,24 @@ class ExperimentResult:
     fault_id: str = _column(
         "hash of model, input and fault: equal for runs that are the same experiment; count distinct ones"
     )
+    scope: str = _column(
+        "full: the fault was propagated to the model's output; site: to that of its attention layer alone (run.scope); "
+        "the columns from injected_loss to outcome are then empty, unless nothing changed there: nothing behind it can "
+        "differ then, and the run is masked"
+    )
+    local_change: float | None = _column(
+        "with scope site: L2 change of the output of the (first) injected attention layer, relative to the L2 norm "
+        "of that of the same sequence in the fault-free pass"
+    )
+    local_max: float | None = _column("with scope site: largest absolute change of an element of that output")
     baseline_loss: float | None = _column("loss of the fault-free pass, nats; empty for bare encoders")
     injected_loss: float | None = _column("loss of the injected pass, nats; nan where it is")
     loss_diff: float | None = _column("injected_loss - baseline_loss, nats")
     relative_change: float | None = _column("L2 change of the model's output relative to the fault-free one")
     kl_mean: float | None = _column("mean KL divergence of the predictions, baseline to injected, nats")
     top1_changed: int | None = _column("positions whose most likely token changed")
-    nonfinite: bool = _column("whether the output or the loss holds NaN or Inf")
-    outcome: str = _column("masked, benign, critical or nonfinite")
+    nonfinite: bool | None = _column("whether the output or the loss holds NaN or Inf")
+    outcome: str | None = _column("masked, benign, critical or nonfinite")
     violation_detected: bool = _column(
         "whether a detector fired that sees the faulty pass only and whose false positives a theorem rules out"
     )
@@ -102,7 +117,7 @@ class ExperimentResult:
     peak_memory_mb: float | None = _column("peak resident (CPU) or allocated (CUDA) memory", timing=True)
     attention_flops: int | None = _column("floating-point operations of the attention products of one pass")
     bounds_flops: int | None = _column("floating-point operations of the bounds of one pass")
-    execution: str = _column("engine and shortcuts that computed the run")
+    execution: str = _column("engine and shortcuts that computed the run", reproducible=False)
     hits: int = _column("elements that the fault touched")
 
 
@@ -157,7 +172,10 @@ def columns(row_type: type[Any]) -> list[str]:
 
 
 TIMINGS = tuple(f.name for f in dataclasses.fields(ExperimentResult) if f.metadata["timing"])
-"""Columns of ``runs.csv`` that differ from one execution of a run to the next; all others are reproducible bitwise."""
+"""Columns of ``runs.csv`` that measure the execution of a run."""
+
+UNREPEATABLE = tuple(f.name for f in dataclasses.fields(ExperimentResult) if not f.metadata["reproducible"])
+"""Columns that may differ from one execution of a run to the next; all others are reproducible bitwise."""
 
 
 def cell(value: Any) -> str:
@@ -167,12 +185,14 @@ def cell(value: Any) -> str:
     if isinstance(value, float):
         # NumPy's floats are floats, but write themselves otherwise.
         return repr(float(value))
-    return re.sub(r"\s*[\r\n]+\s*", " ", value) if isinstance(value, str) else str(value)
+    text = str(value)
+    return re.sub(r"\s*[\r\n]+\s*", " ", text) if "\n" in text or "\r" in text else text
 
 
 def cells(row: Any) -> list[str]:
     """Return the cells of a row in the order of ``columns``."""
-    return [cell(getattr(row, f.name)) for f in dataclasses.fields(row)]
+    # A dataclass sets its fields in their order.
+    return [cell(value) for value in vars(row).values()]
 
 
 _FILES: dict[str, tuple[type[Any], str]] = {
@@ -187,8 +207,8 @@ _INTRODUCTION = """\
 Campaigns are folders here: `config.yaml`, `provenance.json`, `plan.csv`, `shards/`, `trace/`, `logs/`, and after the
 merge the tables below. An empty cell means that the number does not exist; pandas reads it as NaN. Where the value
 itself is NaN the cell says `nan`, which pandas also reads as NaN: use the `nonfinite` columns to tell them apart, or
-`pandas.read_csv(path, keep_default_na=False)`. Columns marked *timing* differ between executions; all others are
-reproducible bit for bit. What was swept and has no column of its own stands in `plan.csv`:
+`pandas.read_csv(path, keep_default_na=False)`. Columns marked *timing* or *execution* differ between executions; all
+others are reproducible bit for bit. What was swept and has no column of its own stands in `plan.csv`:
 `runs.merge(pandas.read_csv("plan.csv"), on=["run_id", "repeat"])`.""".splitlines()
 
 
@@ -208,7 +228,7 @@ def readme_lines() -> Iterable[str]:
         yield "| column | meaning |"
         yield "|---|---|"
         for f in dataclasses.fields(row_type):
-            mark = " *(timing)*" if f.metadata["timing"] else ""
+            mark = " *(timing)*" if f.metadata["timing"] else "" if f.metadata["reproducible"] else " *(execution)*"
             yield f"| `{f.name}` | {f.metadata['meaning']}{mark} |"
 
 

@@ -1,43 +1,57 @@
 """Turn what a run measured into the rows of the result files.
 
-Public names: ``experiment_result``, ``detection_rows``, ``clean_rows``.
+    detections = detection_rows(planned.run_id, watcher, effect, batch, config)
+    row = run_row(planned, config, Setting(model=..., ...), Measured(effect=effect, detections=detections, ...))
+
+Public names: ``run_row``, ``detection_rows``, ``Seen``, ``clean_rows``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from bounds import Verdict, get_detector
 from experiments.baseline import Baseline
 from experiments.config import ExperimentConfig
-from experiments.corrector import Corrector, correction_columns
+from experiments.corrector import correction_columns
+from experiments.measured import Measured, Setting
 from experiments.outcome import Effect
 from experiments.plan import PlannedRun
 from experiments.result import CleanRow, DetectionRow, ExperimentResult
-from experiments.watcher import Watcher, is_oracle
+from experiments.watcher import is_oracle
 from fault_injection import Fault, InjectionRecord, bit_field
 from fault_injection.bits import float_format
-from monitoring import PerformanceMetrics
 
 OUTPUT = "output"
 """The module name of the check of the model's own output."""
 
 
+class Seen(Protocol):
+    """What detectors said of a pass: verdicts by ``(detector, layer)``, and the modules' names by layer."""
+
+    @property
+    def verdicts(self) -> Mapping[tuple[str, int], Verdict]: ...  # noqa: D102
+
+    @property
+    def modules(self) -> Mapping[int, str]: ...  # noqa: D102
+
+
 def detection_rows(
-    run_id: str, watcher: Watcher, effect: Effect, batch: Mapping[str, Tensor], config: ExperimentConfig
+    run_id: str, seen: Seen, effect: Effect | None, batch: Mapping[str, Tensor], config: ExperimentConfig
 ) -> list[DetectionRow]:
     """Return one row for every detector and layer that was checked.
 
-    The ``finite`` check also looks at the model's output: a fault may overflow behind the last attention layer.
+    The ``finite`` check also looks at the model's output, where there is one (``effect``): a fault may overflow behind
+    the last attention layer.
     """
     rows = [
-        _detection_row(run_id, name, layer, watcher.modules[layer], verdict)
-        for (name, layer), verdict in watcher.verdicts.items()
+        _detection_row(run_id, name, layer, seen.modules[layer], verdict)
+        for (name, layer), verdict in seen.verdicts.items()
     ]
-    if "finite" in config.detect.names():
+    if effect is not None and "finite" in config.detect.names():
         rows.append(
             DetectionRow(
                 run_id=run_id,
@@ -96,72 +110,62 @@ def clean_rows(baseline_id: str, baseline: Baseline, layer_names: Sequence[str],
     ]
 
 
-def experiment_result(
-    *,
-    planned: PlannedRun,
-    config: ExperimentConfig,
-    model: str,
-    source: str,
-    dtype: str,
-    device: str,
-    depth: int,
-    batch_index: int,
-    faults: Sequence[Fault],
-    fault_id: str,
-    records: Sequence[InjectionRecord],
-    losses: tuple[float | None, float | None],
-    effect: Effect,
-    detections: Sequence[DetectionRow],
-    metrics: PerformanceMetrics,
-    injection_seconds: float,
-    certificate: float | None,
-    corrector: Corrector | None,
-) -> ExperimentResult:
+def run_row(planned: PlannedRun, config: ExperimentConfig, setting: Setting, measured: Measured) -> ExperimentResult:
     """Return the row of ``runs.csv``; see ``ExperimentResult`` for what each column means."""
-    masked_away = effect.outcome == "masked"
-    effective = any(record.changed and not (record.fault.masked_position and masked_away) for record in records)
+    first, metrics = measured.faults[0], measured.metrics
     return ExperimentResult(
         run_id=planned.run_id,
         repeat=planned.repeat,
         seed=config.seed,
-        model=model,
-        dtype=dtype,
-        device=device,
-        source=source,
-        batch_index=batch_index,
-        layer=faults[0].layer,
-        layers=";".join(str(fault.layer) for fault in faults),
-        module=faults[0].module,
+        model=setting.model,
+        dtype=setting.dtype,
+        device=setting.device,
+        source=setting.source,
+        batch_index=measured.batch_index,
         layer_type="attn",
-        layer_depth=layer_depth(faults[0].layer, depth),
+        layer_depth=layer_depth(first.layer, setting.depth),
         location=config.fault.location,
         kind=config.fault.kind,
-        **_site_columns(faults, records),
-        masked_position=faults[0].masked_position,
-        effective=effective,
-        fault_id=fault_id,
-        baseline_loss=losses[0],
-        injected_loss=losses[1],
-        loss_diff=effect.loss_diff,
-        relative_change=effect.relative_change,
-        kl_mean=effect.kl_mean,
-        top1_changed=effect.top1_changed,
-        nonfinite=effect.outcome == "nonfinite",
-        outcome=effect.outcome,
-        **_detection_columns(detections, faults[0].layer),
-        certificate=_certificate(certificate, faults, detections),
-        **correction_columns(faults, corrector),
+        **_site_columns(measured.faults, measured.records),
+        effective=_effective(measured),
+        fault_id=measured.fault_id,
+        **_effect_columns(measured),
+        **_detection_columns(measured.detections, first.layer),
+        certificate=_certificate(measured.certificate, measured.faults, measured.detections),
+        **correction_columns(measured.faults, measured.corrector),
         baseline_seconds=metrics.baseline_forward_time,
-        injection_seconds=injection_seconds,
+        injection_seconds=measured.injection_seconds,
         bounds_seconds=metrics.bounds_computation_time,
         detection_seconds=metrics.violation_detection_time,
         total_seconds=metrics.total_time,
         peak_memory_mb=metrics.peak_memory_mb,
         attention_flops=metrics.attention_flops,
         bounds_flops=metrics.bounds_flops,
-        execution="plain",
-        hits=sum(len(fault.elements) for fault in faults),
+        execution=measured.execution,
+        hits=sum(len(fault.elements) for fault in measured.faults),
     )
+
+
+def _effective(measured: Measured) -> bool:
+    masked_away = measured.effect is not None and measured.effect.outcome == "masked"
+    return any(record.changed and not (record.fault.masked_position and masked_away) for record in measured.records)
+
+
+def _effect_columns(measured: Measured) -> dict[str, Any]:
+    effect, local = measured.effect, measured.local
+    return {
+        "scope": "full" if local is None else "site",
+        "local_change": None if local is None else local.relative,
+        "local_max": None if local is None else local.largest,
+        "baseline_loss": measured.baseline_loss,
+        "injected_loss": measured.injected_loss,
+        "loss_diff": None if effect is None else effect.loss_diff,
+        "relative_change": None if effect is None else effect.relative_change,
+        "kl_mean": None if effect is None else effect.kl_mean,
+        "top1_changed": None if effect is None else effect.top1_changed,
+        "nonfinite": None if effect is None else effect.outcome == "nonfinite",
+        "outcome": None if effect is None else effect.outcome,
+    }
 
 
 def _certificate(
@@ -188,6 +192,8 @@ def _site_columns(faults: Sequence[Fault], records: Sequence[InjectionRecord]) -
     index = first.index or (None, None, None, None)
     hit = next((record for record in records if record.fault is first), None)
     found: dict[str, Any] = dict(zip(("index_batch", "index_head", "index_row", "index_col"), index, strict=True))
+    found |= {"layer": first.layer, "module": first.module, "masked_position": first.masked_position}
+    found["layers"] = ";".join(str(fault.layer) for fault in faults)
     bits = first.bits
     fields = {bit_field(hit.dtype, bit) for bit in bits} if hit is not None else set()
     found["bit"] = bits[0] if len(bits) == 1 else None

@@ -21,10 +21,11 @@ from experiments.config_sections import check_choice
 from experiments.contexts import check_runs
 from experiments.errors import UsageError
 from experiments.models import FAMILIES
-from experiments.paired_run import PairedRunner, RunRecord
+from experiments.paired_run import PairedRunner
 from experiments.plan import PlannedRun, make_plan
 from experiments.provenance import set_determinism
 from experiments.result import ExperimentResult
+from experiments.run_record import RunRecord
 from experiments.subject import Subject
 from monitoring import ForwardCache, PerformanceAggregator, TraceWriter
 from monitoring.backend_stats import BackendStats
@@ -98,7 +99,14 @@ class CompleteExperimentRunner:
             configs = [self.plan.config_of(run) for run in runs]
             check_runs(pairs, configs)
             pairs.prepare(self.config)
-            self.records = [pairs.run(run, config) for run, config in zip(runs, configs, strict=True)]
+            done = pairs.run_many(list(zip(runs, configs, strict=True)))
+            found = {run.run_id: record for run, record in done}
+        self.records = []
+        for run in runs:
+            record = found[run.run_id]
+            if isinstance(record, Exception):
+                raise record
+            self.records.append(record)
         self.performance = PerformanceAggregator()
         for record in self.records:
             self.performance.add(record.metrics)

@@ -108,6 +108,13 @@ class Subject:
             outputs = self.model(**self._arguments(batch))
             return loss_and_logits(self.family, outputs, batch)
 
+    def answer(self, batch: int, length: int) -> Tensor:
+        """Return the model's output (batch, length, ...) for inputs that do not matter: its blocks are replaced."""
+        tokens = torch.zeros((batch, length), dtype=torch.int64, device=self.device)
+        outputs = self.model(**self._arguments({"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}))
+        output: Tensor = outputs.last_hidden_state if self.family == "encoder" else outputs.logits
+        return output
+
     def _arguments(self, batch: Mapping[str, Tensor]) -> dict[str, Any]:
         arguments: dict[str, Any] = dict(model_inputs(batch))
         if self._accepts_cache:

@@ -1,7 +1,8 @@
 """The tap that lets detectors look at a pass while it runs.
 
-Per attention call it hands the tensors of that call to every detector as the last of them appears, keeps only verdicts
-and reduced statistics, and forgets the tensors: nothing is collected.
+Per attention call it hands the tensors of that call to the detectors as the last of them appears, keeps only verdicts
+and reduced statistics, and forgets the tensors: nothing is collected. Told which layers faults hit, it lets only those
+detectors look behind them that can fire there.
 
     watcher = Watcher(detectors, situation)
     with tapped(model, watcher):
@@ -16,7 +17,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from bounds import AttentionState, Detector, Verdict
 from bounds.certifier import Certifier
-from bounds.detector import extreme
+from bounds.sequences import merged
 from experiments.call_state import COMPLETE, Origins, Situation, call_state, keep_tensor
 from fault_injection import AttentionCall
 
@@ -41,6 +41,8 @@ class Watcher:
         detectors: those to run; ``oracle_*`` ones only reduce where there is no baseline (the fault-free pass itself).
         situation: what they may know.
         layers: the layers to look at (default: all).
+        injected: the layers that faults hit: at others only detectors with ``propagates`` look, and no oracles; where
+            there are none of those, the tap does not ask for the tensors (default: all look at all layers).
         synchronize: called before every reading of the clock.
         certifier: bounds what an undetected fault can have done, in the first of the layers (default: nothing does).
         origins: tells where the operands of a core come from in the pass that runs (default: not known).
@@ -61,6 +63,7 @@ class Watcher:
         situation: Situation,
         *,
         layers: AbstractSet[int] | None = None,
+        injected: AbstractSet[int] | None = None,
         synchronize: Callable[[], None] = lambda: None,
         certifier: Certifier | None = None,
         origins: Origins | None = None,
@@ -68,13 +71,16 @@ class Watcher:
         self.certificate: float | None = None
         self._certifier = certifier
         self.origins = origins
-        self.layers = layers
+        behind = [detector for detector in detectors if detector.propagates and not detector.oracle]
+        self.layers = layers if injected is None or behind else injected & (injected if layers is None else layers)
         self.verdicts: dict[tuple[str, int], Verdict] = {}
         self.modules: dict[int, str] = {}
         self.statistics: dict[tuple[int, int], dict[str, Any]] = {}
         self.bounds_seconds = 0.0
         self.detection_seconds = 0.0
-        self._detectors = detectors
+        self._detectors, self._behind = detectors, behind
+        self._injected = injected
+        self._origins_behind = any("projected" in detector.needs for detector in behind)
         self._situation = situation
         self._synchronize = synchronize
 
@@ -86,16 +92,18 @@ class Watcher:
         key = call.core.index, call.number
         self.modules[call.core.index] = call.core.name
         start = self._now()
+        hit = self._injected is None or key[0] in self._injected
+        looking = self._detectors if hit else self._behind
         with torch.no_grad():
-            state = call_state(call, self._situation, self.origins)
-            for detector in self._detectors:
+            state = call_state(call, self._situation, self.origins if hit or self._origins_behind else None)
+            for detector in looking:
                 detector.derive(state)
             if not self._situation.baseline:
-                oracles = [detector for detector in self._detectors if detector.oracle]
+                oracles = [detector for detector in looking if detector.oracle]
                 self.statistics[key] = {detector.name: detector.reduce(state) for detector in oracles}
             prepared = self._now()
             self.bounds_seconds += prepared - start
-            for detector in self._detectors:
+            for detector in looking:
                 self._check(detector, state, key)
             if self._certifier is not None and self.layers is not None and key == (min(self.layers), 0):
                 self.certificate = self._certifier.certify(state).largest_relative
@@ -112,21 +120,4 @@ class Watcher:
             return
         verdict = detector.check(state, baseline)
         known = self.verdicts.get((detector.name, key[0]))
-        self.verdicts[detector.name, key[0]] = verdict if known is None else _merged(known, verdict)
-
-
-def _merged(first: Verdict, second: Verdict) -> Verdict:
-    """Join what one detector said of two evaluations of one core in one pass."""
-    if not second.applicable:
-        return first
-    if not first.applicable:
-        return second
-    return replace(
-        first,
-        rows_checked=first.rows_checked + second.rows_checked,
-        violations=first.violations + second.violations,
-        nonfinite=first.nonfinite + second.nonfinite,
-        positions=first.positions or second.positions,
-        largest_ratio=extreme(torch.max, first.largest_ratio, second.largest_ratio),
-        smallest_margin=extreme(torch.min, first.smallest_margin, second.smallest_margin),
-    )
+        self.verdicts[detector.name, key[0]] = verdict if known is None else merged(known, verdict)

@@ -89,7 +89,7 @@ class Injector:
         flat = [element.flat for element in fault.elements]
         faulty = rewrite_bits(tensor, flat, [e.keep for e in fault.elements], [e.toggle for e in fault.elements])
         if not recorded:
-            self.records.append(_record(fault, _elements(tensor, flat), _elements(faulty, flat)))
+            self.records.append(injection_record(fault, _elements(tensor, flat), _elements(faulty, flat)))
         return faulty
 
     def finish(self) -> None:
@@ -105,7 +105,8 @@ def _elements(tensor: Tensor, flat: Sequence[int]) -> Tensor:
     return tensor.detach()[torch.unravel_index(where, tensor.shape)]
 
 
-def _record(fault: Fault, before: Tensor, after: Tensor) -> InjectionRecord:
+def injection_record(fault: Fault, before: Tensor, after: Tensor) -> InjectionRecord:
+    """Return what a fault did, given the elements (N,) that it hit before and after."""
     patterns_before, patterns_after = bit_patterns(before), bit_patterns(after)
     changed = sum(a != b for a, b in zip(patterns_before, patterns_after, strict=True))
     if not patterns_before:

@@ -7,8 +7,8 @@ architecture's own eager function under the probe. Path R: the forward of every 
     with tapped(model, tap):                           # taps see and change q, k, v, scores, weights, out
         model(**batch)
 
-Public names: ``Instrumentation``, ``instrumentation_of``, ``tapped``, ``suspended``, ``attention_cores``,
-``is_patched``.
+Public names: ``Instrumentation``, ``instrumentation_of``, ``tapped``, ``substituted``, ``suspended``,
+``attention_cores``, ``is_patched``.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ from fault_injection.discovery import UncoveredArchitectureError, discover_cores
 from fault_injection.model_outputs import bitwise_equal_outputs, output_tensors
 from fault_injection.probe import AttentionProbe
 from fault_injection.scaling import stated_scaling
+
+Evaluate = Callable[[AttentionCore, tuple[Tensor, Tensor, Tensor], Any, Mapping[str, Any]], Any]
 
 _instrumented: WeakKeyDictionary[nn.Module, Instrumentation] = WeakKeyDictionary()
 _owners: WeakKeyDictionary[nn.Module, tuple[Instrumentation, AttentionCore]] = WeakKeyDictionary()
@@ -69,6 +71,22 @@ def tapped(model: nn.Module, *taps: Tap) -> Iterator[None]:
 
 
 @contextmanager
+def substituted(model: nn.Module, evaluate: Evaluate) -> Iterator[None]:
+    """Let ``evaluate`` stand for the attention of the path-A cores of a patched model, for the duration of the block.
+
+    It is called as ``evaluate(core, (query, key, value), mask, keywords)`` and returns what an attention function of
+    transformers returns: out ``(batch, query, head, channel)`` and weights or ``None``. What the patched model would do
+    itself is ``instrumentation_of(model).evaluate_interface`` with the same arguments.
+    """
+    instrumentation = instrumentation_of(model)
+    outer, instrumentation.substitute = instrumentation.substitute, evaluate
+    try:
+        yield
+    finally:
+        instrumentation.substitute = outer
+
+
+@contextmanager
 def suspended(model: nn.Module) -> Iterator[None]:
     """Let a patched model run its own eager attention for the duration of the block, as if it were not patched."""
     with instrumentation_of(model).suspended():
@@ -94,6 +112,7 @@ class Instrumentation:
         self._mask_check: RemovableHandle | None = None
         self._selected = SelectedImplementation(configurations(model.modules()))
         self.injection_layers: tuple[int, ...] | None = None
+        self.substitute: Evaluate | None = None
         self.cores: list[AttentionCore] = []
         with evaluation_mode(model):
             try:
@@ -175,7 +194,11 @@ class Instrumentation:
             )
 
     def evaluate_interface(
-        self, core: AttentionCore, tensors: tuple[Tensor, ...], mask: Any, keywords: Mapping[str, Any]
+        self,
+        core: AttentionCore,
+        tensors: tuple[Tensor, Tensor, Tensor],
+        mask: Any,
+        keywords: Mapping[str, Any],
     ) -> Any:
         """Evaluate a path-A core: its own eager function, under the probe if any tap wants it."""
         function = eager_function(core.module)
@@ -292,7 +315,8 @@ def _instrumented_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **keywords: Any
 ) -> Any:
     instrumentation, core = _owner_of(module)
-    return instrumentation.evaluate_interface(core, (query, key, value), attention_mask, keywords)
+    evaluate = instrumentation.substitute or instrumentation.evaluate_interface
+    return evaluate(core, (query, key, value), attention_mask, keywords)
 
 
 def _wrapped_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:

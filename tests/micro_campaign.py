@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from experiments.result import TIMINGS
+from experiments.result import UNREPEATABLE
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = "text of a micro campaign, in sentences that are all alike but for their number {}. "
@@ -74,7 +74,7 @@ def table(path: Path) -> list[dict[str, str]]:
 
 def numbers(path: Path) -> list[dict[str, str]]:
     """Return the rows of ``runs.csv`` without what differs from one execution to the next."""
-    return [{key: value for key, value in row.items() if key not in TIMINGS} for row in table(path)]
+    return [{key: value for key, value in row.items() if key not in UNREPEATABLE} for row in table(path)]
 
 
 def files_below(folder: Path) -> list[str]:

@@ -21,14 +21,15 @@ import transformers
 from micro_campaign import MicroPlace, files_below, kill, micro_gpt2, numbers, start, table
 from test_writer_lock import write_dead_holder, write_holder
 
-from experiments import contexts
+from experiments import campaign, contexts
 from experiments.command_line import main
 from experiments.config import ExperimentConfig, load_config
 from experiments.csv_file import CsvFile, read_rows
+from experiments.errors import CheckRefusedError, MissingResourceError, UsageError
 from experiments.paired_run import PairedRunner
 from experiments.plan import Shard, make_plan, shard_of
 from experiments.result import (
-    TIMINGS,
+    UNREPEATABLE,
     CleanRow,
     DetectionRow,
     ExperimentResult,
@@ -86,7 +87,17 @@ def run_that(monkeypatch: pytest.MonkeyPatch, disturb: Callable[[int, Any], None
         disturb(len(begun), planned)
         return real(self, planned, config)
 
+    def run_many(self: PairedRunner, runs: Sequence[Any]) -> Iterator[Any]:
+        # One after the other, whichever engine the campaign would take.
+        for planned, config in runs:
+            try:
+                record = self.run(planned, config)
+            except ArithmeticError as error:
+                record = error
+            yield planned, record
+
     monkeypatch.setattr(PairedRunner, "run", run)
+    monkeypatch.setattr(PairedRunner, "run_many", run_many)
     try:
         yield begun
     finally:
@@ -578,7 +589,7 @@ def test_a_shard_with_a_failure_says_so(
 ) -> None:
     def explode(number: int, run: Any) -> None:
         if number == 2:
-            raise RuntimeError("once")
+            raise ArithmeticError("once")
 
     with run_that(monkeypatch, explode):
         assert main([*place.arguments(tmp_path), "--shard", "1/3"]) == 1
@@ -589,13 +600,131 @@ def test_a_campaign_of_which_every_run_fails(
     place: MicroPlace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def explode(number: int, run: Any) -> None:
-        raise RuntimeError("always")
+        raise ArithmeticError("always")
 
     with run_that(monkeypatch, explode):
         assert main(place.arguments(tmp_path)) == 1
     assert "24 runs failed" in capsys.readouterr().out
     assert table(tmp_path / "micro" / "runs.csv") == []
     assert len(table(tmp_path / "micro" / "failures.csv")) == 24
+
+
+# --------------------------------------------------------------------------------------------- handed over together
+
+
+@contextmanager
+def executed_by(
+    monkeypatch: pytest.MonkeyPatch, execute: Callable[[PairedRunner, list[Any]], Iterator[Any]]
+) -> Iterator[list[list[Any]]]:
+    """Let ``execute(pairs, runs)`` stand for ``run_many``; yield the windows that were handed over."""
+    windows: list[list[Any]] = []
+
+    def run_many(self: PairedRunner, runs: Sequence[Any]) -> Iterator[Any]:
+        windows.append(list(runs))
+        return execute(self, windows[-1])
+
+    monkeypatch.setattr(PairedRunner, "run_many", run_many)
+    try:
+        yield windows
+    finally:
+        monkeypatch.undo()
+
+
+def test_rows_do_not_depend_on_the_order_in_which_runs_come_back(
+    whole: Path, place: MicroPlace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def shuffled(pairs: PairedRunner, runs: list[Any]) -> Iterator[Any]:
+        order = random.Random(3).sample(runs, len(runs))
+        yield from [(run, pairs.run(run, config)) for run, config in order]
+
+    with executed_by(monkeypatch, shuffled) as windows:
+        assert main(place.arguments(tmp_path)) == 0
+    assert [len(runs) for runs in windows] == [24]
+    shard = [row[0] for row in read_rows(tmp_path / "micro/shards/0001.csv", columns(ExperimentResult))]
+    assert shard != [row["run_id"] for row in table(tmp_path / "micro/plan.csv")]
+    same_tables(tmp_path / "micro", whole)
+
+
+def test_runs_of_one_context_are_handed_over_in_windows(
+    place: MicroPlace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nothing(pairs: PairedRunner, runs: list[Any]) -> Iterator[Any]:
+        return ((run, ValueError("not today")) for run, _ in runs)
+
+    monkeypatch.setattr(campaign, "WINDOW", 5)
+    arguments = place.arguments(tmp_path, "--fault.location=q", "--num_runs=4", bits="3,30")
+    with executed_by(monkeypatch, nothing) as windows:
+        assert main([*arguments, "--sweep.model.dtype", "float32,bfloat16"]) == 1
+    # Each dtype has 8 runs, which the plan does not keep together.
+    assert [len(runs) for runs in windows] == [5, 3, 5, 3]
+    assert [{config.model.dtype for _, config in runs} for runs in windows] == [{"float32"}] * 2 + [{"bfloat16"}] * 2
+    plan = make_plan(load_config(["--config", str(tmp_path / "micro/config.yaml")]))
+    assert [run for runs in windows for run, _ in runs] == shard_of(plan, Shard())
+    assert all(config == plan.config_of(run) for runs in windows for run, config in runs)
+    first, second = windows[0][:2]
+    assert first[1] is second[1]
+
+
+@pytest.mark.parametrize("end", ["raises", "stops"])
+def test_runs_that_were_handed_over_and_never_came_back_have_failed(
+    whole: Path,
+    place: MicroPlace,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    end: str,
+) -> None:
+    def few(pairs: PairedRunner, runs: list[Any]) -> Iterator[Any]:
+        for run, config in runs[-7:]:
+            yield run, pairs.run(run, config)
+        if end == "raises":
+            raise ZeroDivisionError("all of them")
+
+    with executed_by(monkeypatch, few):
+        assert main(place.arguments(tmp_path)) == 1
+    assert "17 runs failed" in capsys.readouterr().out
+    assert [row["run_id"] for row in table(tmp_path / "micro/runs.csv")] == [
+        row["run_id"] for row in table(whole / "runs.csv")[-7:]
+    ]
+    expected = "ZeroDivisionError: all of them" if end == "raises" else "RuntimeError: 17 of 24 runs were handed over"
+    failures = table(tmp_path / "micro/failures.csv")
+    assert len(failures) == 17
+    assert all(row["exception"].startswith(expected) for row in failures)
+    assert main(place.arguments(tmp_path)) == 0
+    same_tables(tmp_path / "micro", whole)
+
+
+@pytest.mark.parametrize("error", [CheckRefusedError, UsageError, MissingResourceError])
+def test_a_refusal_ends_the_campaign_and_keeps_what_came_back(
+    whole: Path, place: MicroPlace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    def refusing(pairs: PairedRunner, runs: list[Any]) -> Iterator[Any]:
+        for run, config in runs[3:7]:
+            yield run, pairs.run(run, config)
+        raise error("no more")
+
+    with executed_by(monkeypatch, refusing):
+        assert main(place.arguments(tmp_path)) == error.exit_status
+    assert rows_on_disk(tmp_path / "micro") == 4
+    assert main(place.arguments(tmp_path)) == 0
+    same_tables(tmp_path / "micro", whole)
+
+
+def test_a_context_that_cannot_be_opened_is_a_failure_of_its_runs(
+    place: MicroPlace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = contexts.make_batches
+
+    def make_batches(data: Any, *more: Any) -> Any:
+        if data.seq_len == 10:
+            raise ArithmeticError("ten")
+        return real(data, *more)
+
+    monkeypatch.setattr(contexts, "make_batches", make_batches)
+    arguments = place.arguments(tmp_path, "--fault.location=q", "--num_runs=1")
+    assert main([*arguments, "--sweep.data.seq_len", "8,10,12"]) == 1
+    assert len(table(tmp_path / "micro/runs.csv")) == 4
+    assert {row["exception"] for row in table(tmp_path / "micro/failures.csv")} == {"ArithmeticError: ten"}
 
 
 def test_a_full_disk_is_told_on_one_line_and_nothing_is_lost(
@@ -677,16 +806,34 @@ def test_a_replay_on_other_data_is_found_out(
     assert "baseline_loss" in said or "fingerprint" in complained
 
 
-def test_timings_may_differ_in_a_replay(whole: Path, tmp_path: Path) -> None:
+def test_timings_and_engines_may_differ_in_a_replay(whole: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(whole, tmp_path / "micro"))
     shard = folder / "shards" / "0001.csv"
     lines = shard.read_text().splitlines()
     names, row = lines[0].split(","), lines[3].split(",")
-    for name in TIMINGS:
+    for name in UNREPEATABLE:
         row[names.index(name)] = "1.0"
     lines[3] = ",".join(row)
     shard.write_text("\n".join(lines) + "\n")
     assert main(["replay", str(folder), row[0]]) == 0
+
+
+@pytest.mark.parametrize("options", [["--engine", "plain"], ["--engine=auto"], []], ids=str)
+def test_a_run_is_replayed_by_the_engine_that_is_asked_for(
+    whole: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], options: list[str]
+) -> None:
+    seen, real = [], PairedRunner.run_many
+
+    def run_many(self: PairedRunner, runs: Sequence[Any]) -> Iterator[Any]:
+        seen.append([(run.run_id, config.run.engine) for run, config in runs])
+        return real(self, runs)
+
+    monkeypatch.setattr(PairedRunner, "run_many", run_many)
+    ids = [row["run_id"] for row in table(whole / "runs.csv")][::9]
+    assert main(["replay", str(whole), *options, *ids]) == 0
+    engine = options[-1].removeprefix("--engine=") if options else "auto"
+    assert [sorted(runs) for runs in seen] == [sorted((run_id, engine) for run_id in ids)]
+    assert capsys.readouterr().out.count("the same numbers") == len(ids)
 
 
 def test_what_cannot_be_replayed(
@@ -701,6 +848,8 @@ def test_what_cannot_be_replayed(
         ([str(folder)], 2, "needs a campaign folder and a run id"),
         ([], 2, "needs a campaign folder and a run id"),
         ([str(tmp_path), planned[0]], 3, "no campaign here"),
+        ([str(folder), planned[0], "--engine", "fats"], 2, "--engine: got 'fats', allowed auto, plain, fast"),
+        ([str(folder), planned[0], "--engine"], 2, "--engine: needs a value"),
     ):
         assert main(["replay", *arguments]) == status
         (line,) = capsys.readouterr().err.splitlines()

@@ -243,8 +243,18 @@ def test_what_belongs_to_the_whole_campaign_cannot_be_swept(key: str) -> None:
         (["--detect.detectors", "[finite, finite]"], "detect.detectors: a name is given twice"),
         (["--detect.correct", "3"], "detect.correct: got 3, allowed bool"),
         (["--run.threads", "0"], "run.threads: got 0, allowed 1 or more"),
-        (["--run.engine", "fast"], "run.engine: got 'fast', allowed auto, plain"),
-        (["--run.batch_runs", "4"], "run.batch_runs: got 4"),
+        (["--run.engine", "fats"], "run.engine: got 'fats', allowed auto, plain, fast; did you mean 'fast'"),
+        (
+            ["--run.engine", "fast", "--run.reuse_baseline", "false"],
+            "run.engine: got 'fast', allowed auto or plain if run.reuse_baseline is false",
+        ),
+        (["--run.scope", "sites"], "run.scope: got 'sites', allowed full, site; did you mean 'site'"),
+        (["--run.batch_runs", "0"], "run.batch_runs: got 0, allowed 1 or more"),
+        (["--run.batch_runs", "1.5"], "run.batch_runs: got 1.5, allowed int or null"),
+        (["--run.full_every", "10"], "run.full_every: got 10, allowed null unless run.scope is site"),
+        (["--run.full_every", "0", "--run.scope", "site"], "run.full_every: got 0, allowed 1 or more"),
+        (["--run.full_every", "4", "--sweep.run.scope", "site,full"], "run.full_every: got 4, allowed null unless"),
+        (["--detect.layers", "al"], "detect.layers: got 'al', allowed injected, all; did you mean 'all'"),
         (["--stop.margin", "0.1"], "stop.margin: "),
         (["--sweep.seed", "1.5"], "sweep.seed: got 1.5, allowed int"),
         (["--sweep.seed", "0,true"], "sweep.seed: got True, allowed int"),
@@ -511,6 +521,34 @@ def test_axes_that_need_each_other_or_a_fixed_field_are_allowed(arguments: list[
     plan = make_plan(load_config(arguments))
     for run in plan.runs[:: plan.config.num_runs]:
         plan.config_of(run)
+
+
+@pytest.mark.parametrize(
+    ("options", "propagated"),
+    [
+        ([], [0, 1, 2, 3, 4, 5, 6]),
+        (["--run.scope", "site"], []),
+        (["--run.scope", "site", "--run.full_every", "1"], [0, 1, 2, 3, 4, 5, 6]),
+        (["--run.scope", "site", "--run.full_every", "3"], [0, 3, 6]),
+    ],
+    ids=str,
+)
+def test_which_repeats_are_propagated(options: list[str], propagated: list[int]) -> None:
+    run = load_config([*options, "--run.engine", "fast", "--run.batch_runs", "64"]).run
+    assert [repeat for repeat in range(7) if run.propagates(repeat)] == propagated
+
+
+@pytest.mark.parametrize(
+    "axes",
+    [
+        ["--sweep.run.engine", "plain,fast", "--sweep.run.reuse_baseline", "true,false"],
+        ["--sweep.run.scope", "site,full", "--sweep.run.full_every", "null,4"],
+    ],
+    ids=str,
+)
+def test_execution_that_is_not_allowed_in_one_point_of_the_grid_is_refused(axes: list[str]) -> None:
+    with pytest.raises(UsageError, match=r"^run\.(engine|full_every): got"):
+        make_plan(load_config(axes))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -14,7 +14,7 @@ from experiments.errors import CheckRefusedError
 from experiments.merge import merge_campaign
 from experiments.plan import make_plan
 from experiments.result import (
-    TIMINGS,
+    UNREPEATABLE,
     CleanRow,
     DetectionRow,
     ExperimentResult,
@@ -97,9 +97,9 @@ def test_a_campaign_without_shards_has_empty_tables_with_headers(made: Made) -> 
         assert made.folder.file(f"{name}.csv").read_text() == ",".join(columns(row_type)) + "\n"
 
 
-def test_a_run_that_two_workers_did_counts_once_if_only_its_timings_differ(made: Made) -> None:
-    made.runs("0001", [0, 1], **dict.fromkeys(TIMINGS, 1.0))
-    made.runs("0002", [1, 2], **dict.fromkeys(TIMINGS, 2.0))
+def test_a_run_that_two_workers_did_counts_once_if_only_their_timings_and_engines_differ(made: Made) -> None:
+    made.runs("0001", [0, 1], **dict.fromkeys(UNREPEATABLE, 1.0))
+    made.runs("0002", [1, 2], **dict.fromkeys(UNREPEATABLE, 2.0))
     made.detections("0001", [0, 1])
     made.detections("0002", [1, 2])
     assert merge_campaign(made.folder).finished == 3

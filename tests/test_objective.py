@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy.special import log_softmax
 from torch import Tensor
 
-from experiments import objective
+from experiments import row_kernels
 from experiments.batches import IGNORED
 from experiments.errors import UsageError
 from experiments.objective import (
@@ -44,7 +44,7 @@ def oracle_losses(logits: Tensor, targets: Tensor) -> np.ndarray:
 
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(objective, "_CHUNK_ELEMENTS", 20)
+    monkeypatch.setattr(row_kernels, "_CHUNK_ELEMENTS", 20)
 
 
 # Cross-entropy
@@ -100,12 +100,12 @@ def test_pieces_do_not_change_a_bit(rows: int, vocabulary: int, elements: int) -
     logits, targets = random_logits(rows, vocabulary).float(), random_tokens(rows, vocabulary=vocabulary)
     other = random_logits(rows, vocabulary, seed=1).float()
     whole = token_losses(logits, targets), kl_per_position(logits, other)
-    original = objective._CHUNK_ELEMENTS
+    original = row_kernels._CHUNK_ELEMENTS
     try:
-        objective._CHUNK_ELEMENTS = elements
+        row_kernels._CHUNK_ELEMENTS = elements
         pieces = token_losses(logits, targets), kl_per_position(logits, other)
     finally:
-        objective._CHUNK_ELEMENTS = original
+        row_kernels._CHUNK_ELEMENTS = original
     assert torch.equal(whole[0], pieces[0])
     assert torch.equal(whole[1], pieces[1])
 

@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from experiments import plan as plan_module
 from experiments.config import DetectConfig, ExperimentConfig, RunConfig, load_config
 from experiments.errors import UsageError
-from experiments.plan import Shard, canonical_json, make_plan, parse_shard, shard_of
+from experiments.plan import Shard, canonical_json, context_values, make_plan, parse_shard, shard_of
 
 
 def ids(config: ExperimentConfig) -> list[str]:
@@ -64,6 +65,29 @@ def test_a_run_is_found_by_its_id() -> None:
     assert plan.by_id(plan.runs[5].run_id) is plan.runs[5]
     with pytest.raises(UsageError, match="'0000000000000000' is not in this plan of 16 runs"):
         plan.by_id("0000000000000000")
+
+
+def test_runs_of_one_point_share_their_configuration_and_points_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    # 1, 1.0 and True are equal, [1] cannot be hashed, and few configurations are kept.
+    sweep = {"fault.bit": [1, [1], None], "fault.include_masked": [True, False], "detect.tolerance": [1, 0.0]}
+    plan = make_plan(ExperimentConfig(num_runs=2, sweep=sweep))
+    for kept in (8192, 2):
+        monkeypatch.setattr(plan_module, "KEPT_CONFIGS", kept)
+        for one, other in zip(plan.runs[::2], plan.runs[1::2], strict=True):
+            config = plan.config_of(one)
+            assert config is plan.config_of(other)
+            found = (config.fault.bit, config.fault.include_masked, config.detect.tolerance)
+            assert repr(found) == repr(one.values)
+    assert plan == make_plan(ExperimentConfig(num_runs=2, sweep=sweep))
+
+
+def test_the_values_of_a_context_tell_models_data_and_seeds_apart() -> None:
+    sweep = {"seed": [0, 1], "fault.bit": [3, 30], "model.dtype": ["float32", "float64"], "data.seq_len": [8, 16]}
+    plan = make_plan(ExperimentConfig(num_runs=2, sweep=sweep))
+    found: dict[str, set[Any]] = {}
+    for run in plan.runs:
+        found.setdefault(context_values(plan, run), set()).add((run.values[0], *run.values[2:]))
+    assert [len(values) for values in found.values()] == [1] * 8
 
 
 # ------------------------------------------------------------------------------------------------- identity

@@ -15,6 +15,7 @@ from experiments.csv_file import read_rows, write_rows
 from experiments.result import (
     OUTCOMES,
     TIMINGS,
+    UNREPEATABLE,
     CleanRow,
     DetectionRow,
     ExperimentResult,
@@ -111,6 +112,13 @@ def test_the_readme_documents_every_column_once(row_type: type[Any]) -> None:
 
 def test_timings_are_the_columns_that_measure_the_execution() -> None:
     assert set(TIMINGS) == {name for name in columns(ExperimentResult) if name.endswith(("_seconds", "_mb"))}
+
+
+def test_what_executed_a_run_is_no_timing_and_not_reproducible() -> None:
+    assert set(UNREPEATABLE) == {*TIMINGS, "execution"}
+    marks = {line.split("`")[1]: line.split()[-2] for line in readme_lines() if line.startswith("| `")}
+    assert marks["execution"] == "*(execution)*"
+    assert all(marks[name] == "*(timing)*" for name in TIMINGS)
 
 
 def test_the_run_comes_first_in_every_table_of_runs() -> None:

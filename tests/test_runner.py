@@ -18,7 +18,7 @@ from experiments import paired_run
 from experiments.baseline import timed_forward
 from experiments.config import DetectConfig, ExperimentConfig, FaultConfig, IndexConfig, ModelConfig, RunConfig
 from experiments.errors import CheckRefusedError, UsageError
-from experiments.result import TIMINGS, ExperimentResult
+from experiments.result import UNREPEATABLE, ExperimentResult
 from experiments.runner import CompleteExperimentRunner
 from fault_injection import (
     KINDS,
@@ -62,7 +62,7 @@ def bert(kind: type[Any]) -> Any:
 
 def without_timings(result: ExperimentResult) -> dict[str, Any]:
     # repr, so that NaN equals NaN and 0.0 does not equal -0.0.
-    return {key: repr(value) for key, value in dataclasses.asdict(result).items() if key not in TIMINGS}
+    return {key: repr(value) for key, value in dataclasses.asdict(result).items() if key not in UNREPEATABLE}
 
 
 def same(one: list[ExperimentResult], other: list[ExperimentResult]) -> bool:
@@ -604,18 +604,42 @@ def test_an_unknown_family_is_refused() -> None:
 # --------------------------------------------------------------------------------------------- detectors
 
 
-def test_detections_name_every_layer_from_the_first_fault_on_and_the_output() -> None:
+@pytest.mark.parametrize("layers", ["injected", "all"])
+def test_detections_name_every_layer_that_was_looked_at_and_the_output(layers: str) -> None:
     model = micro_gpt2(layers=3)
-    runner = CompleteExperimentRunner(config_of(injection_layers=1, num_runs=2))
+    # Behind the fault finite alone can fire.
+    behind = {"injected": ("finite",), "all": ("finite", "s@w")}[layers]
+    detect = DetectConfig(["finite", "s@w"], layers=layers)
+    config = ExperimentConfig(num_runs=2, injection_location="scores", injection_layers=1, detect=detect)
+    runner = CompleteExperimentRunner(config)
     for result, record in zip(runner.run_all(model, BATCHES), runner.records, strict=True):
         found = [(row.detector, row.layer, row.module) for row in record.detections]
         assert sorted(found, key=str) == sorted(
-            [(d, n, f"transformer.h.{n}.attn") for d in ("finite", "s@w") for n in (1, 2)]
+            [(detector, 1, "transformer.h.1.attn") for detector in ("finite", "s@w")]
+            + [(detector, 2, "transformer.h.2.attn") for detector in behind]
             + [("finite", None, "output")],
             key=str,
         )
         assert {row.run_id for row in record.detections} == {result.run_id}
         assert result.num_violations == sum(row.violations for row in record.detections)
+
+
+def test_looking_at_the_injected_layers_alone_misses_no_alarm() -> None:
+    """The same runs are detected, by the same detectors at the layer of the fault; ``finite`` sees what overflows."""
+    model, common = micro_gpt2(layers=3), {"injection_location": "v", "injection_layers": 0, "num_runs": 8}
+    at_fault, everywhere = (
+        CompleteExperimentRunner(
+            ExperimentConfig(**common, sweep={"fault.bit": [3, 20, 29, 30]}, detect=DetectConfig(layers=layers))
+        ).run_all(model, BATCHES)
+        for layers in ("injected", "all")
+    )
+    assert {result.outcome for result in everywhere} >= {"benign", "critical", "nonfinite"}
+    for one, other in zip(at_fault, everywhere, strict=True):
+        assert (one.run_id, one.outcome, repr(one.loss_diff)) == (other.run_id, other.outcome, repr(other.loss_diff))
+        assert one.violation_detected == other.violation_detected
+        assert set(one.detectors.split(";")) <= set(other.detectors.split(";"))
+        if not other.nonfinite:
+            assert one.detectors == other.detectors
 
 
 def test_oracles_are_reported_apart(model: nn.Module) -> None:

@@ -1,28 +1,38 @@
-"""``run_sweep.py replay results/NAME RUN_ID``: one run again, and whether it gives the same numbers.
+"""``run_sweep.py replay results/NAME RUN_ID [--engine plain]``: one run again, and whether it gives the same numbers.
 
 Public name: ``replay``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 
 from experiments.campaign_folder import CampaignFolder
+from experiments.commands.options import take_value
+from experiments.config import ExperimentConfig
+from experiments.config_sections import ENGINES, check_choice
 from experiments.contexts import Contexts, context_key
 from experiments.csv_file import read_rows
 from experiments.errors import UsageError
-from experiments.plan import make_plan
+from experiments.plan import Plan, PlannedRun, make_plan
 from experiments.provenance import set_determinism
-from experiments.result import TIMINGS, ExperimentResult, cells, columns
+from experiments.result import UNREPEATABLE, ExperimentResult, cells, columns
+from experiments.sections import replaced
 from monitoring import TraceWriter
 
 
 def replay(arguments: Sequence[str]) -> int:
-    """Execute runs again and compare all but the timings; exit status 1 if any number differs.
+    """Execute runs again and compare all but the timings and the engine; exit status 1 if any number differs.
 
     Args:
-        arguments: the campaign's folder and one or more run ids.
+        arguments: the campaign's folder and one or more run ids; ``--engine plain`` (or ``fast``, ``auto``) for another
+            engine than the campaign's ``run.engine``.
     """
+    arguments = list(arguments)
+    engine = take_value(arguments, "--engine")
+    if engine is not None:
+        check_choice("--engine", engine, ENGINES)
     if len(arguments) < 2:
         raise UsageError("replay: needs a campaign folder and a run id, e.g. replay results/default 0123456789abcdef")
     folder = CampaignFolder.existing(arguments[0])
@@ -35,11 +45,23 @@ def replay(arguments: Sequence[str]) -> int:
     set_determinism(folder.config().run.threads)
     same = True
     with Contexts(TraceWriter(None)) as contexts:
-        for run in sorted(runs, key=lambda run: context_key(plan.config_of(run))):
-            config = plan.config_of(run)
-            record = contexts.open(config).run(run, config)
-            same &= _print_comparison(recorded[run.run_id], cells(record.result))
+        for again in _executed(contexts, plan, runs, engine):
+            same &= _print_comparison(recorded[again.run_id], cells(again))
     return 0 if same else 1
+
+
+def _executed(
+    contexts: Contexts, plan: Plan, runs: Iterable[PlannedRun], engine: str | None
+) -> Iterator[ExperimentResult]:
+    change = {} if engine is None else {"run.engine": engine}
+    configured = [(run, ExperimentConfig.of(replaced(plan.config_of(run), change))) for run in runs]
+    configured.sort(key=lambda pair: context_key(pair[1]))
+    for _, group in itertools.groupby(configured, key=lambda pair: context_key(pair[1])):
+        pairs = list(group)
+        for _, record in contexts.open(pairs[0][1]).run_many(pairs):
+            if isinstance(record, Exception):
+                raise record
+            yield record.result
 
 
 def _recorded(folder: CampaignFolder) -> dict[str, list[str]]:
@@ -49,12 +71,12 @@ def _recorded(folder: CampaignFolder) -> dict[str, list[str]]:
 
 def _print_comparison(recorded: list[str], again: list[str]) -> bool:
     rows = list(zip(columns(ExperimentResult), recorded, again, strict=True))
-    differing = [(name, old, new) for name, old, new in rows if old != new and name not in TIMINGS]
+    differing = [(name, old, new) for name, old, new in rows if old != new and name not in UNREPEATABLE]
     if not differing:
         values = {name: new for name, _, new in rows}
         print(
             f"{values['run_id']}: the same numbers ({values['location']} bit {values['bits'] or '-'} layer "
-            f"{values['layers']}: {values['outcome']}, loss_diff {values['loss_diff'] or '-'})"
+            f"{values['layers']}: {values['outcome'] or 'not propagated'}, loss_diff {values['loss_diff'] or '-'})"
         )
         return True
     for name, old, new in differing:

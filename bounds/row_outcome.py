@@ -1,0 +1,123 @@
+"""What was found row by row, and the verdict on a whole call or on each of its sequences.
+
+    verdict("S_row", outcome)                    # on all rows, with the positions of the first violations
+    verdicts("S_row", outcome)                   # one for each sequence, that is for each index of the first axis
+
+Both take the same numbers from the same rows, so that the merged verdicts of the sequences are the verdict on the call.
+
+Public names: ``RowOutcome``, ``BoundedOutcome``, ``verdict``, ``verdicts``, ``either``, ``not_finite``.
+
+>>> fired = torch.tensor([[False, False], [True, False]])
+>>> outcome = RowOutcome(fired, nonfinite=~fired & fired, ratio=torch.tensor([[0.5, 0.25], [7.0, 0.5]]))
+>>> verdict("example", outcome).positions, [found.largest_ratio for found in verdicts("example", outcome)]
+(((1, 0),), [0.5, 7.0])
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from bounds.verdict import Verdict, first_positions
+
+
+@dataclass(frozen=True, eq=False)
+class RowOutcome:
+    """How the rows of a call compare with what must hold. The first axis is that of the sequences.
+
+    Attributes:
+        fired: bool (...), rows that break it; only checked ones.
+        nonfinite: bool (...), those of them that could not be evaluated.
+        ratio: float (...), residual in units of the tolerance; -Inf where a row is not checked.
+        checked: bool, broadcastable to the rows; None: all are.
+    """
+
+    fired: Tensor
+    nonfinite: Tensor
+    ratio: Tensor
+    checked: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class BoundedOutcome(RowOutcome):
+    """The outcome of rows that must lie between two bounds.
+
+    Attributes:
+        margin: float (...), distance to the nearer bound, negative outside; Inf where ``bounded`` is False.
+        bounded: bool, broadcastable to the rows: those whose margin counts.
+    """
+
+    margin: Tensor
+    bounded: Tensor
+
+    def among(self, rows: Tensor) -> BoundedOutcome:
+        """Return the same with the margins of some rows alone, bool (...)."""
+        return replace(self, margin=torch.where(rows, self.margin, math.inf), bounded=rows & self.bounded)
+
+
+def verdict(name: str, outcome: RowOutcome, detail: str = "") -> Verdict:
+    """Return the verdict on all rows together; ``detail`` is kept only if one fires."""
+    found = _counted(name, outcome, 1)[0]
+    if not found.violations:
+        return found
+    return replace(found, positions=first_positions(outcome.fired.nonzero()), detail=detail)
+
+
+def verdicts(name: str, outcome: RowOutcome) -> list[Verdict]:
+    """Return the verdict on the rows of each sequence, without positions."""
+    return _counted(name, outcome, outcome.fired.shape[0])
+
+
+def either(first: BoundedOutcome, second: BoundedOutcome) -> BoundedOutcome:
+    """Return the outcome of a check that fires where one of two does; both checked the same rows."""
+    return BoundedOutcome(
+        fired=first.fired | second.fired,
+        # A row that is not finite on one path counts once, whatever the other path says.
+        nonfinite=first.nonfinite | second.nonfinite,
+        ratio=torch.maximum(first.ratio, second.ratio),
+        checked=first.checked,
+        margin=torch.minimum(first.margin, second.margin),
+        bounded=first.bounded,
+    )
+
+
+def not_finite(*tensors: Tensor) -> Tensor:
+    """Return where one of several float tensors, broadcastable to each other, is NaN or infinite; bool."""
+    # The difference of a finite number from itself is 0, that of another NaN: faster than to ask for each.
+    first, *others = (tensor - tensor for tensor in tensors)
+    for other in others:
+        first = first + other
+    return first != 0
+
+
+def _counted(name: str, outcome: RowOutcome, sequences: int) -> list[Verdict]:
+    rows = outcome.fired.shape
+    if not outcome.fired.numel():
+        return [Verdict(name)] * sequences
+
+    def by_sequence(tensor: Tensor) -> Tensor:
+        return tensor.expand(rows).reshape(sequences, -1)
+
+    def count(mask: Tensor | None) -> list[int]:
+        if mask is None:
+            return [outcome.fired.numel() // sequences] * sequences
+        return by_sequence(mask).sum(1).tolist()
+
+    fired = count(outcome.fired)
+    nonfinite = count(outcome.nonfinite) if any(fired) else fired
+    columns = [count(outcome.checked), fired, nonfinite, by_sequence(outcome.ratio).amax(1).tolist()]
+    if isinstance(outcome, BoundedOutcome):
+        columns += [count(outcome.bounded), by_sequence(outcome.margin).amin(1).tolist()]
+    return [_verdict(name, *numbers) for numbers in zip(*columns, strict=True)]
+
+
+def _verdict(
+    name: str, rows: int, violations: int, nonfinite: int, ratio: float, bounded: int = 0, margin: float = 0.0
+) -> Verdict:
+    # Zeros lose their sign, which depends on the order in which they were compared.
+    largest = ratio + 0.0 if rows else None
+    smallest = margin + 0.0 if bounded else None
+    return Verdict(name, rows, violations, nonfinite, (), largest, smallest)

@@ -1,0 +1,120 @@
+"""What a detector says about one attention call, and how what it says of several is joined.
+
+    merged(first, second)                        # one detector, two calls or two sequences
+    merged(*detector.check_each(state))
+
+Public names: ``Verdict``, ``merged``, ``extreme``, ``first_positions``, ``MAX_POSITIONS``.
+
+>>> merged(Verdict("s@w", 4, 0, largest_ratio=0.5), Verdict("s@w", 4, 1, largest_ratio=7.0)).largest_ratio
+7.0
+>>> Verdict.not_applicable("q@o", "queries have 192 channels and values 128").fired
+False
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+MAX_POSITIONS = 16
+"""Most positions a verdict lists; the counts are always complete."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What one detector says about one attention call. Plain numbers: it keeps no tensor alive.
+
+    Attributes:
+        detector: name of the detector.
+        rows_checked: number of rows the invariant was evaluated on.
+        violations: number of rows that break it, non-finite ones included.
+        nonfinite: number of the violations that could not be evaluated because something in them is NaN or Inf.
+        positions: indices of the first violations, at most MAX_POSITIONS.
+        largest_ratio: largest residual in units of the tolerance; None where the invariant has none.
+        smallest_margin: smallest distance to the nearer bound, negative outside; None where there is no bound.
+        reason: why the invariant says nothing about this call; None when it applies.
+        detail: what broke, for people; may be empty.
+    """
+
+    detector: str
+    rows_checked: int = 0
+    violations: int = 0
+    nonfinite: int = 0
+    positions: tuple[tuple[int, ...], ...] = ()
+    largest_ratio: float | None = None
+    smallest_margin: float | None = None
+    reason: str | None = None
+    detail: str = ""
+
+    @classmethod
+    def not_applicable(cls, detector: str, reason: str) -> Verdict:
+        """Return the verdict of a detector that cannot speak about this call."""
+        return cls(detector=detector, reason=reason)
+
+    @property
+    def applicable(self) -> bool:
+        """Whether the invariant holds for this kind of attention call at all."""
+        return self.reason is None
+
+    @property
+    def fired(self) -> bool:
+        """Whether any row breaks the invariant."""
+        return self.violations > 0
+
+
+def merged(*verdicts: Verdict) -> Verdict:
+    """Join what one detector said of several calls, or of several sequences of one call.
+
+    Counts are added, and NaN is the largest ratio and the smallest margin. What does not apply counts only if
+    nothing does; positions and detail are those of the first verdict that has any.
+
+    Args:
+        *verdicts: at least one.
+
+    Raises:
+        ValueError: without a verdict.
+    """
+    applicable = [verdict for verdict in verdicts if verdict.reason is None]
+    if len(applicable) < 2:
+        if not verdicts:
+            raise ValueError("verdicts: got none, allowed at least one")
+        return applicable[0] if applicable else verdicts[0]
+    return Verdict(
+        detector=applicable[0].detector,
+        rows_checked=sum(verdict.rows_checked for verdict in applicable),
+        violations=sum(verdict.violations for verdict in applicable),
+        nonfinite=sum(verdict.nonfinite for verdict in applicable),
+        positions=next((verdict.positions for verdict in applicable if verdict.positions), ()),
+        largest_ratio=_furthest(max, [verdict.largest_ratio for verdict in applicable]),
+        smallest_margin=_furthest(min, [verdict.smallest_margin for verdict in applicable]),
+        detail=next((verdict.detail for verdict in applicable if verdict.detail), ""),
+    )
+
+
+def _furthest(choose: Callable[[list[float]], float], values: Sequence[float | None]) -> float | None:
+    # Tens of thousands of these are joined in a batch of faults: tensors would take ten times as long.
+    present = [value for value in values if value is not None]
+    if not present:
+        return None
+    # The built-in functions lose a NaN, depending on the order; only NaN differs from itself.
+    return next((value for value in present if value != value), choose(present))
+
+
+def extreme(reduce: Callable[[Tensor], Tensor], *values: float | None) -> float | None:
+    """Return the largest or smallest of the values that exist; NaN if one of them is.
+
+    Args:
+        reduce: ``torch.max`` or ``torch.min``.
+        *values: None for a value that does not exist.
+    """
+    # torch's max and min propagate NaN; the built-in ones lose it, depending on the order.
+    present = [value for value in values if value is not None]
+    return float(reduce(torch.tensor(present, dtype=torch.float64))) if present else None
+
+
+def first_positions(positions: Tensor) -> tuple[tuple[int, ...], ...]:
+    """Return the first MAX_POSITIONS rows of a (count, axes) index tensor as tuples."""
+    return tuple(tuple(row) for row in positions[:MAX_POSITIONS].tolist())

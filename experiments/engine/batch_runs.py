@@ -1,0 +1,205 @@
+"""Runs of one context, executed together: drawn, sorted by input, and each taken the fastest way that is exact.
+
+    for planned, record in BatchRuns(pairs).run(runs):
+        ...
+
+The ways, by what the column ``execution`` says: ``rows`` (many runs in one pass, only the rows that can change),
+``resume`` (one whole pass that begins at the fault's block), ``plain`` (one whole pass).
+
+Public names: ``BatchRuns``.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from bounds import Verdict
+from experiments.config import ExperimentConfig
+from experiments.engine.fast_engine import FastEngine, FastRun
+from experiments.engine.front import EngineMismatchError
+from experiments.engine.opened_batch import OpenedBatch
+from experiments.engine.proof import Proof, prove
+from experiments.engine.recording import resumed
+from experiments.engine.site_step import FaultSite
+from experiments.engine.wide_linear import OutputBuffer
+from experiments.errors import CheckRefusedError
+from experiments.measured import Measured
+from experiments.plan import PlannedRun, canonical_json
+from experiments.run_record import DrawnRun, RunRecord
+from monitoring.fingerprints import model_fingerprint
+
+if TYPE_CHECKING:
+    from experiments.paired_run import PairedRunner
+
+logger = logging.getLogger(__name__)
+
+TOKENS_TOGETHER, LEAST_TOGETHER, SITES_TOGETHER = 1 << 14, 32, 1024
+"""How many tokens of runs are executed between two times that records appear (what a killed campaign does again), but
+for at least so many runs; and how many runs if none is propagated."""
+
+Run = tuple[PlannedRun, ExperimentConfig]
+Finished = tuple[PlannedRun, RunRecord | Exception]
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What detectors said of a fast run."""
+
+    verdicts: dict[tuple[str, int], Verdict]
+    modules: dict[int, str]
+
+
+class BatchRuns:
+    """Executes runs of one context; made once for it."""
+
+    def __init__(self, pairs: PairedRunner) -> None:
+        self._pairs = pairs
+        self._proofs: dict[str, Proof] = {}
+        self._buffer = OutputBuffer()
+
+    def proof(self, config: ExperimentConfig, batch_index: int = 0) -> Proof:
+        """Return which shortcuts are exact, found out at the first call for a choice of detectors and a shape of input.
+
+        Raises:
+            CheckRefusedError: ``run.engine`` is ``fast``, and changed rows alone are not exact.
+        """
+        shapes = [list(tensor.shape) for tensor in self._pairs.batches[batch_index].values()]
+        key = f"{_detection_key(config)} {shapes}"
+        if key not in self._proofs:
+            self._proofs[key] = prove(self._pairs, config, batch_index)
+            # Campaigns that sweep detectors have one proof for each choice of them; provenance keeps the last.
+            self._pairs.facts["execution"] = self._proofs[key].facts()
+        proof = self._proofs[key]
+        if config.run.engine == "fast" and proof.rows is not None:
+            raise CheckRefusedError(f"run.engine: got 'fast', but it would not be exact here: {proof.rows}")
+        return proof
+
+    def run(self, runs: Sequence[Run]) -> Iterator[Finished]:
+        """Yield each run with its record or what it raised."""
+        groups: dict[tuple[int, str, int | None], list[Run]] = {}
+        for planned, config in runs:
+            key = self._pairs.batch_index(planned), _detection_key(config), config.run.batch_runs
+            groups.setdefault(key, []).append((planned, config))
+        for key in sorted(groups, key=lambda key: key[0]):
+            yield from self._run_group(key[0], groups[key])
+
+    def _run_group(self, batch_index: int, runs: Sequence[Run]) -> Iterator[Finished]:
+        """Execute runs of one input and choice of detectors."""
+        config, pairs = runs[0][1], self._pairs
+        proof, opened = self.proof(config, batch_index), None
+        known = model_fingerprint(pairs.subject.model), pairs.baseline(batch_index, config)
+        if proof.chain is not None and config.run.reuse_baseline:
+            batch, detectors = pairs.batches[batch_index], pairs.detectors(config)
+            opened = OpenedBatch.of(pairs.subject, proof.chain, batch, known[1], detectors)
+        drawn: list[DrawnRun] = []
+        for planned, own in runs:
+            run = pairs.attempt(partial(pairs.draw, planned, own, known))
+            if isinstance(run, Exception):
+                yield planned, run
+            else:
+                drawn.append(run)
+        if proof.chain is None or opened is None or isinstance(opened, str):
+            for run in drawn:
+                yield run.planned, pairs.attempt(partial(pairs.run_drawn, run))
+            return
+        rest = drawn if proof.rows is not None else (yield from self._run_by_rows(opened, drawn, proof))
+        for run in rest:
+            around = partial(resumed, proof.chain, opened.recording, min(fault.layer for fault in run.faults))
+            execute = partial(pairs.run_drawn, run, around, execution="resume", rows=opened.rows)
+            yield run.planned, pairs.attempt(execute)
+
+    def _run_by_rows(
+        self, opened: OpenedBatch, drawn: Sequence[DrawnRun], proof: Proof
+    ) -> Generator[Finished, None, list[DrawnRun]]:
+        """Yield runs whose fault lies in one head; return those that must be executed another way."""
+        batch_runs = drawn[0].config.run.batch_runs if drawn else None
+        engine = opened.engine(batch_runs, None if proof.head else self._buffer)
+        rest: list[DrawnRun] = []
+        sites: list[tuple[DrawnRun, FaultSite]] = []
+        for run in drawn:
+            site = engine.site_of(run.faults[0]) if len(run.faults) == 1 else None
+            if site is None:
+                rest.append(run)
+            else:
+                sites.append((run, site))
+        sites.sort(key=lambda pair: (pair[1].fault.layer, pair[1].fault.index or ()))
+        propagated = any(run.propagates for run, _ in sites)
+        most = (
+            max(LEAST_TOGETHER, TOKENS_TOGETHER // opened.recording.hidden[0].shape[1])
+            if propagated
+            else SITES_TOGETHER
+        )
+        for first in range(0, len(sites), most):
+            for run, record in self._run_pass(opened, engine, sites[first : first + most]):
+                if record is None:
+                    rest.append(run)
+                else:
+                    yield run.planned, record
+        return rest
+
+    def _run_pass(
+        self, opened: OpenedBatch, engine: FastEngine, runs: Sequence[tuple[DrawnRun, FaultSite]]
+    ) -> Iterator[tuple[DrawnRun, RunRecord | None]]:
+        """Yield runs with their records; with None those that must be executed another way."""
+        pairs, config = self._pairs, runs[0][0].config
+        pairs.monitor.reset()
+        start = time.perf_counter()
+        groups = opened.groups
+        looked = (0.0, 0.0) if groups is None else (groups.bounds_seconds, groups.detection_seconds)
+        todo = [(site, run.propagates) for run, site in runs]
+        try:
+            with pairs.monitor.timer("injection_forward"):
+                found = engine.run(todo, config.detect.critical_loss)
+        except EngineMismatchError as error:
+            logger.warning("%s; these %d runs are executed one by one", error, len(runs))
+            yield from ((run, None) for run, _ in runs)
+            return
+        share = 1.0 / len(runs)
+        pairs.monitor.record_memory()
+        times = {
+            "baseline_forward_time": runs[0][0].baseline.forward_seconds,
+            "bounds_computation_time": 0.0 if groups is None else share * (groups.bounds_seconds - looked[0]),
+            "violation_detection_time": 0.0 if groups is None else share * (groups.detection_seconds - looked[1]),
+            "total_time": share * (time.perf_counter() - start),
+        }
+        for (run, _), result in zip(runs, found, strict=True):
+            yield run, None if result is None else self._record(run, result, times)
+
+    def _record(self, run: DrawnRun, found: FastRun, times: dict[str, Any]) -> RunRecord:
+        pairs, layer = self._pairs, run.faults[0].layer
+        names = pairs.subject.layer_names
+        verdicts = {(name, layer): verdict for name, verdict in found.verdicts.items()}
+        behind = range(layer + 1, len(names)) if "finite" in found.verdicts else ()
+        # What is not finite leaves the fast path, so behind the fault all is as clean as in the fault-free pass.
+        verdicts |= {("finite", number): run.baseline.verdicts["finite", number] for number in behind}
+        seen = _Seen(verdicts, dict(enumerate(names)))
+        detections = pairs.detections(run, seen, found.effect)
+        return pairs.record(
+            run,
+            Measured(
+                batch_index=run.batch_index,
+                faults=run.faults,
+                fault_id=run.fault_id,
+                records=(found.record,),
+                baseline_loss=run.baseline.evaluation.loss,
+                injected_loss=found.injected_loss,
+                effect=found.effect,
+                local=None if run.propagates else found.local,
+                detections=detections,
+                metrics=replace(pairs.metrics(run, detections), **times),
+                injection_seconds=max(
+                    0.0, found.seconds - times["bounds_computation_time"] - times["violation_detection_time"]
+                ),
+                execution="rows",
+            ),
+        )
+
+
+def _detection_key(config: ExperimentConfig) -> str:
+    detect = config.detect
+    return canonical_json([*detect.names(), detect.tolerance, detect.layers, detect.certificate, detect.correct])

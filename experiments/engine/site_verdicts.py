@@ -1,0 +1,228 @@
+"""What the detectors say of faults at their sites, from the groups of heads that the faults hit.
+
+    clean = CleanGroups(detectors, situation)          # a tap of the recorded fault-free pass
+    verdicts = clean.judge(layer, step)                # by detector, for each fault of a site step
+
+The verdict on a call is the verdicts on its groups of heads, joined. For a fault, all groups but one are those of the
+fault-free pass, which were judged once. A detector that reads operands and their origin alone (the projections) judges
+the whole layer, and only where a fault changed its operand.
+
+Public names: ``CleanGroups``, ``unsupported``.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bounds import AttentionState, Detector, Verdict
+from bounds.sequences import by_group, gathered, merged
+from experiments.call_state import COMPLETE, Origins, Situation, call_state, keep_tensor
+from experiments.engine.recording import AttentionRecord
+from experiments.engine.site_step import FaultSite, SiteStep
+from fault_injection import AttentionCall
+from fault_injection.bits import rewrite_bits
+
+READ = {"q": "query", "k": "key", "v": "value"}
+"""By location, the operand that a fault there changes."""
+
+_ORIGIN_ONLY = frozenset({*READ.values(), "projected"})
+_BEHIND_SCORES = ("scores", "logits", "weights", "mass", "out")
+_CHANGED = {
+    "q": frozenset({"query", *_BEHIND_SCORES}),
+    "k": frozenset({"key", *_BEHIND_SCORES}),
+    "v": frozenset({"value", "out"}),
+    "scores": frozenset(_BEHIND_SCORES),
+    "weights": frozenset({"weights", "mass", "out"}),
+    "out": frozenset({"out"}),
+}
+"""By location, the tensors of a state that a fault there can change."""
+
+Verdicts = dict[str, Verdict]
+
+
+def unsupported(detectors: Sequence[Detector]) -> str | None:
+    """Return why some of the detectors cannot judge single groups of heads, or None if all can."""
+    for detector in detectors:
+        if not detector.per_group and not detector.needs <= _ORIGIN_ONLY:
+            return f"detector {detector.name} judges whole layers"
+        if detector.propagates and not detector.oracle and detector.name != "finite":
+            return f"detector {detector.name} looks behind the fault: no proof rules out that it fires there"
+    return None
+
+
+class CleanGroups:
+    """A tap: judges the groups of heads of a fault-free pass, and then those that faults changed.
+
+    Args:
+        detectors: prepared ones, none of them ``unsupported``.
+        situation: of the input, with what oracles keep of the fault-free pass.
+        origins: tells where operands come from while the pass runs.
+
+    Attributes:
+        bounds_seconds, detection_seconds: time spent in ``judge``.
+    """
+
+    locations = COMPLETE
+    layers = None
+
+    def __init__(
+        self,
+        detectors: Sequence[Detector],
+        situation: Situation,
+        origins: Origins | None = None,
+        synchronize: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.bounds_seconds = self.detection_seconds = 0.0
+        self._detectors, self._situation, self._origins = detectors, situation, origins
+        self._synchronize = synchronize
+        self._verdicts: dict[tuple[str, int], list[Verdict]] = {}
+        self._statistics: dict[tuple[str, int], Any] = {}
+        self._others: dict[tuple[str, int, int], Verdict | None] = {}
+        self._layers: dict[tuple[str, int], Verdict] = {}
+        self._whole: dict[tuple[str, int], Verdict] = {}
+        self._light: dict[int, AttentionState] = {}
+        self._call: dict[int, AttentionState] = {}
+
+    def on(self, location: str, tensor: Tensor, call: AttentionCall) -> None:
+        """Keep the tensor until the call's output is there; then judge its groups."""
+        keep_tensor(location, tensor, call, self._situation)
+        if location != "out" or call.number:
+            return
+        layer = call.core.index
+        with torch.no_grad():
+            state = call_state(call, self._situation, self._origins)
+            groups = by_group(state)
+            for detector in self._detectors:
+                if not detector.per_group:
+                    self._whole[detector.name, layer] = detector.check(state)
+                    continue
+                statistics = detector.reduce(groups) if detector.oracle else None
+                if detector.oracle and statistics is None:
+                    continue
+                self._statistics[detector.name, layer] = statistics
+                self._verdicts[detector.name, layer] = detector.check_each(groups, statistics)
+        self._light[layer] = _without_products(groups)
+        self._call[layer] = _without_products(state)
+        call.tensors.clear()
+
+    def whole(self) -> dict[tuple[str, int], Verdict]:
+        """Return by detector and layer what the verdicts on the groups say of the whole calls, as a check on them."""
+        return {key: merged(*verdicts) for key, verdicts in self._verdicts.items()} | self._whole
+
+    def judge(self, kept: AttentionRecord, step: SiteStep) -> list[Verdicts]:
+        """Return for each fault of a step what every detector says of the layer.
+
+        Args:
+            kept: the layer's evaluation in the fault-free pass.
+            step: with its tensors kept.
+        """
+        layer, start = kept.core.index, self._now()
+        group_number = [site.sequence * kept.key.shape[1] + site.group for site in step.sites]
+        numbers = torch.tensor(group_number, device=step.out.device)
+        state = self._state(layer, step, numbers)
+        changed = frozenset[str]().union(*(_CHANGED[site.fault.location] for site in step.sites))
+        looking = [each for each in self._detectors if (each.name, layer) in self._verdicts and each.needs & changed]
+        found: list[Verdicts] = [{} for _ in step.sites]
+        with torch.no_grad():
+            for detector in looking:
+                detector.derive(state)
+            prepared = self._now()
+            self.bounds_seconds += prepared - start
+            for detector in self._detectors:
+                if (detector.name, layer) in self._whole:
+                    self._judge_operand(detector, step, found)
+                elif detector in looking:
+                    statistics = gathered(self._statistics[detector.name, layer], numbers)
+                    verdicts = detector.check_each(state, statistics)
+                    for verdict, group, of_fault in zip(verdicts, group_number, found, strict=True):
+                        of_fault[detector.name] = self._joined(detector.name, layer, group, verdict)
+                elif (detector.name, layer) in self._verdicts:
+                    for group, of_fault in zip(group_number, found, strict=True):
+                        clean = self._verdicts[detector.name, layer][group]
+                        of_fault[detector.name] = self._joined(detector.name, layer, group, clean)
+        self.detection_seconds += self._now() - prepared
+        return found
+
+    def _now(self) -> float:
+        self._synchronize()
+        return time.perf_counter()
+
+    def _state(self, layer: int, step: SiteStep, numbers: Tensor) -> AttentionState:
+        light, kept = self._light[layer], step.tensors
+        mass, weights = kept["mass"], kept["weights"]
+        same = (
+            mass.data_ptr() == weights.data_ptr() and mass.stride() == weights.stride() and mass.dtype == weights.dtype
+        )
+        return replace(
+            light,
+            query=kept["q"],
+            key=kept["k"],
+            value=kept["v"],
+            logits=kept["logits"],
+            weights=weights,
+            out=kept["out"],
+            scores=kept["scores"],
+            mass=weights if same else mass,
+            score_factor=step.product.factor,
+            score_addend=step.product.addend,
+            projected=gathered(light.projected, numbers),
+            visible=gathered(light.visible, numbers),
+            heads=gathered(light.heads, numbers),
+        )
+
+    def _judge_operand(self, detector: Detector, step: SiteStep, found: Sequence[Verdicts]) -> None:
+        """Let a detector of operands judge the layer, where a fault changed its operand."""
+        whole = self._whole[detector.name, step.sites[0].fault.layer]
+        for of_fault in found:
+            of_fault[detector.name] = whole
+        for location, name in READ.items():
+            mine = [i for i, site in enumerate(step.sites) if site.fault.location == location]
+            if not mine or name not in detector.needs:
+                continue
+            verdicts = [detector.check(self._with_fault(step.sites[i])) for i in mine]
+            for i, verdict in zip(mine, verdicts, strict=True):
+                found[i][detector.name] = verdict
+
+    def _with_fault(self, site: FaultSite) -> AttentionState:
+        """Return the whole call with a fault in one of its operands."""
+        name, elements = READ[site.fault.location], site.fault.elements
+        call = self._call[site.fault.layer]
+        flat, keep, toggle = zip(*((each.flat, each.keep, each.toggle) for each in elements), strict=True)
+        faulty: dict[str, Any] = {name: rewrite_bits(getattr(call, name), flat, keep, toggle)}
+        return replace(call, **faulty)
+
+    def _joined(self, name: str, layer: int, group: int, verdict: Verdict) -> Verdict:
+        """Return what a detector says of the layer, given what it says of one group of heads."""
+        verdicts = self._verdicts[name, layer]
+        if verdict == verdicts[group]:
+            return self._layer(name, layer)
+        key = name, layer, group
+        if key not in self._others:
+            others = [*verdicts[:group], *verdicts[group + 1 :]]
+            self._others[key] = merged(*others) if others else None
+        rest = self._others[key]
+        return verdict if rest is None else merged(rest, verdict)
+
+    def _layer(self, name: str, layer: int) -> Verdict:
+        if (name, layer) not in self._layers:
+            self._layers[name, layer] = merged(*self._verdicts[name, layer])
+        return self._layers[name, layer]
+
+
+def _without_products(state: AttentionState) -> AttentionState:
+    """Return a state that keeps alive no tensor of queries by keys, but for which keys are visible."""
+    nothing = state.logits.new_zeros(()).expand(state.logits.shape)
+    return replace(
+        state,
+        logits=nothing,
+        weights=nothing,
+        mass=None,
+        scores=None,
+        out=state.out.new_zeros(()).expand(state.out.shape),
+    )

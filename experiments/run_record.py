@@ -1,0 +1,53 @@
+"""A run once its fault is drawn, and all it yields once it is executed.
+
+Public names: ``DrawnRun``, ``RunRecord``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from experiments.baseline import Baseline
+from experiments.config import ExperimentConfig
+from experiments.plan import PlannedRun
+from experiments.result import CleanRow, DetectionRow, ExperimentResult
+from fault_injection import Fault
+from monitoring import PerformanceMetrics
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """Everything one run yields; ``clean`` are the rows of fault-free passes that were made for it."""
+
+    result: ExperimentResult
+    detections: tuple[DetectionRow, ...]
+    faults: tuple[Fault, ...]
+    metrics: PerformanceMetrics
+    clean: tuple[CleanRow, ...] = ()
+
+
+@dataclass(frozen=True)
+class DrawnRun:
+    """A run whose fault is known.
+
+    Attributes:
+        planned, config: the run, and the configuration of it alone.
+        batch_index, baseline: its input, and the fault-free pass of that.
+        faults, fault_id: what is injected, and its identity.
+        baseline_first: which pass of an uncached pair comes first.
+        model_id: fingerprint of the model.
+    """
+
+    planned: PlannedRun
+    config: ExperimentConfig
+    batch_index: int
+    baseline: Baseline
+    faults: tuple[Fault, ...]
+    fault_id: str
+    baseline_first: bool
+    model_id: str
+
+    @property
+    def propagates(self) -> bool:
+        """Whether the fault is followed to the output of the model."""
+        return self.config.run.propagates(self.planned.repeat)
