@@ -2,8 +2,7 @@
 
 A batch of F + 1 windows is run once without faults and then again and again with F faults, one per sequence, all in
 one layer; the last sequence has none and must stay bitwise what it was. Both passes have one shape, so a sequence is
-paired with itself. Detectors look at the injected layer and those behind it; the rows where they fire tell the
-sequence.
+paired with itself. Detectors look at the injected layer and those behind it, and judge each sequence on its own.
 
     trial = Trials(subject, batch, detectors).run(layer, faults)[0]
     trial.fired, trial.effect.outcome
@@ -14,18 +13,13 @@ Public names: ``Trials``, ``Trial``.
 from __future__ import annotations
 
 import dataclasses
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-import bounds.detector
-from bounds import AttentionState, Detector, Verdict
-from bounds.attention_state import ProjectedOperand
+from bounds import AttentionState, Detector
 from experiments.call_state import COMPLETE, Origins, Situation, call_state, keep_tensor
 from experiments.objective import Evaluation
 from experiments.origins import recorded_origins
@@ -93,7 +87,7 @@ class Trials:
         injector = Injector(faults)
         with recorded_origins(self.subject.model, self.detectors) as origins:
             watcher = _SequenceWatcher(self.detectors, self._situation, layer, len(faults), origins)
-            with tapped(self.subject.model, injector), _all_positions():
+            with tapped(self.subject.model, injector):
                 injected = self.subject.forward(self.batch, watcher)
         injector.finish()
         if not bitwise_equal(injected.output[-1], self._baseline.output[-1]):
@@ -148,73 +142,10 @@ class _SequenceWatcher:
         statistics = self._situation.baseline.get(key, {})
         for detector in self._detectors:
             kept = statistics.get(detector.name)
-            verdict = _verdict(detector, state, kept)
-            if verdict is None or not verdict.fired:
+            if detector.oracle and kept is None:
                 continue
-            if len(verdict.positions) == verdict.violations:
-                broken = {position[0] for position in verdict.positions}
-            else:
-                broken = _guilty(detector, state, kept, range(len(self.fired)))
-            for b in broken & set(range(len(self.fired))):
-                self.fired[b].add(detector.name)
-
-
-def _guilty(detector: Detector, state: AttentionState, baseline: Any, sequences: range) -> set[int]:
-    """Return the sequences in which a detector fires, by halving."""
-    part = slice(sequences.start, sequences.stop)
-    verdict = _verdict(detector, _sequences_of(state, part), _slice(baseline, part))
-    if verdict is None or not verdict.fired:
-        return set()
-    if len(sequences) == 1:
-        return set(sequences)
-    middle = len(sequences) // 2
-    halves = sequences[:middle], sequences[middle:]
-    return set().union(*(_guilty(detector, state, baseline, half) for half in halves))
-
-
-def _verdict(detector: Detector, state: AttentionState, baseline: Any) -> Verdict | None:
-    if detector.oracle and baseline is None:
-        return None
-    return detector.check(state, baseline if detector.oracle else None)
-
-
-@contextmanager
-def _all_positions() -> Iterator[None]:
-    """Let verdicts list every violating row, not the first few."""
-    limit = bounds.detector.MAX_POSITIONS
-    bounds.detector.MAX_POSITIONS = sys.maxsize
-    try:
-        yield
-    finally:
-        bounds.detector.MAX_POSITIONS = limit
-
-
-def _slice(value: Any, part: slice) -> Any:
-    """Return some sequences of nested dataclasses of tensors; an axis of size 1 stands for all of them."""
-    if isinstance(value, Tensor):
-        return value if value.ndim == 0 or value.shape[0] == 1 else value[part]
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {f.name: _slice(getattr(value, f.name), part) for f in dataclasses.fields(value) if f.init}
-        return dataclasses.replace(value, **fields)
-    return value
-
-
-def _sequences_of(state: AttentionState, part: slice) -> AttentionState:
-    changed: dict[str, Any] = {}
-    for f in dataclasses.fields(state):
-        if f.init and f.name != "mass" and isinstance(value := getattr(state, f.name), Tensor):
-            changed[f.name] = _slice(value, part)
-    # One tensor must stay one tensor: detectors that see it read it once.
-    changed["mass"] = changed["weights"] if state.mass is state.weights else _slice(state.mass, part)
-    if state.projected is not None:
-        changed["projected"] = {name: _operand(operand, part) for name, operand in state.projected.items()}
-    return dataclasses.replace(state, **changed)
-
-
-def _operand(operand: ProjectedOperand, part: slice) -> ProjectedOperand:
-    rotation = operand.rotation
-    return ProjectedOperand(
-        _slice(operand.hidden, part),
-        _slice(operand.projected, part),
-        None if rotation is None else (_slice(rotation[0], part), _slice(rotation[1], part)),
-    )
+            verdicts = detector.check_each(state, kept)
+            # The last sequence has no fault.
+            for fired, verdict in zip(self.fired, verdicts, strict=False):
+                if verdict.fired:
+                    fired.add(detector.name)

@@ -12,6 +12,9 @@
 | ``violations`` | the decision |
 | ``attention_state``, ``detector``, ``registry`` | what a detector reads, is, and where it is found |
 | ``suites`` | names for lists of detectors |
+| ``verdict``, ``row_check``, ``row_outcome`` | from residuals, row by row, to what a detector says |
+| ``sequences`` | groups of heads as sequences, each judged on its own |
+| ``fixed_order``, ``selection`` | sums that depend on their own terms alone; entries that are not read |
 | ``projection_*``, ``range_*`` | queries, keys and values against weights and input |
 | ``score_*`` | the score product |
 | ``softmax_*``, ``epsilon_*`` | the softmax |

@@ -81,7 +81,7 @@ class FiniteDetector(Detector):
         for name, bad, checked in _nonfinite_rows(state):
             found[0] += getattr(state, name)[0, ..., 0].numel() if checked is None else checked.flatten(1).sum(1)
             if bad is not None:
-                found[1] += bad.flatten(1).any(1)
+                found[1] += bad.flatten(1).sum(1)
         return [Verdict(self.name, rows, broken, broken) for rows, broken in found.mT.tolist()]
 
 

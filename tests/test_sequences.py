@@ -282,6 +282,16 @@ def test_each_sequence_is_judged_as_it_is_alone(name):
         assert recorded(verdict) == recorded(alone)
 
 
+def test_every_broken_row_of_a_sequence_is_counted():
+    state = call(2)
+    broken = state.out.clone()
+    broken[1, 0, 3:6, 2] = math.nan
+    broken[1, 2, 7] = math.inf
+    verdicts = get_detector("finite").check_each(replaced(state, out=broken))
+    assert [(v.violations, v.nonfinite) for v in verdicts] == [(0, 0), (4, 4)]
+    assert merged(*verdicts).rows_checked == get_detector("finite").check(state).rows_checked
+
+
 def test_an_oracle_must_be_given_its_statistics_and_others_none():
     state, oracle = call(0), get_detector("oracle_comb")
     with pytest.raises(ValueError, match="oracle_comb: baseline: got None"):

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-TOKENS_TOGETHER, LEAST_TOGETHER, SITES_TOGETHER = 1 << 14, 32, 1024
+TOKENS_TOGETHER, LEAST_TOGETHER, SITES_TOGETHER = 1 << 14, 32, 4096
 """How many tokens of runs are executed between two times that records appear (what a killed campaign does again), but
 for at least so many runs; and how many runs if none is propagated."""
 

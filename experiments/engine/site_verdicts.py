@@ -5,7 +5,7 @@
 
 The verdict on a call is the verdicts on its groups of heads, joined. For a fault, all groups but one are those of the
 fault-free pass, which were judged once. A detector that reads operands and their origin alone (the projections) judges
-the whole layer, and only where a fault changed its operand.
+all heads of a sequence, and only where a fault changed its operand.
 
 Public names: ``CleanGroups``, ``unsupported``.
 """
@@ -24,9 +24,8 @@ from bounds import AttentionState, Detector, Verdict
 from bounds.sequences import by_group, gathered, merged
 from experiments.call_state import COMPLETE, Origins, Situation, call_state, keep_tensor
 from experiments.engine.recording import AttentionRecord
-from experiments.engine.site_step import FaultSite, SiteStep
+from experiments.engine.site_step import SiteStep
 from fault_injection import AttentionCall
-from fault_injection.bits import rewrite_bits
 
 READ = {"q": "query", "k": "key", "v": "value"}
 """By location, the operand that a fault there changes."""
@@ -85,7 +84,6 @@ class CleanGroups:
         self._statistics: dict[tuple[str, int], Any] = {}
         self._others: dict[tuple[str, int, int], Verdict | None] = {}
         self._layers: dict[tuple[str, int], Verdict] = {}
-        self._whole: dict[tuple[str, int], Verdict] = {}
         self._light: dict[int, AttentionState] = {}
         self._call: dict[int, AttentionState] = {}
 
@@ -99,21 +97,19 @@ class CleanGroups:
             state = call_state(call, self._situation, self._origins)
             groups = by_group(state)
             for detector in self._detectors:
-                if not detector.per_group:
-                    self._whole[detector.name, layer] = detector.check(state)
-                    continue
-                statistics = detector.reduce(groups) if detector.oracle else None
+                parts = groups if detector.per_group else state
+                statistics = detector.reduce(parts) if detector.oracle else None
                 if detector.oracle and statistics is None:
                     continue
                 self._statistics[detector.name, layer] = statistics
-                self._verdicts[detector.name, layer] = detector.check_each(groups, statistics)
+                self._verdicts[detector.name, layer] = detector.check_each(parts, statistics)
         self._light[layer] = _without_products(groups)
         self._call[layer] = _without_products(state)
         call.tensors.clear()
 
     def whole(self) -> dict[tuple[str, int], Verdict]:
         """Return by detector and layer what the verdicts on the groups say of the whole calls, as a check on them."""
-        return {key: merged(*verdicts) for key, verdicts in self._verdicts.items()} | self._whole
+        return {key: merged(*verdicts) for key, verdicts in self._verdicts.items()}
 
     def judge(self, kept: AttentionRecord, step: SiteStep) -> list[Verdicts]:
         """Return for each fault of a step what every detector says of the layer.
@@ -131,21 +127,23 @@ class CleanGroups:
         found: list[Verdicts] = [{} for _ in step.sites]
         with torch.no_grad():
             for detector in looking:
-                detector.derive(state)
+                if detector.per_group:
+                    detector.derive(state)
             prepared = self._now()
             self.bounds_seconds += prepared - start
             for detector in self._detectors:
-                if (detector.name, layer) in self._whole:
+                if (detector.name, layer) not in self._verdicts:
+                    continue
+                if not detector.per_group:
                     self._judge_operand(detector, step, found)
                 elif detector in looking:
                     statistics = gathered(self._statistics[detector.name, layer], numbers)
                     verdicts = detector.check_each(state, statistics)
                     for verdict, group, of_fault in zip(verdicts, group_number, found, strict=True):
                         of_fault[detector.name] = self._joined(detector.name, layer, group, verdict)
-                elif (detector.name, layer) in self._verdicts:
-                    for group, of_fault in zip(group_number, found, strict=True):
-                        clean = self._verdicts[detector.name, layer][group]
-                        of_fault[detector.name] = self._joined(detector.name, layer, group, clean)
+                else:
+                    for of_fault in found:
+                        of_fault[detector.name] = self._layer(detector.name, layer)
         self.detection_seconds += self._now() - prepared
         return found
 
@@ -178,33 +176,45 @@ class CleanGroups:
 
     def _judge_operand(self, detector: Detector, step: SiteStep, found: Sequence[Verdicts]) -> None:
         """Let a detector of operands judge the layer, where a fault changed its operand."""
-        whole = self._whole[detector.name, step.sites[0].fault.layer]
+        layer = step.sites[0].fault.layer
         for of_fault in found:
-            of_fault[detector.name] = whole
+            of_fault[detector.name] = self._layer(detector.name, layer)
         for location, name in READ.items():
             mine = [i for i, site in enumerate(step.sites) if site.fault.location == location]
             if not mine or name not in detector.needs:
                 continue
-            verdicts = [detector.check(self._with_fault(step.sites[i])) for i in mine]
+            verdicts = detector.check_each(self._with_faults(step, location, mine))
             for i, verdict in zip(mine, verdicts, strict=True):
-                found[i][detector.name] = verdict
+                found[i][detector.name] = self._joined(detector.name, layer, step.sites[i].sequence, verdict)
 
-    def _with_fault(self, site: FaultSite) -> AttentionState:
-        """Return the whole call with a fault in one of its operands."""
-        name, elements = READ[site.fault.location], site.fault.elements
-        call = self._call[site.fault.layer]
-        flat, keep, toggle = zip(*((each.flat, each.keep, each.toggle) for each in elements), strict=True)
-        faulty: dict[str, Any] = {name: rewrite_bits(getattr(call, name), flat, keep, toggle)}
-        return replace(call, **faulty)
+    def _with_faults(self, step: SiteStep, location: str, mine: Sequence[int]) -> AttentionState:
+        """Return whole layers, one a fault, with the faulty operand; what detectors of operands do not read is 0."""
+        sites, device = [step.sites[i] for i in mine], step.out.device
+        call, count = self._call[sites[0].fault.layer], len(sites)
+        sequence = torch.tensor([site.sequence for site in sites], device=device)
+        group = torch.tensor([site.group for site in sites], device=device)
+        faulty = step.tensors[location][mine]
+        operand = getattr(call, READ[location]).index_select(0, sequence)
+        operand.unflatten(1, (-1, faulty.shape[1]))[torch.arange(count, device=device), group] = faulty
+        tensors: dict[str, Any] = {
+            name: (tensor := getattr(call, name)).new_zeros(()).expand(count, *tensor.shape[1:])
+            for name in ("query", "key", "value", "logits", "weights", "out")
+        }
+        tensors[READ[location]] = operand
+        origin = None if call.projected is None else call.projected.get(location)
+        if origin is not None:
+            own = replace(origin, projected=origin.projected.index_select(0, sequence), source=sequence)
+            tensors["projected"] = {location: own}
+        return replace(call, **tensors, visible=None)
 
-    def _joined(self, name: str, layer: int, group: int, verdict: Verdict) -> Verdict:
-        """Return what a detector says of the layer, given what it says of one group of heads."""
+    def _joined(self, name: str, layer: int, part: int, verdict: Verdict) -> Verdict:
+        """Return what a detector says of the layer, given what it says of one group of heads, or one sequence."""
         verdicts = self._verdicts[name, layer]
-        if verdict == verdicts[group]:
+        if verdict == verdicts[part]:
             return self._layer(name, layer)
-        key = name, layer, group
+        key = name, layer, part
         if key not in self._others:
-            others = [*verdicts[:group], *verdicts[group + 1 :]]
+            others = [*verdicts[:part], *verdicts[part + 1 :]]
             self._others[key] = merged(*others) if others else None
         rest = self._others[key]
         return verdict if rest is None else merged(rest, verdict)
