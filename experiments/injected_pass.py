@@ -69,7 +69,7 @@ class InjectedPass:
         injector, synchronize = Injector(faults), subject.synchronize
         hit = frozenset(fault.layer for fault in faults)
         # Layers before the first fault are bitwise those of the baseline, and so are their verdicts.
-        layers = frozenset(range(min(hit), len(subject.cores)))
+        layers = hit if keep_output else frozenset(range(min(hit), len(subject.cores)))
         watcher = Watcher(
             detectors,
             situation,

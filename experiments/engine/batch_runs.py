@@ -81,9 +81,15 @@ class BatchRuns:
 
     def run(self, runs: Sequence[Run]) -> Iterator[Finished]:
         """Yield each run with its record or what it raised."""
-        groups: dict[tuple[int, str, int | None], list[Run]] = {}
+        groups: dict[tuple[int, str, int | None, float, bool], list[Run]] = {}
         for planned, config in runs:
-            key = self._pairs.batch_index(planned), _detection_key(config), config.run.batch_runs
+            key = (
+                self._pairs.batch_index(planned),
+                _detection_key(config),
+                config.run.batch_runs,
+                config.detect.critical_loss,
+                config.run.reuse_baseline,
+            )
             groups.setdefault(key, []).append((planned, config))
         for key in sorted(groups, key=lambda key: key[0]):
             yield from self._run_group(key[0], groups[key])
@@ -174,7 +180,7 @@ class BatchRuns:
         pairs, layer = self._pairs, run.faults[0].layer
         names = pairs.subject.layer_names
         verdicts = {(name, layer): verdict for name, verdict in found.verdicts.items()}
-        behind = range(layer + 1, len(names)) if "finite" in found.verdicts else ()
+        behind = range(layer + 1, len(names)) if "finite" in found.verdicts and run.propagates else ()
         # What is not finite leaves the fast path, so behind the fault all is as clean as in the fault-free pass.
         verdicts |= {("finite", number): run.baseline.verdicts["finite", number] for number in behind}
         seen = _Seen(verdicts, dict(enumerate(names)))

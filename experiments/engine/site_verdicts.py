@@ -103,7 +103,7 @@ class CleanGroups:
                     continue
                 self._statistics[detector.name, layer] = statistics
                 self._verdicts[detector.name, layer] = detector.check_each(parts, statistics)
-        self._light[layer] = _without_products(groups)
+        self._light[layer] = _without_operands(_without_products(groups))
         self._call[layer] = _without_products(state)
         call.tensors.clear()
 
@@ -197,7 +197,7 @@ class CleanGroups:
         operand = getattr(call, READ[location]).index_select(0, sequence)
         operand.unflatten(1, (-1, faulty.shape[1]))[torch.arange(count, device=device), group] = faulty
         tensors: dict[str, Any] = {
-            name: (tensor := getattr(call, name)).new_zeros(()).expand(count, *tensor.shape[1:])
+            name: _zero(getattr(call, name)[:1]).expand(count, -1, -1, -1)
             for name in ("query", "key", "value", "logits", "weights", "out")
         }
         tensors[READ[location]] = operand
@@ -227,12 +227,15 @@ class CleanGroups:
 
 def _without_products(state: AttentionState) -> AttentionState:
     """Return a state that keeps alive no tensor of queries by keys, but for which keys are visible."""
-    nothing = state.logits.new_zeros(()).expand(state.logits.shape)
     return replace(
-        state,
-        logits=nothing,
-        weights=nothing,
-        mass=None,
-        scores=None,
-        out=state.out.new_zeros(()).expand(state.out.shape),
+        state, logits=_zero(state.logits), weights=_zero(state.logits), mass=None, scores=None, out=_zero(state.out)
     )
+
+
+def _without_operands(state: AttentionState) -> AttentionState:
+    return replace(state, query=_zero(state.query), key=_zero(state.key), value=_zero(state.value))
+
+
+def _zero(tensor: Tensor) -> Tensor:
+    """Return as many zeros, of which one is in memory."""
+    return tensor.new_zeros(()).expand(tensor.shape)

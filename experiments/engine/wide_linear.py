@@ -56,7 +56,9 @@ class WideLinear(TorchFunctionMode):
     def _pieces(self, given: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         rows = given.flatten(0, -2)
         output = self._buffer.take(len(rows), len(weight), given)
-        for first in range(0, len(weight), PIECE):
-            piece = slice(first, first + PIECE)
+        # The rest joins the last piece: products of a few columns have other bits.
+        starts = range(0, len(weight) - PIECE + 1, PIECE)
+        for first in starts:
+            piece = slice(first, len(weight) if first == starts[-1] else first + PIECE)
             output[:, piece] = torch.nn.functional.linear(rows, weight[piece], None if bias is None else bias[piece])
         return output.unflatten(0, given.shape[:-1])
