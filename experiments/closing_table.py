@@ -65,7 +65,7 @@ def _table(folder: CampaignFolder, runs: pd.DataFrame, tolerance: float | None =
         f"{'location':9}{'bit field':10}{'n':>6}{'masked':>8}{'benign':>8}{'critical':>9}{'nonfin':>8}"
         f"  {'detected (95 % interval)':27}{'of harmful':>11}{'inject ms':>11}{'detect ms':>11}",
     ]
-    groups = distinct.assign(bit_field=distinct.bit_field.fillna("-")).groupby(["location", "bit_field"])
+    groups = distinct.assign(bit_field=distinct.bit_field.astype(object).fillna("-")).groupby(["location", "bit_field"])
     order = {name: i for i, name in enumerate((*LOCATIONS, *FIELDS))}
     for (location, field), group in sorted(groups, key=lambda item: [order.get(name, 99) for name in item[0]]):
         lines.append(_line(str(location), str(field), group))

@@ -63,13 +63,17 @@ class InjectedPass:
         *,
         certifier: Certifier | None = None,
         keep_output: bool = False,
+        site_only: bool = False,
         traced: Traced = lambda compute, watcher: compute(),
     ) -> InjectedPass:
-        """Run the model with ``faults`` on ``batch``; detectors and corrector as ``detect`` says."""
+        """Run the model with ``faults`` on ``batch``; detectors and corrector as ``detect`` says.
+
+        With ``keep_output`` the output of the first injected layer is kept; with ``site_only`` nothing looks at others.
+        """
         injector, synchronize = Injector(faults), subject.synchronize
         hit = frozenset(fault.layer for fault in faults)
         # Layers before the first fault are bitwise those of the baseline, and so are their verdicts.
-        layers = hit if keep_output else frozenset(range(min(hit), len(subject.cores)))
+        layers = hit if site_only else frozenset(range(min(hit), len(subject.cores)))
         watcher = Watcher(
             detectors,
             situation,

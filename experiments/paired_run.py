@@ -354,6 +354,7 @@ class PairedRunner:
             self.monitor,
             certifier=self._certifier() if detect.certificate else None,
             keep_output=not drawn.propagates,
+            site_only=not drawn.propagates,
             traced=traced,
         )
 
