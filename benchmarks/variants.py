@@ -127,12 +127,8 @@ def _single(work: Workload, opened: OpenedBatch, fault: Fault, from_block: bool)
 
 
 def _together(work: Workload, opened: OpenedBatch, engine: FastEngine, faults: Sequence[Fault]) -> list[Found]:
-    """Run faults through the engine, and those that leave it one by one, as a campaign does."""
-    runs = engine.run([(_site(engine, fault), True) for fault in faults], CRITICAL_LOSS)
-    return [
-        _single(work, opened, fault, True) if run is None else _found(run)
-        for fault, run in zip(faults, runs, strict=True)
-    ]
+    """Run faults through the engine, as a campaign does."""
+    return [_found(run) for run in engine.run([(_site(engine, fault), True) for fault in faults], CRITICAL_LOSS)]
 
 
 def _site_way(engine: FastEngine) -> Callable[[Sequence[Fault]], list[Found]]:

@@ -84,7 +84,7 @@ def test_the_tables_are_those_of_plain_passes(plain: Path, fast: Path) -> None:
     same_tables(plain, fast)
     assert executions(plain) == {"plain": 36}
     assert executions(fast)["rows"] > 18
-    assert set(executions(fast)) == {"rows", "resume"}
+    assert set(executions(fast)) == {"rows"}
     rows = table(fast / "runs.csv")
     assert {row["outcome"] for row in rows} == {"masked", "benign", "critical", "nonfinite"}
     # What left the fast path behind an early layer overflowed there.
@@ -94,7 +94,7 @@ def test_the_tables_are_those_of_plain_passes(plain: Path, fast: Path) -> None:
 def test_provenance_says_what_is_exact(plain: Path, fast: Path) -> None:
     known = facts(fast)
     assert (known["resume"], known["rows"], known["head"]) == ("exact", "exact", "exact")
-    assert (known["faults_compared"], known["threads"]) == (12, 1)
+    assert (known["faults_compared"], known["threads"]) == (15, 1)
     assert json.loads((plain / "provenance.json").read_text())["contexts"].popitem()[1]["execution"] == "plain"
 
 
@@ -138,7 +138,8 @@ def test_every_kind_of_campaign(place: MicroPlace, tmp_path: Path, kind: str) ->
     one = campaign(place, tmp_path / "plain", *more, "--run.engine=plain")
     other = campaign(place, tmp_path / "fast", *more)
     same_tables(one, other)
-    assert set(executions(other)) == ways
+    assert set(executions(other)) <= ways
+    assert ("rows" in executions(other)) == ("rows" in ways)
 
 
 @pytest.mark.slow

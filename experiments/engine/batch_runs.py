@@ -174,15 +174,16 @@ class BatchRuns:
             "total_time": share * (time.perf_counter() - start),
         }
         for (run, _), result in zip(runs, found, strict=True):
-            yield run, None if result is None else self._record(run, result, times)
+            yield run, self._record(run, result, times)
 
     def _record(self, run: DrawnRun, found: FastRun, times: dict[str, Any]) -> RunRecord:
         pairs, layer = self._pairs, run.faults[0].layer
         names = pairs.subject.layer_names
         verdicts = {(name, layer): verdict for name, verdict in found.verdicts.items()}
         behind = range(layer + 1, len(names)) if "finite" in found.verdicts and run.propagates else ()
-        # What is not finite leaves the fast path, so behind the fault all is as clean as in the fault-free pass.
-        verdicts |= {("finite", number): run.baseline.verdicts["finite", number] for number in behind}
+        # Where nothing else was seen behind the fault, all is as finite as in the fault-free pass.
+        for number in behind:
+            verdicts["finite", number] = found.behind.get(number, run.baseline.verdicts["finite", number])
         seen = _Seen(verdicts, dict(enumerate(names)))
         detections = pairs.detections(run, seen, found.effect)
         return pairs.record(

@@ -13,20 +13,22 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from bounds import Verdict
 from experiments.engine.chain import Chain
 from experiments.engine.front import EngineMismatchError, Front, Newcomers
 from experiments.engine.local_change import LocalChange, local_changes, output_lengths
 from experiments.engine.pack import CONTROL, TILE, Stretch
 from experiments.engine.propagation import Wave
-from experiments.engine.recording import Recording, changed_rows
-from experiments.engine.site_step import FaultSite, site_of, site_step
+from experiments.engine.recording import AttentionRecord, Recording, changed_rows
+from experiments.engine.site_step import FaultSite, Keeper, site_of, site_step
 from experiments.engine.site_verdicts import CleanGroups, Verdicts
 from experiments.engine.wide_linear import OutputBuffer
 from experiments.outcome import Effect
@@ -52,6 +54,7 @@ class FastRun:
         record: what it hit.
         verdicts: by detector, of its layer.
         local: how far the layer's attention output moved.
+        behind: by layer behind the fault, what ``finite`` says there, where it is not what it says of the clean pass.
         effect: on the model's output; None if it was not propagated.
         injected_loss: mean loss; None without one, or if it was not propagated.
         seconds: its share of the passes it was part of.
@@ -60,6 +63,7 @@ class FastRun:
     record: InjectionRecord
     verdicts: Verdicts
     local: LocalChange
+    behind: Mapping[int, Verdict]
     effect: Effect | None
     injected_loss: float | None
     seconds: float
@@ -75,6 +79,7 @@ class _Run:
     record: InjectionRecord | None = None
     verdicts: Verdicts = field(default_factory=dict)
     local: LocalChange | None = None
+    behind: dict[int, Verdict] = field(default_factory=dict)
     positions: Tensor | None = None
     out: Tensor | None = None
     seconds: float = 0.0
@@ -122,8 +127,8 @@ class FastEngine:
         kept = self._recording.attention.get(fault.layer)
         return None if kept is None else site_of(fault, kept.group)
 
-    def run(self, faults: Sequence[tuple[FaultSite, bool]], critical_loss: float) -> list[FastRun | None]:
-        """Run faults, each with whether to propagate it; None for those that must be run another way.
+    def run(self, faults: Sequence[tuple[FaultSite, bool]], critical_loss: float) -> list[FastRun]:
+        """Run faults, each with whether to propagate it.
 
         Raises:
             EngineMismatchError: rows without a fault changed; none of the results is to be trusted.
@@ -134,11 +139,11 @@ class FastEngine:
                 self._at_site(chunk)
         effects = {run.number: self._masked(critical_loss) for run in runs if run.positions is None}
         moving = [run for run in runs if run.propagate and run.positions is not None]
-        for wave in self._waves(moving):
-            with _shared(wave, self._subject.synchronize):
-                effects |= self._propagate(wave, critical_loss)
-        escaped = {run.number for run in moving} - effects.keys()
-        return [None if run.number in escaped else _finished(run, effects.get(run.number)) for run in runs]
+        for whole in (False, True):
+            for wave in self._waves([run for run in moving if run.number not in effects], whole):
+                with _shared(wave, self._subject.synchronize):
+                    effects |= self._propagate(wave, critical_loss, whole)
+        return [_finished(run, effects.get(run.number)) for run in runs]
 
     def _masked(self, critical_loss: float) -> RowEffect:
         rows = torch.empty(0, dtype=torch.int64, device=self._subject.device)
@@ -180,12 +185,12 @@ class FastEngine:
                 run.positions = step.changed[number].nonzero()[:, 0]
                 run.out = step.out[number][run.positions] if run.propagate else None
 
-    def _waves(self, runs: Sequence[_Run]) -> Iterator[list[_Run]]:
+    def _waves(self, runs: Sequence[_Run], whole: bool) -> Iterator[list[_Run]]:
         """Yield runs that go through the blocks together: neighbours by layer and row, few enough for one pass."""
         wave: list[_Run] = []
         rows = 0
         for run in sorted(runs, key=lambda run: (run.site.fault.layer, self._start(run))):
-            needed = self._length - self._start(run)
+            needed = self._length - (0 if whole else self._start(run))
             if wave and (rows + needed > self._max_rows or len(wave) == self._batch_runs):
                 yield wave
                 wave, rows = [], 0
@@ -198,15 +203,18 @@ class FastEngine:
         """Return the first position that a run can change behind its layer."""
         return int(run.positions[0]) if self._causal and run.positions is not None else 0
 
-    def _propagate(self, runs: Sequence[_Run], critical_loss: float) -> dict[int, RowEffect]:
-        """Return the effects of the runs that stayed on the fast path, by number."""
-        wave = Wave(self._subject, self._chain, self._recording, self._buffer)
+    def _propagate(self, runs: Sequence[_Run], critical_loss: float, whole: bool) -> dict[int, RowEffect]:
+        """Return the effects of runs by number, but not of those that must be taken through whole sequences."""
+        look = None
+        if whole and self._groups is not None:
+            look = partial(self._note_behind, self._groups, runs)
+        wave = Wave(self._subject, self._chain, self._recording, self._buffer, whole=whole, look=look)
         front, block_of = Front(wave, len(runs)), self._chain.block_of
         last = len(self._chain.blocks)
         for number in range(block_of[runs[0].site.fault.layer], last):
             front.advance(number)
             new = [i for i, run in enumerate(runs) if block_of[run.site.fault.layer] == number]
-            front.settle(number + 1, self._behind_site(wave, runs, new) if new else None)
+            front.settle(number + 1, self._behind_site(wave, runs, new, whole) if new else None)
         effects: dict[int, RowEffect] = {}
         for rows, owner, hidden, some in _by_run(*front.changed(last), len(runs), HEAD_ROWS):
             logits = self._logits(wave, rows, hidden)
@@ -214,10 +222,19 @@ class FastEngine:
             effects |= {runs[i].number: effect for i, effect in zip(some, found, strict=True)}
         return {number: effect for number, effect in effects.items() if number not in self._escaped(wave, runs)}
 
+    @staticmethod
+    def _note_behind(
+        groups: CleanGroups, runs: Sequence[_Run], kept: AttentionRecord, seen: Keeper, stretches: Sequence[Stretch]
+    ) -> None:
+        verdicts = groups.finite_behind(kept, seen, [stretch.sequence for stretch in stretches])
+        for stretch, verdict in zip(stretches, verdicts or (), strict=verdicts is not None):
+            if stretch.run != CONTROL:
+                runs[stretch.run].behind[kept.core.index] = verdict
+
     def _escaped(self, wave: Wave, runs: Sequence[_Run]) -> set[int]:
         return {runs[i].number for i in wave.escaped if i != CONTROL}
 
-    def _behind_site(self, wave: Wave, runs: Sequence[_Run], new: Sequence[int]) -> Newcomers | None:
+    def _behind_site(self, wave: Wave, runs: Sequence[_Run], new: Sequence[int], whole: bool) -> Newcomers | None:
         """Take the rows that faults changed at their sites through the rest of their block."""
         layer = runs[new[0]].site.fault.layer
         kept = self._recording.attention[layer]
@@ -249,7 +266,8 @@ class FastEngine:
         first.scatter_reduce_(0, owners, changed % self._length, "amin")
         starts = first.tolist()
         stretches = tuple(
-            Stretch(i, runs[i].site.sequence, starts[i] if self._causal else 0) for i in sorted(set(owners.tolist()))
+            Stretch(i, runs[i].site.sequence, starts[i] if self._causal and not whole else 0)
+            for i in sorted(set(owners.tolist()))
         )
         return Newcomers(stretches, changed, owners, hidden) if stretches else None
 
@@ -301,6 +319,7 @@ def _finished(run: _Run, effect: RowEffect | None) -> FastRun:
         run.record,
         run.verdicts,
         run.local,
+        run.behind,
         None if effect is None else effect.effect,
         None if effect is None else effect.injected_loss,
         run.seconds,

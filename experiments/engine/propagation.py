@@ -13,7 +13,7 @@ Public names: ``Wave``, ``window_start``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -21,11 +21,12 @@ import torch
 from torch import Tensor
 
 from experiments.engine.chain import Arguments, Chain, hidden_of, with_hidden
-from experiments.engine.pack import TILE, Pack, packed_arguments, tiled
+from experiments.engine.pack import TILE, Pack, Stretch, packed_arguments, tiled
 from experiments.engine.recording import AttentionRecord, Recording
+from experiments.engine.site_step import Keeper
 from experiments.engine.wide_linear import OutputBuffer, WideLinear
 from experiments.subject import Subject
-from fault_injection import AttentionCore
+from fault_injection import AttentionCore, instrumentation_of, tapped
 from fault_injection.discovery import eager_function
 from fault_injection.instrument import Evaluate, substituted
 
@@ -33,9 +34,12 @@ ATTENTION_ELEMENTS = 1 << 20
 """Scores of one attention batch: 4 MB of float32, so that they stay in a cache."""
 
 LARGEST = 1e17
-"""Larger queries, keys and values leave the fast path: their products may overflow, and what is not finite reaches
-rows in front of the fault (0 times infinity is NaN under a causal mask, too). 64 squares of it are finite in float32
-and bfloat16."""
+"""Runs with larger queries, keys or values go through whole sequences: their products may overflow, and what is not
+finite reaches rows in front of the fault (0 times infinity is NaN under a causal mask, too). Some thousand squares of
+it are finite in float32 and bfloat16."""
+
+Look = Callable[[AttentionRecord, Keeper, Sequence[Stretch]], None]
+"""Called with what an attention batch of whole sequences computed, and which they were."""
 
 
 def window_start(start: int, length: int) -> int:
@@ -51,14 +55,24 @@ class Wave:
         chain: its blocks.
         recording: the fault-free pass of the input.
         buffer: where a wide head writes its output, piece by piece; None: as the model does it.
+        whole: every stretch begins at 0, so numbers of any size stay where they belong.
+        look: sees the attention of such stretches, and that of the control run, which need not be whole.
 
     Attributes:
-        escaped: the runs that left the fast path (``LARGEST``); what is computed for them means nothing.
+        escaped: the runs that must be taken through whole sequences (``LARGEST``); what was computed of them is void.
     """
 
     def __init__(
-        self, subject: Subject, chain: Chain, recording: Recording, buffer: OutputBuffer | None = None
+        self,
+        subject: Subject,
+        chain: Chain,
+        recording: Recording,
+        buffer: OutputBuffer | None = None,
+        *,
+        whole: bool = False,
+        look: Look | None = None,
     ) -> None:
+        self._whole, self._look = whole, look
         self._subject, self._chain, self._recording = subject, chain, recording
         self._buffer = buffer
         self._clean = [hidden.flatten(0, 1) for hidden in recording.hidden]
@@ -126,6 +140,8 @@ class Wave:
 
     def _watch(self, pack: Pack, *operands: Tensor) -> None:
         """Note the runs whose operands are too large, or no numbers."""
+        if self._whole:
+            return
         for operand in operands:
             low, high = torch.aminmax(operand)
             if not (float(low) > -LARGEST and float(high) < LARGEST):
@@ -168,11 +184,23 @@ class Wave:
         if mask is not None:
             mask = (mask[sequence] if mask.shape[0] > 1 else mask)[:, :, start:]
         tensors = queries.unflatten(0, (runs, window)).transpose(1, 2), keys, values
-        function = eager_function(kept.core.module)
-        if function is None:
-            raise RuntimeError(f"{kept.core.name}: its eager attention function is gone")
-        out = function(kept.core.module, *tensors, mask, **kept.keywords)[0]
+        if self._look is None or start:
+            out = _evaluated(kept, tensors, mask)
+        else:
+            keeper = Keeper(overwritten=False)
+            with tapped(self._subject.model, keeper):
+                interface = instrumentation_of(self._subject.model).evaluate_interface
+                out = interface(kept.core, tensors, mask, kept.keywords)[0]
+            self._look(kept, keeper, stretches)
         return out.flatten(0, 1)[slot]
+
+
+def _evaluated(kept: AttentionRecord, tensors: tuple[Tensor, Tensor, Tensor], mask: Tensor | None) -> Tensor:
+    function = eager_function(kept.core.module)
+    if function is None:
+        raise RuntimeError(f"{kept.core.name}: its eager attention function is gone")
+    out: Tensor = function(kept.core.module, *tensors, mask, **kept.keywords)[0]
+    return out
 
 
 def _with_rows(clean: Tensor, sequence: Tensor, place: Tensor, rows: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ computes them together.
     step = site_step(subject, kept, [site_of(fault, kept.group) for fault in faults])
     step.out, step.changed           # (F, T, G, d_v) and (F, T): the faulty outputs, and where they differ
 
-Public names: ``FaultSite``, ``SiteStep``, ``site_step``, ``site_of``.
+Public names: ``FaultSite``, ``SiteStep``, ``Keeper``, ``site_step``, ``site_of``.
 """
 
 from __future__ import annotations
@@ -115,8 +115,12 @@ class _BatchInjector:
         return faulty
 
 
-class _Keeper:
-    """A tap that keeps the tensors of one call."""
+class Keeper:
+    """A tap that keeps the tensors of one call.
+
+    Args:
+        overwritten: whether the architecture changes the scores in place after their product.
+    """
 
     locations = COMPLETE
     layers = None
@@ -127,6 +131,7 @@ class _Keeper:
         self._overwritten = overwritten
 
     def on(self, location: str, tensor: Tensor, call: AttentionCall) -> None:
+        """Keep a tensor."""
         self.tensors[location] = tensor.clone() if self._overwritten and location == "scores" else tensor
         self.product = call.product
 
@@ -151,7 +156,7 @@ def site_step(
         kept.value[sequence, group].unsqueeze(1),
     )
     mask = None if kept.mask is None else chosen_groups(kept.mask, sequence, group, kept.group)
-    injector, keeper = _BatchInjector(sites), _Keeper(overwritten)
+    injector, keeper = _BatchInjector(sites), Keeper(overwritten)
     taps = (injector, keeper) if watched else (injector,)
     with torch.no_grad(), tapped(subject.model, *taps):
         interface = instrumentation_of(subject.model).evaluate_interface

@@ -24,11 +24,13 @@ from bounds import AttentionState, Detector, Verdict
 from bounds.sequences import by_group, gathered, merged
 from experiments.call_state import COMPLETE, Origins, Situation, call_state, keep_tensor
 from experiments.engine.recording import AttentionRecord
-from experiments.engine.site_step import SiteStep
+from experiments.engine.site_step import Keeper, SiteStep
 from fault_injection import AttentionCall
 
 READ = {"q": "query", "k": "key", "v": "value"}
 """By location, the operand that a fault there changes."""
+
+_FIELDS = {**READ, "scores": "scores", "logits": "logits", "weights": "weights", "mass": "mass", "out": "out"}
 
 _ORIGIN_ONLY = frozenset({*READ.values(), "projected"})
 _BEHIND_SCORES = ("scores", "logits", "weights", "mass", "out")
@@ -146,6 +148,25 @@ class CleanGroups:
                         of_fault[detector.name] = self._layer(detector.name, layer)
         self.detection_seconds += self._now() - prepared
         return found
+
+    def finite_behind(self, kept: AttentionRecord, seen: Keeper, sequences: Sequence[int]) -> list[Verdict] | None:
+        """Return what ``finite`` says of a layer behind faults, for each sequence that was computed wholly again.
+
+        None if the detector is not asked. All other detectors are silent there, or are not asked (``unsupported``).
+        """
+        layer = kept.core.index
+        finite = next((each for each in self._detectors if each.name == "finite"), None)
+        if finite is None:
+            return None
+        call, groups = self._call[layer], kept.key.shape[1]
+        tensors: dict[str, Any] = {field: seen.tensors[name] for name, field in _FIELDS.items()}
+        visible = gathered(call.visible, torch.tensor(sequences, device=seen.tensors["out"].device))
+        own = finite.check_each(replace(call, **tensors, projected=None, score_addend=None, visible=visible))
+        clean = self._verdicts[finite.name, layer]
+        others = (
+            [verdict for number, verdict in enumerate(clean) if number // groups != sequence] for sequence in sequences
+        )
+        return [merged(verdict, *rest) for verdict, rest in zip(own, others, strict=True)]
 
     def _now(self) -> float:
         self._synchronize()
