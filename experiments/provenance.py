@@ -28,8 +28,6 @@ def set_determinism(threads: int) -> None:
         threads: threads of one process; the bits of a matrix product can depend on it.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    # Read at the first product: MKL then computes a row of a product to the same bits whatever the other rows are.
-    os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.backends.cuda.matmul.allow_tf32 = False

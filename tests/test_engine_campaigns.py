@@ -87,8 +87,8 @@ def test_the_tables_are_those_of_plain_passes(plain: Path, fast: Path) -> None:
     assert set(executions(fast)) == {"rows"}
     rows = table(fast / "runs.csv")
     assert {row["outcome"] for row in rows} == {"masked", "benign", "critical", "nonfinite"}
-    # What left the fast path behind an early layer overflowed there.
-    assert {row["layer"] for row in rows if row["execution"] == "resume"} == {"0"}
+    # What overflows goes through whole sequences, by rows all the same.
+    assert any(row["outcome"] == "nonfinite" and row["layer"] == "0" for row in rows)
 
 
 def test_provenance_says_what_is_exact(plain: Path, fast: Path) -> None:
