@@ -6,8 +6,8 @@ A column exists once: as a field of a dataclass here. Its unit is in its name, i
 Cells: a number that does not exist is an empty cell, never 0; floats are written by ``repr`` so that they read back to
 the same bits; ``value_after`` may be ``nan`` or ``inf``; booleans are ``True`` and ``False``.
 
-Public names: ``ExperimentResult``, ``DetectionRow``, ``CleanRow``, ``FailureRow``, ``columns``, ``cell``, ``cells``,
-``TIMINGS``, ``UNREPEATABLE``.
+Public names: ``ExperimentResult``, ``DetectionRow``, ``PropagationRow``, ``CleanRow``, ``FailureRow``, ``columns``, ``cell``,
+``cells``, ``TIMINGS``, ``UNREPEATABLE``.
 """
 
 from __future__ import annotations
@@ -64,6 +64,10 @@ class ExperimentResult:
     fault_id: str = _column(
         "hash of model, input and fault: equal for runs that are the same experiment; count distinct ones"
     )
+    sampling_weight: float | None = _column(
+        "probability of this fault under uniform drawing, divided by the one it was drawn with (fault.aim); 1 if they "
+        "are the same; what estimates weight by"
+    )
     scope: str = _column(
         "full: the fault was propagated to the model's output; site: to that of its attention layer alone (run.scope); "
         "the columns from injected_loss to outcome are then empty, unless nothing changed there: nothing behind it can "
@@ -96,6 +100,9 @@ class ExperimentResult:
         "smallest distance of epsilon from its bounds (s@w) in the first injected layer, over rows of more than two "
         "keys; negative: outside"
     )
+    epsilon: float | None = _column("epsilon (s@w) of the row with that smallest distance")
+    epsilon_lower: float | None = _column("lower bound of epsilon in that row, its tolerance included")
+    epsilon_upper: float | None = _column("upper bound of epsilon in that row, its tolerance included")
     certificate: float | None = _column(
         "with detect.certificate: largest share of its length by which a single fault in the first injected layer can "
         "have moved a row of its output (T26); empty if one of the campaign's proved detectors fired, if the fault "
@@ -138,6 +145,18 @@ class DetectionRow:
     nonfinite: int = _column("rows with non-finite values")
     largest_ratio: float | None = _column("largest residual divided by its tolerance")
     smallest_margin: float | None = _column("smallest distance to the bounds, in the detector's unit")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PropagationRow:
+    """How much one block's output moved in one run. The fields are the columns of ``propagation.csv``."""
+
+    run_id: str = _column("the run")
+    layer: int = _column("the block, in the order of evaluation")
+    relative_change: float = _column(
+        "L2 change of the block's output (the residual stream behind it), relative to the L2 norm of the fault-free "
+        "one; inf or nan where the injected one is not finite"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -129,6 +129,7 @@ def run_row(planned: PlannedRun, config: ExperimentConfig, setting: Setting, mea
         **_site_columns(measured.faults, measured.records),
         effective=_effective(measured),
         fault_id=measured.fault_id,
+        sampling_weight=1.0,
         **_effect_columns(measured),
         **_detection_columns(measured.detections, first.layer),
         certificate=_certificate(measured.certificate, measured.faults, measured.detections),
