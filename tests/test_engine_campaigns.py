@@ -8,7 +8,7 @@ import os
 import signal
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -32,8 +32,13 @@ def _no_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> MicroPlace:
-    return MicroPlace.make(tmp_path_factory.mktemp("place"))
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MicroPlace]:
+    """A place with relative paths: they are part of a run's identity, and so of what is drawn."""
+    root = tmp_path_factory.mktemp("place")
+    MicroPlace.make(root)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        yield MicroPlace(Path())
 
 
 def arguments(place: MicroPlace, output: Path, *more: str, bits: str = "3,30") -> list[str]:
