@@ -31,7 +31,7 @@ class PlainCheck:
         if fault not in self._expected:
             self._expected[fault] = self._run(fault)
         expected = self._expected[fault]
-        for name in ("effect", "injected_loss", "local"):
+        for name in ("effect", "local"):
             # As text, so that NaN is equal to NaN.
             if (got := getattr(found, name)) is not None and repr(got) != repr(getattr(expected, name)):
                 return name
@@ -61,4 +61,4 @@ class PlainCheck:
         local = change_of(fault, injected.keeper, self._clean[fault.layer])
         effect = effect_of(baseline.evaluation, injected.evaluation, work.batch, work.subject.family, CRITICAL_LOSS)
         verdicts = {name: said for (name, layer), said in injected.watcher.verdicts.items() if layer == fault.layer}
-        return Found(effect, injected.evaluation.loss, local, verdicts)
+        return Found(effect, local, verdicts)

@@ -31,13 +31,12 @@ class Found:
     """What a way found of one fault; None where it does not say.
 
     Attributes:
-        effect, injected_loss: of the output.
+        effect: on the output.
         local: how far the attention output of the layer moved.
         verdicts: of the layer, by detector.
     """
 
     effect: Effect | None
-    injected_loss: float | None
     local: Any = None
     verdicts: Mapping[str, Verdict] = field(default_factory=dict)
 
@@ -105,8 +104,8 @@ def _pair(work: Workload, fault: Fault) -> Found:
     # The fault-free half is the model as it comes, without a patch.
     with suspended(work.subject.model):
         work.subject.forward(work.batch)
-    injected = work.subject.forward(work.batch, Injector([fault]))
-    return Found(None, injected.loss)
+    work.subject.forward(work.batch, Injector([fault]))
+    return Found(None)
 
 
 def _compared_pair(work: Workload, fault: Fault) -> Found:
@@ -114,7 +113,7 @@ def _compared_pair(work: Workload, fault: Fault) -> Found:
         baseline = work.subject.forward(work.batch)
     injected = work.subject.forward(work.batch, Injector([fault]))
     effect = effect_of(baseline, injected, work.batch, work.subject.family, CRITICAL_LOSS)
-    return Found(effect, injected.loss)
+    return Found(effect)
 
 
 def _single(work: Workload, opened: OpenedBatch, fault: Fault, from_block: bool) -> Found:
@@ -123,7 +122,7 @@ def _single(work: Workload, opened: OpenedBatch, fault: Fault, from_block: bool)
         injected = work.subject.forward(work.batch, Injector([fault]))
     baseline = opened.recording.evaluation
     effect = effect_of(baseline, injected, work.batch, work.subject.family, CRITICAL_LOSS, opened.rows)
-    return Found(effect, injected.loss)
+    return Found(effect)
 
 
 def _together(work: Workload, opened: OpenedBatch, engine: FastEngine, faults: Sequence[Fault]) -> list[Found]:
@@ -140,7 +139,7 @@ def _site_way(engine: FastEngine) -> Callable[[Sequence[Fault]], list[Found]]:
 
 
 def _found(run: FastRun) -> Found:
-    return Found(run.effect, run.injected_loss, run.local, run.verdicts)
+    return Found(run.effect, run.local, run.verdicts)
 
 
 def _site(engine: FastEngine, fault: Fault) -> Any:

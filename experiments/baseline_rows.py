@@ -34,7 +34,10 @@ from experiments.row_kernels import (
     chances_of,
     divergences,
     finite_rows,
+    is_near,
     joined,
+    likeliest_of,
+    nearby,
     pieces,
     quiet,
     row_norms,
@@ -138,10 +141,10 @@ def measure_rows(baseline: BaselineRows, rows: Tensor, values: Tensor) -> RowDif
     """
     # in the order of their numbers, so that rows of many passes share one softmax of the baseline's
     order = rows.argsort(stable=True)
-    chosen = [order[piece] for piece in pieces(*values.shape)]
-    comparison = _Comparison(baseline, len(chosen[0]))
-    found = [comparison.piece(rows[part], _selected(values, part)) for part in chosen]
-    back = order.argsort()
+    rows, back = rows[order], order.argsort()
+    chosen = list(pieces(*values.shape))
+    comparison = _Comparison(baseline, values, len(rows[chosen[0]]))
+    found = [comparison.piece(rows[part], order[part]) for part in chosen]
     columns: list[Any] = [
         None if column[0] is None else as_tensor(joined(column))[back] for column in zip(*found, strict=True)
     ]
@@ -151,53 +154,83 @@ def measure_rows(baseline: BaselineRows, rows: Tensor, values: Tensor) -> RowDif
 class _Comparison:
     """Compares pieces of at most ``most`` rows with a baseline; remembers the baseline's rows of the last piece."""
 
-    def __init__(self, baseline: BaselineRows, most: int) -> None:
-        self.baseline = baseline
+    def __init__(self, baseline: BaselineRows, values: Tensor, most: int) -> None:
+        self.baseline, self.values = baseline, values
         self.targets = as_array(baseline.targets)
-        # without them, half of the time of simple arithmetic goes into new memory
-        shape = most, baseline.values.shape[1]
-        self.after, self.scratch = (baseline.norms.new_empty(shape) for _ in range(2))
+        # without these, more than half of the time of simple arithmetic goes into new memory
+        shape = most, values.shape[1]
+        self.gathered = values.new_empty(shape)
+        self.after, self.scratch, self.before, self.softmax = (baseline.norms.new_empty(shape) for _ in range(4))
         self.numbers: list[int] | None = None
         self.original: Array = None
         self.chances: Array = None
 
-    def piece(self, rows: Tensor, injected: Tensor) -> tuple[Array, ...]:
-        """Return the columns of ``RowDifferences`` for sorted rows (N,) and their values (N, V)."""
+    def piece(self, rows: Tensor, where: Tensor) -> tuple[Array, ...]:
+        """Return the columns of ``RowDifferences`` for sorted rows (N,) whose values are ``values[where]``."""
         original, chances = self._originals(rows)
-        after = as_array(self.after[: len(rows)].copy_(injected))
-        answers = None
-        if self.baseline.answers is not None:
-            numbers, scratch = as_array(rows), as_array(self.scratch[: len(rows)])
-            before = self.baseline.answers.chosen(numbers)
-            answers = answers_of(after, self.targets[numbers], scratch)
-        change = after
+        injected = self._selected(self.values, where)
+        change = after = as_array(self.after[: len(rows)].copy_(injected))
+        likeliest = None if self.baseline.answers is None else likeliest_of(after)
         change -= original
         norms = row_norms(change)
         # where the baseline is finite, a change is finite if and only if the row is
         finite = finite_rows(injected, norms)
-        if answers is None:
+        if self.baseline.answers is None or likeliest is None:
             return finite, norms, None, None, None
-        return finite, norms, answers.losses, divergences(change, chances, before, answers), _moved(before, answers)
+        numbers = as_array(rows)
+        before, targets = self.baseline.answers.chosen(numbers), self.targets[numbers]
+        near = is_near(norms)
+        if near.all():
+            losses, apart = nearby(change, chances, targets, before)
+        elif not near.any():
+            losses, apart = self._far(injected, change, chances, targets, before)
+        else:
+            losses, apart = self._either(near, injected, change, chances, targets, before)
+        return finite, norms, losses, apart, _moved(before, *likeliest)
+
+    def _far(
+        self, injected: Tensor, change: Array, chances: Array, targets: Array, before: RowAnswers
+    ) -> tuple[Array, Array]:
+        """Return losses and divergences of rows that a fault moved far."""
+        after = as_array(self.scratch[: len(injected)].copy_(injected))
+        answers = answers_of(after, targets, scratch=after)
+        return answers.losses, divergences(change, chances, before, answers)
+
+    def _either(
+        self, near: Array, injected: Tensor, change: Array, chances: Array, targets: Array, before: RowAnswers
+    ) -> tuple[Array, Array]:
+        losses, apart = before.losses + 0.0, before.losses + 0.0
+        for some, far in ((near, False), (~near, True)):
+            own = chances[some] if len(chances) > 1 else chances
+            facts = change[some], own, targets[some], before.chosen(some)
+            losses[some], apart[some] = self._far(injected[as_tensor(some)], *facts) if far else nearby(*facts)
+        return losses, apart
 
     def _originals(self, rows: Tensor) -> tuple[Array, Array]:
         """Return the baseline's rows and their softmax, (N, V) or (1, V) if all are one; None for an encoder's."""
-        distinct, which = rows.unique_consecutive(return_inverse=True)
-        if distinct.tolist() != self.numbers:
-            self.numbers, answers = distinct.tolist(), self.baseline.answers
-            self.original = as_array(_selected(self.baseline.values, distinct).double())
-            self.chances = answers and chances_of(self.original, answers.chosen(as_array(distinct)))
+        numbers = rows.tolist()
+        distinct = list(dict.fromkeys(numbers))
+        if distinct != self.numbers:
+            self.numbers, answers = distinct, self.baseline.answers
+            some = torch.tensor(distinct, dtype=torch.int64, device=rows.device)
+            known = slice(0, len(distinct))
+            self.original = as_array(self.before[known].copy_(self._selected(self.baseline.values, some)))
+            if answers is not None:
+                self.chances = chances_of(self.original, answers.chosen(as_array(some)), as_array(self.softmax[known]))
         if 1 < len(distinct) < len(rows):
-            inverse = as_array(which)
+            place = {number: i for i, number in enumerate(distinct)}
+            inverse = [place[number] for number in numbers]
             return self.original[inverse], None if self.chances is None else self.chances[inverse]
         return self.original, self.chances
 
+    def _selected(self, values: Tensor, rows: Tensor) -> Tensor:
+        """Return some rows; they are overwritten by the next call."""
+        if len(rows) == 1:
+            return values.narrow(0, int(rows), 1)
+        return torch.index_select(values, 0, rows, out=self.gathered[: len(rows)])
 
-def _moved(before: RowAnswers, after: RowAnswers) -> Array:
+
+def _moved(before: RowAnswers, top: Array, largest: Array) -> Array:
     # x - x is 0 for finite numbers alone
-    existed, exists = before.largest - before.largest == 0.0, after.largest - after.largest == 0.0
-    return (existed ^ exists) | (existed & exists & (before.top != after.top))
-
-
-def _selected(values: Tensor, rows: Tensor) -> Tensor:
-    # a view where one does
-    return values.narrow(0, int(rows), 1) if len(rows) == 1 else values.index_select(0, rows)
+    existed, exists = before.largest - before.largest == 0.0, largest - largest == 0.0
+    return (existed ^ exists) | (existed & exists & (before.top != top))

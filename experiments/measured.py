@@ -44,7 +44,7 @@ class Measured:
         batch_index: which batch it used.
         faults, fault_id: what was injected, first layer first, and its identity.
         records: what the faults hit.
-        baseline_loss, injected_loss: nats; None without a loss, or where the fault was not propagated.
+        baseline_loss: nats; None without a loss.
         effect: on the model's output; None if it was not propagated and may have had one.
         local: on the output of the first injected layer; None exactly if the fault was propagated (``scope`` full).
         detections: the run's rows of ``detections.csv``.
@@ -61,7 +61,6 @@ class Measured:
     fault_id: str
     records: Sequence[InjectionRecord]
     baseline_loss: float | None
-    injected_loss: float | None
     effect: Effect | None
     detections: Sequence[DetectionRow]
     metrics: PerformanceMetrics

@@ -6,7 +6,7 @@
                predicts nothing, its output moves by more than that, relatively
     benign     the rest
 
-Public names: ``Effect``, ``effect_of``, ``effects_of_differences``.
+Public names: ``Effect``, ``effect_of``, ``effects_of_differences``, ``losses_of_differences``.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from experiments.baseline_rows import BaselineRows, RowDifferences, measure_rows
-from experiments.objective import Evaluation
-from experiments.row_kernels import as_array, changed_rows, quiet, row_norms
+from experiments.objective import Evaluation, mean_losses
+from experiments.row_kernels import as_array, as_tensor, changed_rows, quiet, row_norms
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,8 @@ class Effect:
 
     Attributes:
         outcome: ``masked``, ``benign``, ``critical`` or ``nonfinite``.
-        loss_diff: injected minus baseline loss, nats; ``None`` without a loss.
+        injected_loss: loss of the injected pass, nats; ``None`` without a loss.
+        loss_diff: that minus the baseline's, nats; ``None`` without a loss.
         relative_change: L2 change of the output, relative.
         kl_mean: mean KL divergence of the predictions, nats; ``None`` for bare encoders.
         top1_changed: positions whose most likely token changed; ``None`` for bare encoders.
@@ -36,6 +37,7 @@ class Effect:
     """
 
     outcome: str
+    injected_loss: float | None
     loss_diff: float | None
     relative_change: float
     kl_mean: float | None
@@ -52,6 +54,9 @@ def effect_of(
     baseline_rows: BaselineRows | None = None,
 ) -> Effect:
     """Compare an injected pass with its baseline.
+
+    The loss is that of the baseline's rows but for those that changed, so that its change keeps its digits; it can
+    differ from ``injected.loss`` in the last ones.
 
     Padding does not count, but every bit of the output does for ``masked``, and every NaN or Inf for ``nonfinite``.
     Only the rows that are not bitwise the baseline's are computed with.
@@ -78,8 +83,29 @@ def effect_of(
     rows = torch.arange(len(values), device=values.device)
     rows = changed_rows(known.values, rows, values).nonzero().flatten()
     differences = measure_rows(known, rows, values.index_select(0, rows))
-    losses = baseline.loss, [injected.loss]
-    return effects_of_differences(known, rows, torch.zeros_like(rows), differences, losses, critical_loss)[0]
+    runs = torch.zeros_like(rows)
+    losses = [loss for loss, _ in losses_of_differences(known, rows, runs, differences, 1)]
+    return effects_of_differences(known, rows, runs, differences, losses, critical_loss)[0]
+
+
+def losses_of_differences(
+    baseline: BaselineRows, rows: Tensor, runs: Tensor, differences: RowDifferences, num_runs: int
+) -> list[tuple[float | None, Tensor | None]]:
+    """Return, for each of R runs, the mean loss (nats) and those of its sequences, (B,) float64; None for an encoder.
+
+    Args:
+        baseline: The fault-free rows.
+        rows: (N,) int64, the numbers of the rows that are not bitwise the baseline's; each at most once a run.
+        runs: (N,) int64, their runs, ``0 .. R - 1``.
+        differences: Of the N rows.
+        num_runs: R.
+    """
+    if baseline.answers is None or differences.losses is None:
+        return [(None, None)] * num_runs
+    losses = as_tensor(baseline.answers.losses).expand(num_runs, -1).clone()
+    losses[runs, rows] = differences.losses
+    means, sequence_means = mean_losses(losses, baseline.targets.view(baseline.shape))
+    return list(zip(means, sequence_means, strict=True))
 
 
 @quiet
@@ -88,7 +114,7 @@ def effects_of_differences(
     rows: Tensor,
     runs: Tensor,
     differences: RowDifferences,
-    losses: tuple[float | None, Sequence[float | None]],
+    losses: Sequence[float | None],
     critical_loss: float,
 ) -> list[Effect]:
     """Put together, for each of R runs, what its rows that are not bitwise the baseline's differ in.
@@ -98,10 +124,10 @@ def effects_of_differences(
         rows: (N,) int64, their numbers; each at most once a run.
         runs: (N,) int64, their runs, ``0 .. R - 1``.
         differences: Of the N rows.
-        losses: The loss of the baseline, and those of the R runs; None without a loss.
+        losses: Those of the R runs, nats; None without a loss.
         critical_loss: Losses may move by so much, nats.
     """
-    num_runs = len(losses[1])
+    num_runs = len(losses)
 
     def spread(values: Tensor, elsewhere: Tensor) -> Tensor:
         """Return (R, B * T): the values in their runs and rows, the baseline's elsewhere."""
@@ -123,15 +149,17 @@ def effects_of_differences(
         divergences = (as_array(spread_real(differences.divergences)).sum(axis=-1) / int(baseline.real.sum())).tolist()
         moved = (spread(differences.moved, torch.zeros_like(baseline.real)) & baseline.real).sum(dim=1).tolist()
     effects = []
-    for run, injected_loss in enumerate(losses[1]):
-        loss_diff = None if losses[0] is None or injected_loss is None else injected_loss - losses[0]
+    for run, injected_loss in enumerate(losses):
+        loss_diff = None if baseline.loss is None or injected_loss is None else injected_loss - baseline.loss
         broken = nonfinite[run] > 0 or (injected_loss is not None and not _is_finite(injected_loss))
         moves = abs(changes[run] if loss_diff is None else loss_diff) > critical_loss
         if not changed[run] and not nonfinite[run]:
             outcome = "masked"
         else:
             outcome = "nonfinite" if broken else "critical" if moved[run] or moves else "benign"
-        effects.append(Effect(outcome, loss_diff, changes[run], divergences[run], moved[run], nonfinite[run]))
+        effects.append(
+            Effect(outcome, injected_loss, loss_diff, changes[run], divergences[run], moved[run], nonfinite[run])
+        )
     return effects
 
 

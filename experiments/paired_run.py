@@ -251,7 +251,6 @@ class PairedRunner:
             fault_id=drawn.fault_id,
             records=injected.records,
             baseline_loss=baseline.evaluation.loss,
-            injected_loss=None if reached is None else injected.evaluation.loss,
             effect=reached,
             local=local,
             detections=detections,

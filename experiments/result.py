@@ -6,8 +6,8 @@ A column exists once: as a field of a dataclass here. Its unit is in its name, i
 Cells: a number that does not exist is an empty cell, never 0; floats are written by ``repr`` so that they read back to
 the same bits; ``value_after`` may be ``nan`` or ``inf``; booleans are ``True`` and ``False``.
 
-Public names: ``ExperimentResult``, ``DetectionRow``, ``PropagationRow``, ``CleanRow``, ``FailureRow``, ``columns``, ``cell``,
-``cells``, ``TIMINGS``, ``UNREPEATABLE``.
+Public names: ``ExperimentResult``, ``DetectionRow``, ``PropagationRow``, ``CleanRow``, ``FailureRow``, ``columns``,
+``cell``, ``cells``, ``TIMINGS``, ``UNREPEATABLE``.
 """
 
 from __future__ import annotations

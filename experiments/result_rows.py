@@ -159,7 +159,7 @@ def _effect_columns(measured: Measured) -> dict[str, Any]:
         "local_change": None if local is None else local.relative,
         "local_max": None if local is None else local.largest,
         "baseline_loss": measured.baseline_loss,
-        "injected_loss": measured.injected_loss,
+        "injected_loss": None if effect is None else effect.injected_loss,
         "loss_diff": None if effect is None else effect.loss_diff,
         "relative_change": None if effect is None else effect.relative_change,
         "kl_mean": None if effect is None else effect.kl_mean,

@@ -1,8 +1,8 @@
 """The effects of many faults from the rows alone that they changed.
 
 A fast engine runs faults together and knows, for each, the rows (b, t) of the output that may differ from the
-baseline's; all others are bitwise equal. The effects and losses are those that ``effect_of`` and ``loss_and_logits``
-find in the whole output, to the last bit (on the CPU), because both use the same arithmetic on rows.
+baseline's; all others are bitwise equal. The effects are those that ``effect_of`` finds in the whole output, to the
+last bit (on the CPU), because both use the same arithmetic on rows.
 
     baseline_rows = BaselineRows.of("causal", evaluation.output, batch)        # once
     found = effects_of_rows(baseline_rows, rows, logits, runs, num_runs, critical_loss=1e-3)
@@ -24,10 +24,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from experiments.baseline_rows import BaselineRows, RowDifferences, measure_rows
-from experiments.objective import mean_losses
-from experiments.outcome import Effect, effects_of_differences
-from experiments.row_kernels import as_tensor, changed_rows
+from experiments.baseline_rows import BaselineRows, measure_rows
+from experiments.outcome import Effect, effects_of_differences, losses_of_differences
+from experiments.row_kernels import changed_rows
 
 __all__ = ["BaselineRows", "RowEffect", "effects_of_rows"]
 
@@ -38,12 +37,10 @@ class RowEffect:
 
     Attributes:
         effect: What ``effect_of`` gives.
-        injected_loss: ``Evaluation.loss`` of the faulty pass, nats; None for an encoder.
-        sequence_losses: ``Evaluation.sequence_losses``, (B,) float64; None for an encoder.
+        sequence_losses: The mean losses of the sequences, (B,) float64, nats; None for an encoder.
     """
 
     effect: Effect
-    injected_loss: float | None
     sequence_losses: Tensor | None
 
 
@@ -72,21 +69,10 @@ def effects_of_rows(
     if len(chosen) < len(rows):
         rows, logits, runs = rows[chosen], logits.index_select(0, chosen), runs[chosen]
     differences = measure_rows(baseline_rows, rows, logits)
-    losses = _losses(baseline_rows, rows, runs, differences, num_runs)
-    both = baseline_rows.loss, [loss for loss, _ in losses]
-    effects = effects_of_differences(baseline_rows, rows, runs, differences, both, critical_loss)
-    return [RowEffect(effect, *pair) for effect, pair in zip(effects, losses, strict=True)]
-
-
-def _losses(
-    baseline: BaselineRows, rows: Tensor, runs: Tensor, differences: RowDifferences, num_runs: int
-) -> list[tuple[float | None, Tensor | None]]:
-    if baseline.answers is None or differences.losses is None:
-        return [(None, None)] * num_runs
-    losses = as_tensor(baseline.answers.losses).expand(num_runs, -1).clone()
-    losses[runs, rows] = differences.losses
-    means, sequence_means = mean_losses(losses, baseline.targets.view(baseline.shape))
-    return list(zip(means, sequence_means, strict=True))
+    losses = losses_of_differences(baseline_rows, rows, runs, differences, num_runs)
+    means = [mean for mean, _ in losses]
+    effects = effects_of_differences(baseline_rows, rows, runs, differences, means, critical_loss)
+    return [RowEffect(effect, sequences) for effect, (_, sequences) in zip(effects, losses, strict=True)]
 
 
 def _check(baseline: BaselineRows, rows: Tensor, logits: Tensor, runs: Tensor, num_runs: int) -> None:

@@ -7,7 +7,8 @@ and the exp of an element and the sum of a row do not depend on where they stand
 the same names.
 
 Public names: ``Array``, ``as_array``, ``as_tensor``, ``joined``, ``quiet``, ``pieces``, ``RowAnswers``,
-``answers_of``, ``chances_of``, ``divergences``, ``changed_rows``, ``row_norms``, ``finite_rows``.
+``answers_of``, ``likeliest_of``, ``chances_of``, ``nearby``, ``is_near``, ``divergences``, ``changed_rows``,
+``row_norms``, ``finite_rows``.
 
 >>> before, after = np.zeros((1, 2)), np.array([[0.0, 1e-6]])
 >>> answers = answers_of(before, np.array([1])), answers_of(after, np.array([1]))
@@ -39,6 +40,7 @@ _CHUNK_ELEMENTS = 1 << 17  # 1 MiB of float64, so that the few copies of a piece
 _BLOCK = 1 << 13  # a dot product of so many is not split among the threads of a BLAS
 _START = 64  # columns that tell most changed rows
 _PLAIN = 2.0**-24
+_NEAR = 1.0
 
 
 def quiet(function: Callable[_P, _R]) -> Callable[_P, _R]:
@@ -96,8 +98,8 @@ def answers_of(logits: Array, targets: Array, scratch: Array | None = None) -> R
         scratch: Like the logits, or the logits themselves; overwritten.
     """
     use = _names(logits)
-    every, top = use.arange(len(logits)), logits.argmax(axis=-1)
-    largest, wanted = logits[every, top], logits[every, targets.clip(min=0)]
+    top, largest = likeliest_of(logits)
+    wanted = logits[use.arange(len(logits)), targets.clip(min=0)]
     shifted = use.subtract(logits, largest[:, None], out=scratch)
     log_sum = use.log(use.exp(shifted, out=shifted).sum(axis=-1))
     # not logsumexp minus the target: for logits of 1e20, as faults make them, that difference has no digit left
@@ -105,11 +107,51 @@ def answers_of(logits: Array, targets: Array, scratch: Array | None = None) -> R
     return RowAnswers(largest, top, log_sum, losses)
 
 
-def chances_of(logits: Array, answers: RowAnswers) -> Array:
-    """Return ``softmax(logits)`` of rows (N, V) float64 from what they answer."""
-    rows = logits - answers.largest[:, None]
+def likeliest_of(logits: Array) -> tuple[Array, Array]:
+    """Return the first of the largest logits of rows (N, V), and that logit: (N,) each."""
+    top = logits.argmax(axis=-1)
+    return top, logits[_names(logits).arange(len(logits)), top]
+
+
+def chances_of(logits: Array, answers: RowAnswers, scratch: Array | None = None) -> Array:
+    """Return ``softmax(logits)`` of rows (N, V) float64 from what they answer, in ``scratch`` if there is one."""
+    use = _names(logits)
+    rows = use.subtract(logits, answers.largest[:, None], out=scratch)
     rows -= answers.log_sum[:, None]
-    return _names(rows).exp(rows, out=rows)
+    return use.exp(rows, out=rows)
+
+
+def nearby(change: Array, chances: Array, targets: Array, before: RowAnswers) -> tuple[Array, Array]:
+    """Return losses and divergences of rows ``a = b + change`` that are near b, with one exp an element and not two.
+
+    With ``p = softmax(b)``, ``d`` the change, ``m = sum p d`` and ``g = log(1 + sum p expm1(d - m))``, logsumexp grows
+    by ``m + g``. So the loss of a target t is that of b, plus ``m + g - d[t]``, and ``KL(softmax(b) || softmax(a))``
+    is ``g - sum p (d - m)``: all of them sums of terms as small as the change, which keeps the digits of what they
+    differ by (of a divergence about ``2**-52 / d``: 1e-9 for changes in the last bit of a float32).
+
+    Args:
+        change: (N, V) float64, ``a - b``, of a norm that ``is_near``; overwritten.
+        chances: p, (N, V) float64, or (1, V) if all rows have one b.
+        targets: (N,) int64 in ``0 .. V - 1``, or -100 for none.
+        before: The answers of b.
+
+    Returns:
+        Losses in nats, 0 without a target, and divergences in nats, never negative: (N,) float64 each.
+    """
+    use = _names(change)
+    wanted = change[use.arange(len(change)), targets.clip(min=0)]
+    mean = _dots(chances, change)
+    change -= mean[:, None]
+    rest = _dots(chances, change)
+    growth = use.log1p(_dots(chances, use.expm1(change, out=change)))
+    losses = use.where(targets == IGNORED, 0.0, before.losses + (mean + growth - wanted))
+    # a divergence is >= 0; what rounding leaves below is 0
+    return losses, (growth - rest).clip(min=0.0)
+
+
+def is_near(norms: Array) -> Array:
+    """Return (N,) bool, for which Euclidean norms (N,) of changes ``nearby`` is right: no exp of them can overflow."""
+    return norms <= _NEAR
 
 
 def divergences(change: Array, chances: Array, before: RowAnswers, after: RowAnswers) -> Array:

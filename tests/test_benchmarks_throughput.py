@@ -95,7 +95,8 @@ def test_check_notices_what_differs_and_the_floor_is_the_count_by_hand(model):
         (found,) = make_variants(work, opened, Counts.of(16))["everything_default"].execute([fault])
         check = PlainCheck(work)
         assert check.differing(fault, found) is None
-        assert check.differing(fault, dataclasses.replace(found, injected_loss=0.0)) == "injected_loss"
+        other = dataclasses.replace(found.effect, injected_loss=0.0)
+        assert check.differing(fault, dataclasses.replace(found, effect=other)) == "effect"
         name, verdict = next(iter(found.verdicts.items()))
         wrong = {name: dataclasses.replace(verdict, violations=verdict.violations + 1)}
         assert check.differing(fault, dataclasses.replace(found, verdicts=wrong)) == name

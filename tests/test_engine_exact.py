@@ -163,10 +163,10 @@ def test_a_run_that_is_not_propagated_has_no_effect_unless_it_is_masked(llama: P
         moved = other.local.largest != 0.0 or other.local.relative != 0.0
         unmoved += not moved
         if moved:
-            assert (other.effect, other.injected_loss) == (None, None)
+            assert other.effect is None
         else:
             assert other.effect is not None
-            assert (other.effect.outcome, other.injected_loss) == ("masked", injected.evaluation.loss)
+            assert (other.effect.outcome, other.effect.injected_loss) == ("masked", injected.evaluation.loss)
         if one is not None:
             assert repr((one.local, one.verdicts, one.record)) == repr((other.local, other.verdicts, other.record))
     assert 0 < unmoved < len(faults)

@@ -14,6 +14,7 @@ BATCH = {"input_ids": TOKENS}
 PADDED = {"input_ids": TOKENS, "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])}
 # Token 2 leads by one everywhere.
 CLEAN = torch.tensor([1.0, 0.0, 2.0, -1.0]).expand(2, 4, 4).contiguous()
+CLEAN_LOSS = loss_and_logits("causal", CLEAN, BATCH).loss
 
 
 def effect(
@@ -30,7 +31,7 @@ def changed(row: int, position: int, token: int, value: float) -> Tensor:
 
 
 def test_equal_to_the_bit_is_masked_and_every_difference_is_exactly_zero() -> None:
-    assert effect(CLEAN.clone()) == Effect("masked", 0.0, 0.0, 0.0, 0, 0)
+    assert effect(CLEAN.clone()) == Effect("masked", CLEAN_LOSS, 0.0, 0.0, 0.0, 0, 0)
 
 
 def test_a_small_change_that_moves_no_prediction_is_benign() -> None:
@@ -46,7 +47,7 @@ def test_a_small_change_that_moves_no_prediction_is_benign() -> None:
 def test_one_other_bit_is_not_masked_even_if_no_number_moves() -> None:
     clean = changed(0, 0, 1, 0.0)
     found = effect(changed(0, 0, 1, -0.0), clean=clean)
-    assert found == Effect("benign", 0.0, 0.0, 0.0, 0, 0)
+    assert found == Effect("benign", CLEAN_LOSS, 0.0, 0.0, 0.0, 0, 0)
 
 
 def test_another_prediction_is_critical_however_small_the_change_of_the_loss() -> None:
@@ -86,8 +87,10 @@ def test_nonfinite_rows_are_counted() -> None:
 
 
 def test_finite_logits_with_a_loss_that_is_not_are_nonfinite() -> None:
-    injected = Evaluation(math.inf, None, CLEAN + 1)
-    found = effect_of(Evaluation(1.0, None, CLEAN), injected, BATCH, "causal", 1e9)
+    clean = CLEAN.double()
+    injected = clean.clone()
+    injected[0, 0] = torch.tensor([1.7e308, -1.7e308, 0.0, 0.0], dtype=torch.float64)
+    found = effect(injected, clean=clean, critical_loss=1e9)
     assert (found.outcome, found.nonfinite_rows, found.loss_diff) == ("nonfinite", 0, math.inf)
 
 
@@ -118,7 +121,7 @@ def encoder_effect(injected: Tensor, critical: float = 1e-3, clean: Tensor = CLE
 
 
 def test_a_bare_encoder_has_no_loss_and_predicts_nothing() -> None:
-    assert encoder_effect(CLEAN.clone()) == Effect("masked", None, 0.0, None, None, 0)
+    assert encoder_effect(CLEAN.clone()) == Effect("masked", None, None, 0.0, None, None, 0)
     found = encoder_effect(changed(0, 0, 0, 1.0 + 1e-6))
     assert (found.outcome, found.loss_diff, found.kl_mean, found.top1_changed) == ("benign", None, None, None)
 

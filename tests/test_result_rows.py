@@ -25,7 +25,7 @@ BEHIND = ("injected_loss", "loss_diff", "relative_change", "kl_mean", "top1_chan
 CONFIG = ExperimentConfig(detect=DetectConfig(["finite", "s@w"]), injection_bit=30)
 (PLANNED,) = make_plan(CONFIG).runs
 SETTING = Setting(model="m", source="pydoc", dtype="float32", device="cpu", depth=4)
-MASKED = Effect("masked", 0.0, 0.0, 0.0, 0, 0)
+MASKED = Effect("masked", 1.5, 0.0, 0.0, 0.0, 0, 0)
 BATCH = {"input_ids": torch.zeros(2, 12, dtype=torch.int64)}
 
 
@@ -40,7 +40,7 @@ def measured(*faults: Fault, **changes: Any) -> Measured:
     values: dict[str, Any] = {
         "batch_index": 3, "faults": faults, "fault_id": "f" * 16,
         "records": [InjectionRecord(f, 1.0, 2.0, 0x3F800000, 0x40000000, 1, torch.float32) for f in faults],
-        "baseline_loss": 1.5, "injected_loss": 1.75, "effect": Effect("critical", 0.25, 0.1, 0.2, 1, 0),
+        "baseline_loss": 1.5, "effect": Effect("critical", 1.75, 0.25, 0.1, 0.2, 1, 0),
         "detections": (), "metrics": PerformanceMetrics(), "injection_seconds": 0.5,
     }  # fmt: skip
     return Measured(**{**values, **changes})
@@ -62,7 +62,7 @@ def test_a_run_that_was_propagated() -> None:
 
 def test_a_run_that_stayed_in_its_layer_has_no_outcome() -> None:
     local = LocalChange(0.5, float("inf"))
-    result = row(measured(fault(), effect=None, injected_loss=None, local=local, execution="fast"))
+    result = row(measured(fault(), effect=None, local=local, execution="fast"))
     assert (result.scope, result.local_change, result.local_max) == ("site", 0.5, float("inf"))
     assert {getattr(result, name) for name in BEHIND} == {None}
     written = dict(zip(columns(ExperimentResult), cells(result), strict=True))
@@ -72,7 +72,7 @@ def test_a_run_that_stayed_in_its_layer_has_no_outcome() -> None:
 
 def test_a_run_that_changes_nothing_in_its_layer_is_masked() -> None:
     local = LocalChange(0.0, 0.0)
-    result = row(measured(fault(), effect=MASKED, injected_loss=1.5, local=local))
+    result = row(measured(fault(), effect=MASKED, local=local))
     assert [getattr(result, name) for name in BEHIND] == [1.5, 0.0, 0.0, 0.0, 0, False, "masked"]
     assert (result.scope, result.local_change, result.local_max) == ("site", 0.0, 0.0)
 

@@ -42,15 +42,24 @@ def same(left: Any, right: Any) -> bool:
     return left == right or (isinstance(left, float) and math.isnan(left) and math.isnan(right))
 
 
+def close(left: Any, right: Any) -> bool:
+    """Whether two losses agree but for rounding; NaN equals NaN."""
+    if left is None or right is None:
+        return left is right
+    return np.allclose(left, right, rtol=1e-13, atol=1e-15, equal_nan=True)
+
+
 def whole(family: str, clean: Tensor, faulty: Tensor, batch: dict[str, Tensor]) -> RowEffect:
+    """Return the effect on the whole output, with losses of the faulty one alone."""
     before, after = (loss_and_logits(family, output, batch) for output in (clean, faulty))
-    return RowEffect(effect_of(before, after, batch, family, 1e-3), after.loss, after.sequence_losses)
+    effect = effect_of(before, after, batch, family, 1e-3)
+    assert close(effect.injected_loss, after.loss)
+    return RowEffect(effect, after.sequence_losses)
 
 
 def assert_same(found: RowEffect, expected: RowEffect) -> None:
     assert same(found.effect, expected.effect), (found.effect, expected.effect)
-    assert same(found.injected_loss, expected.injected_loss)
-    assert same(found.sequence_losses, expected.sequence_losses)
+    assert close(found.sequence_losses, expected.sequence_losses)
 
 
 # ------------------------------------------------------------------------------- rows are the whole, to the last bit
@@ -147,7 +156,7 @@ def test_an_effect_is_that_of_scipy_on_the_whole_output(dtype: torch.dtype) -> N
     assert found.effect.top1_changed == (p.argmax(axis=-1) != q.argmax(axis=-1))[real].sum()
     tokens = batch["input_ids"].numpy()
     losses = [-q[0, np.arange(5), tokens[0, 1:]], -q[1, np.arange(3), tokens[1, 1:4]]]
-    assert found.injected_loss == pytest.approx(np.concatenate(losses).mean(), rel=1e-13)
+    assert found.effect.injected_loss == pytest.approx(np.concatenate(losses).mean(), rel=1e-13)
     assert found.sequence_losses is not None
     assert found.sequence_losses.tolist() == pytest.approx([part.mean() for part in losses], rel=1e-13)
 
@@ -220,7 +229,7 @@ def test_a_run_without_rows_is_masked() -> None:
     found = effects_of_rows(known, none, torch.empty(0, 5), none, 2, 1e-3)
     evaluation = loss_and_logits("causal", clean, batch)
     for run in found:
-        assert_same(run, RowEffect(Effect("masked", 0.0, 0.0, 0.0, 0, 0), evaluation.loss, evaluation.sequence_losses))
+        assert_same(run, RowEffect(Effect("masked", evaluation.loss, 0.0, 0.0, 0.0, 0, 0), evaluation.sequence_losses))
     # so is one whose rows are as they were
     same_row = effects_of_rows(known, torch.tensor([4]), clean[1, 1:2], torch.tensor([1]), 2, 1e-3)
     assert [run.effect.outcome for run in same_row] == ["masked", "masked"]
@@ -293,6 +302,44 @@ def test_small_divergences_have_their_digits(width: int, change: float, shift: f
     found = kl_per_position(before, after).numpy()
     expected = exact_divergence(before.numpy(), after.numpy())
     np.testing.assert_allclose(found, expected.astype(np.float64), rtol=1e-7)
+
+
+def exact_losses(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """Return cross-entropies in extended precision."""
+    x = logits.astype(np.longdouble)
+    x -= x.max(axis=1, keepdims=True)
+    return np.log(np.exp(x).sum(axis=1)) - x[np.arange(len(x)), targets]
+
+
+@pytest.mark.skipif(np.finfo(np.longdouble).nmant < 63, reason="no extended precision here")
+@pytest.mark.parametrize("size", [1e-6, 1e-3, 0.5, 0.999, 1.001, 3.0, 100.0])
+@pytest.mark.parametrize("width", [384, 50257])
+def test_rows_near_and_far_have_the_digits_of_losses_and_divergences(width: int, size: float) -> None:
+    tokens = random_tokens(1, 7, vocabulary=width)
+    clean = random_rows(1, 7, width).double()
+    known = BaselineRows.of("causal", clean, {"input_ids": tokens})
+    change = random_rows(6, width, seed=1, scale=1.0).double()
+    faulty = clean[0, :6] + size * change / change.norm(dim=1, keepdim=True)
+    found = measure_rows(known, torch.arange(6), faulty)
+    assert found.losses is not None
+    assert found.divergences is not None
+    before, after = clean[0, :6].numpy(), faulty.numpy()
+    np.testing.assert_allclose(found.divergences, exact_divergence(before, after).astype(float), rtol=1e-6, atol=1e-24)
+    expected = exact_losses(after, tokens[0, 1:].numpy())
+    np.testing.assert_allclose(found.losses, expected.astype(float), rtol=1e-14)
+
+
+def test_near_and_far_rows_in_one_piece_have_the_numbers_they_have_alone() -> None:
+    clean = random_rows(1, 9, 5000)
+    known = BaselineRows.of("causal", clean, {"input_ids": random_tokens(1, 9, vocabulary=5000)})
+    rows = torch.arange(9).repeat(2)
+    sizes = torch.tensor([1e-4, 1.0, 50.0]).repeat(6)[:, None]
+    change = random_rows(18, 5000, seed=1, scale=1.0)
+    values = clean[0][rows] + sizes * change / change.norm(dim=1, keepdim=True)
+    together = measure_rows(known, rows, values)
+    for row in range(18):
+        for some, every in zip(measure_rows(known, rows[row : row + 1], values[row : row + 1]), together, strict=True):
+            assert torch.equal(some, every[row : row + 1])
 
 
 @pytest.mark.skipif(np.finfo(np.longdouble).nmant < 63, reason="no extended precision here")

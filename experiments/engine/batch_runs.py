@@ -194,7 +194,6 @@ class BatchRuns:
                 fault_id=run.fault_id,
                 records=(found.record,),
                 baseline_loss=run.baseline.evaluation.loss,
-                injected_loss=found.injected_loss,
                 effect=found.effect,
                 local=None if run.propagates else found.local,
                 detections=detections,

@@ -56,7 +56,6 @@ class FastRun:
         local: how far the layer's attention output moved.
         behind: by layer behind the fault, what ``finite`` says there, where it is not what it says of the clean pass.
         effect: on the model's output; None if it was not propagated.
-        injected_loss: mean loss; None without one, or if it was not propagated.
         seconds: its share of the passes it was part of.
     """
 
@@ -65,7 +64,6 @@ class FastRun:
     local: LocalChange
     behind: Mapping[int, Verdict]
     effect: Effect | None
-    injected_loss: float | None
     seconds: float
 
 
@@ -321,6 +319,5 @@ def _finished(run: _Run, effect: RowEffect | None) -> FastRun:
         run.local,
         run.behind,
         None if effect is None else effect.effect,
-        None if effect is None else effect.injected_loss,
         run.seconds,
     )
