@@ -5,7 +5,8 @@
 
 Each figure is the peak of the resident set of a process of its own, model and libraries included: one that makes the
 model and runs one eager forward pass, and one that makes the model and executes runs with all default detectors. Beside
-it stands what the engine keeps of the fault-free pass (``Recording.nbytes``).
+it stands what is kept of the fault-free pass: for runs to begin from (``Recording.nbytes``), and by the forward cache
+within its budget.
 
 Public names: ``peak_of``, ``main``.
 """
@@ -30,7 +31,7 @@ from experiments.provenance import set_determinism
 from monitoring.memory import ResidentPeak, resident_bytes
 
 ALLOWED = 1.3
-"""A campaign may take so many times the memory of a plain pass, and the recording."""
+"""A campaign may take so many times the memory of a plain pass, and what is kept of the fault-free one."""
 
 PARTS = ("forward", "campaign")
 
@@ -61,8 +62,9 @@ def campaign(model: str, dtype: str, shape: Shape, quick: bool, runs: int, peak:
                 raise record
             executions[record.result.execution] = executions.get(record.result.execution, 0) + 1
         reached = peak.peak_bytes
+        cached = work.pairs.forward.cache.nbytes
         recording = work.opened(DEFAULT_DETECTORS).recording.nbytes
-    return {"executions": executions, "recording_bytes": recording, "peak_bytes": reached}
+    return {"executions": executions, "recording_bytes": recording, "cache_bytes": cached, "peak_bytes": reached}
 
 
 def peak_of(part: str, options: Sequence[str]) -> dict[str, Any]:
@@ -107,19 +109,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parts = {part: peak_of(part, options) for part in PARTS}
     machine = parts["forward"].pop("machine")
     del parts["campaign"]["machine"]
-    plain, runs, recording = (
-        parts["forward"]["peak_bytes"], parts["campaign"]["peak_bytes"], parts["campaign"]["recording_bytes"]
-    )  # fmt: skip
+    plain, runs = parts["forward"]["peak_bytes"], parts["campaign"]["peak_bytes"]
+    recording, cached = parts["campaign"]["recording_bytes"], parts["campaign"]["cache_bytes"]
     found = {"machine": machine, "model": chosen.model, "dtype": chosen.dtype, "shape": chosen.shape, **parts}
-    found |= {"ratio": runs / plain, "ratio_without_recording": (runs - recording) / plain, "allowed": ALLOWED}
+    found |= {"ratio": runs / plain, "ratio_without_kept": (runs - recording - cached) / plain, "allowed": ALLOWED}
     if chosen.json:
         print(json.dumps(found))
         return
     mega = 2.0**20
     print(f"one eager forward pass {plain / mega:.0f} MiB, libraries {parts['forward']['libraries_bytes'] / mega:.0f}")
     print(f"campaign {runs / mega:.0f} MiB, runs by {parts['campaign']['executions']}")
-    print(f"recording {recording / mega:.0f} MiB")
-    print(f"ratio {runs / plain:.2f}, without the recording {found['ratio_without_recording']:.2f}, allowed {ALLOWED}")
+    print(f"kept of the fault-free pass: {recording / mega:.0f} MiB recorded, {cached / mega:.0f} MiB in the cache")
+    print(f"ratio {runs / plain:.2f}, without what is kept {found['ratio_without_kept']:.2f}, allowed {ALLOWED}")
 
 
 if __name__ == "__main__":
