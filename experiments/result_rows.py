@@ -120,15 +120,14 @@ def clean_rows(baseline_id: str, baseline: Baseline, layer_names: Sequence[str],
 
 def propagation_rows(run_id: str, changes: Mapping[int, float]) -> tuple[PropagationRow, ...]:
     """Return one row for every block, given by number how far what it returns moved."""
-    return tuple(
-        PropagationRow(run_id=run_id, layer=number, relative_change=change)
-        for number, change in sorted(changes.items())
-    )
+    pairs = sorted(changes.items())
+    return tuple(PropagationRow(run_id=run_id, layer=number, relative_change=change) for number, change in pairs)
 
 
 def run_row(planned: PlannedRun, config: ExperimentConfig, setting: Setting, measured: Measured) -> ExperimentResult:
     """Return the row of ``runs.csv``; see ``ExperimentResult`` for what each column means."""
     first, metrics = measured.faults[0], measured.metrics
+    epsilon = measured.tightest or (None, None, None)
     return ExperimentResult(
         run_id=planned.run_id,
         repeat=planned.repeat,
@@ -148,7 +147,9 @@ def run_row(planned: PlannedRun, config: ExperimentConfig, setting: Setting, mea
         sampling_weight=1.0,
         **_effect_columns(measured),
         **_detection_columns(measured.detections, first.layer),
-        **dict(zip(("epsilon", "epsilon_lower", "epsilon_upper"), measured.tightest or (None,) * 3, strict=True)),
+        epsilon=epsilon[0],
+        epsilon_lower=epsilon[1],
+        epsilon_upper=epsilon[2],
         certificate=_certificate(measured.certificate, measured.faults, measured.detections),
         **correction_columns(measured.faults, measured.corrector),
         baseline_seconds=metrics.baseline_forward_time,

@@ -246,7 +246,7 @@ class FastEngine:
     ) -> None:
         changes = outputs.changes(number, rows, hidden, owner, len(runs))
         for run, change in zip(runs, changes, strict=True):
-            # Also where a run that must go through whole sequences was said to change something.
+            # Zeros too: what was noted of a run before it had to go through whole sequences is void.
             if number in run.block_changes:
                 run.block_changes[number] = change
 
