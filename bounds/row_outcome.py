@@ -128,8 +128,10 @@ def _tightest(
 ) -> tuple[list[float], list[list[float]]]:
     """Return the smallest margin of each sequence, and what is bounded there with its bounds; all are (F, rows)."""
     row = margin.argmin(1, keepdim=True)
-    # Where even the smallest is infinite, rows that do not count have it too.
-    row = torch.where(bounded.gather(1, row), row, bounded.byte().argmax(1, keepdim=True))
+    counts = bounded.gather(1, row)
+    if not bool(counts.all()):
+        # Where even the smallest is infinite, rows that do not count have it too.
+        row = torch.where(counts, row, bounded.byte().argmax(1, keepdim=True))
     margin, value, lower, upper, allowed = (each.gather(1, row) for each in (margin, value, lower, upper, allowed))
     return margin[:, 0].tolist(), torch.cat([value, lower - allowed, upper + allowed], 1).tolist()
 

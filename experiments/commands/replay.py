@@ -8,7 +8,7 @@ Public name: ``replay``.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from experiments.campaign_folder import CampaignFolder
 from experiments.commands.options import take_value
@@ -40,7 +40,7 @@ def replay(arguments: Sequence[str]) -> int:
         raise UsageError("replay: needs a campaign folder and a run id, e.g. replay results/default 0123456789abcdef")
     folder = CampaignFolder.existing(arguments[0])
     plan = make_plan(folder.config())
-    recorded = _recorded(folder)
+    recorded, blocks = _recorded(folder), _blocks(folder, arguments[1:])
     runs = [plan.by_id(run_id) for run_id in arguments[1:]]
     for run in runs:
         if run.run_id not in recorded:
@@ -50,8 +50,8 @@ def replay(arguments: Sequence[str]) -> int:
     with Contexts(TraceWriter(None)) as contexts:
         for again in _executed(contexts, plan, runs, engine):
             run_id = again.result.run_id
-            row, blocks = recorded[run_id], [cells(row) for row in again.propagation]
-            same &= _print_comparison(row, cells(again.result), _differing_blocks(_blocks(folder, run_id), blocks))
+            differing = _differing_blocks(blocks[run_id], [cells(row) for row in again.propagation])
+            same &= _print_comparison(recorded[run_id], cells(again.result), differing)
     return 0 if same else 1
 
 
@@ -72,12 +72,13 @@ def _recorded(folder: CampaignFolder) -> dict[str, list[str]]:
     return {row[0]: row for path in folder.shard_files() for row in read_rows(path, header)}
 
 
-def _blocks(folder: CampaignFolder, run_id: str) -> list[list[str]]:
-    """Return the rows of a run that one worker left behind; another one's are the same."""
-    header = columns(PropagationRow)
-    by_worker = (read_rows(path, header) for path in folder.shard_files(".propagation"))
-    found = ([row for row in rows if row[0] == run_id] for rows in by_worker)
-    return next((rows for rows in found if rows), [])
+def _blocks(folder: CampaignFolder, run_ids: Collection[str]) -> dict[str, list[list[str]]]:
+    """Return the rows of ``propagation.csv`` by run; of a run that two workers did, those of the last."""
+    found: dict[str, list[list[str]]] = {run_id: [] for run_id in run_ids}
+    for path in folder.shard_files(".propagation"):
+        of_worker = sorted(row for row in read_rows(path, columns(PropagationRow)) if row[0] in found)
+        found |= {run_id: list(rows) for run_id, rows in itertools.groupby(of_worker, key=lambda row: row[0])}
+    return found
 
 
 def _differing_blocks(recorded: list[list[str]], again: list[list[str]]) -> list[tuple[str, str, str]]:
