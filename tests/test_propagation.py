@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from engine_places import opened_place, padded, small_bert, small_gpt2, small_llama, tokens
 from micro_campaign import MicroPlace, table
 from test_engine_campaigns import arguments, campaign, same_tables, saved
@@ -270,8 +271,12 @@ def test_rows_of_a_run_that_does_not_count_are_written_again(place: MicroPlace, 
 def test_a_model_without_a_chain_of_blocks_has_no_rows_and_says_why(
     place: MicroPlace, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    more = [f"--model.path={saved('albert', tmp_path)}", "--data.source=synthetic", "--num_runs=1"]
-    folder = campaign(place, tmp_path / "results", *more)
+    config = transformers.AlbertConfig(
+        vocab_size=300, embedding_size=16, hidden_size=32, num_hidden_layers=3, num_attention_heads=4,
+        intermediate_size=48, max_position_embeddings=64,
+    )  # fmt: skip
+    transformers.AlbertModel(config).save_pretrained(tmp_path / "albert")
+    folder = campaign(place, tmp_path, f"--model.path={tmp_path / 'albert'}", "--data.source=synthetic", "--num_runs=1")
     assert table(folder / "propagation.csv") == []
     assert len(table(folder / "runs.csv")) == 12
     facts = json.loads((folder / "provenance.json").read_text())["contexts"].popitem()[1]
@@ -283,14 +288,17 @@ def test_a_model_without_a_chain_of_blocks_has_no_rows_and_says_why(
 def test_an_encoder_and_a_decoder_are_no_chain(caplog: pytest.LogCaptureFixture) -> None:
     model = ZOO["t5"].build()
     run = RunConfig(propagation=True)
-    (record,) = records(model, [ZOO["t5"].inputs(model)], run=run, detect=S_W, num_runs=1, injection_bit=20)
+    batch = dict(ZOO["t5"].inputs(model))
+    del batch["decoder_input_ids"]
+    batch["labels"] = batch["input_ids"]
+    (record,) = records(model, [batch], run=run, detect=S_W, num_runs=1, injection_bit=20)
     assert record.propagation == ()
     assert "since its attention modules do not lie in one list of blocks" in caplog.text
 
 
 def test_propagation_is_true_or_false(place: MicroPlace, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments(place, tmp_path, "--run.propagation=some")) == 2
-    assert "run.propagation: got 'some'" in capsys.readouterr().err
+    assert "run.propagation: got some, allowed bool" in capsys.readouterr().err
     assert main(arguments(place, tmp_path, "--run.propagations=true")) == 2
     assert "run.propagation" in capsys.readouterr().err
 
