@@ -14,7 +14,7 @@ import torch
 import transformers
 from engine_places import opened_place, padded, small_bert, small_gpt2, small_llama, tokens
 from micro_campaign import MicroPlace, table
-from test_engine_campaigns import arguments, campaign, same_tables, saved
+from test_engine_campaigns import arguments, campaign, same_tables
 from torch import Tensor, nn
 from zoo import ZOO
 
