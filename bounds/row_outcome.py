@@ -16,7 +16,9 @@ Public names: ``RowOutcome``, ``BoundedOutcome``, ``verdict``, ``verdicts``, ``e
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,10 +50,13 @@ class BoundedOutcome(RowOutcome):
     Attributes:
         margin: float (...), distance to the nearer bound, negative outside; Inf where ``bounded`` is False.
         bounded: bool, broadcastable to the rows: those whose margin counts.
+        interval: float64, each broadcastable to the rows: what is bounded, its lower and its upper bound, and what is
+            allowed beyond them; None where the margin is that of several quantities.
     """
 
     margin: Tensor
     bounded: Tensor
+    interval: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
 
     def among(self, rows: Tensor) -> BoundedOutcome:
         """Return the same with the margins of some rows alone, bool (...)."""
@@ -108,16 +113,41 @@ def _counted(name: str, outcome: RowOutcome, sequences: int) -> list[Verdict]:
 
     fired = count(outcome.fired)
     nonfinite = count(outcome.nonfinite) if any(fired) else fired
-    columns = [count(outcome.checked), fired, nonfinite, by_sequence(outcome.ratio).amax(1).tolist()]
+    columns: list[list[Any]] = [count(outcome.checked), fired, nonfinite, by_sequence(outcome.ratio).amax(1).tolist()]
     if isinstance(outcome, BoundedOutcome):
-        columns += [count(outcome.bounded), by_sequence(outcome.margin).amin(1).tolist()]
+        columns.append(count(outcome.bounded))
+        if outcome.interval is None:
+            columns.append(by_sequence(outcome.margin).amin(1).tolist())
+        else:
+            columns += _tightest(*(by_sequence(each) for each in (outcome.margin, outcome.bounded, *outcome.interval)))
     return [_verdict(name, *numbers) for numbers in zip(*columns, strict=True)]
 
 
+def _tightest(
+    margin: Tensor, bounded: Tensor, value: Tensor, lower: Tensor, upper: Tensor, allowed: Tensor
+) -> tuple[list[float], list[list[float]]]:
+    """Return the smallest margin of each sequence, and what is bounded there with its bounds; all are (F, rows)."""
+    row = margin.argmin(1, keepdim=True)
+    counts = bounded.gather(1, row)
+    if not bool(counts.all()):
+        # Where even the smallest is infinite, rows that do not count have it too.
+        row = torch.where(counts, row, bounded.byte().argmax(1, keepdim=True))
+    margin, value, lower, upper, allowed = (each.gather(1, row) for each in (margin, value, lower, upper, allowed))
+    return margin[:, 0].tolist(), torch.cat([value, lower - allowed, upper + allowed], 1).tolist()
+
+
 def _verdict(
-    name: str, rows: int, violations: int, nonfinite: int, ratio: float, bounded: int = 0, margin: float = 0.0
+    name: str,
+    rows: int,
+    violations: int,
+    nonfinite: int,
+    ratio: float,
+    bounded: int = 0,
+    margin: float = 0.0,
+    interval: Sequence[float] | None = None,
 ) -> Verdict:
     # Zeros lose their sign, which depends on the order in which they were compared.
     largest = ratio + 0.0 if rows else None
     smallest = margin + 0.0 if bounded else None
-    return Verdict(name, rows, violations, nonfinite, (), largest, smallest)
+    tightest = None if interval is None or not bounded else (interval[0], interval[1], interval[2])
+    return Verdict(name, rows, violations, nonfinite, (), largest, smallest, tightest=tightest)

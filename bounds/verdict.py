@@ -13,6 +13,7 @@ False
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -37,6 +38,9 @@ class Verdict:
         smallest_margin: smallest distance to the nearer bound, negative outside; None where there is no bound.
         reason: why the invariant says nothing about this call; None when it applies.
         detail: what broke, for people; may be empty.
+        tightest: of the first row (in row-major order) with the smallest margin: what is bounded, its lower and its
+            upper bound, both with all that is allowed beyond them. None where no row is bounded, and where the margin
+            is that of several quantities.
     """
 
     detector: str
@@ -48,6 +52,7 @@ class Verdict:
     smallest_margin: float | None = None
     reason: str | None = None
     detail: str = ""
+    tightest: tuple[float, float, float] | None = None
 
     @classmethod
     def not_applicable(cls, detector: str, reason: str) -> Verdict:
@@ -69,7 +74,8 @@ def merged(*verdicts: Verdict) -> Verdict:
     """Join what one detector said of several calls, or of several sequences of one call.
 
     Counts are added, and NaN is the largest ratio and the smallest margin. What does not apply counts only if
-    nothing does; positions and detail are those of the first verdict that has any.
+    nothing does; positions and detail are those of the first verdict that has any, the tightest row that of the first
+    with the smallest margin.
 
     Args:
         *verdicts: at least one.
@@ -82,25 +88,40 @@ def merged(*verdicts: Verdict) -> Verdict:
         if not verdicts:
             raise ValueError("verdicts: got none, allowed at least one")
         return applicable[0] if applicable else verdicts[0]
+    closest = _closest(applicable)
     return Verdict(
         detector=applicable[0].detector,
         rows_checked=sum(verdict.rows_checked for verdict in applicable),
         violations=sum(verdict.violations for verdict in applicable),
         nonfinite=sum(verdict.nonfinite for verdict in applicable),
         positions=next((verdict.positions for verdict in applicable if verdict.positions), ()),
-        largest_ratio=_furthest(max, [verdict.largest_ratio for verdict in applicable]),
-        smallest_margin=_furthest(min, [verdict.smallest_margin for verdict in applicable]),
+        largest_ratio=_largest([verdict.largest_ratio for verdict in applicable]),
+        smallest_margin=None if closest is None else closest.smallest_margin,
         detail=next((verdict.detail for verdict in applicable if verdict.detail), ""),
+        tightest=None if closest is None else closest.tightest,
     )
 
 
-def _furthest(choose: Callable[[list[float]], float], values: Sequence[float | None]) -> float | None:
-    # Tens of thousands of these are joined in a batch of faults: tensors would take ten times as long.
-    present = [value for value in values if value is not None]
-    if not present:
-        return None
-    # The built-in functions lose a NaN, depending on the order; only NaN differs from itself.
-    return next((value for value in present if value != value), choose(present))
+# Tens of thousands of verdicts are joined in a batch of faults: tensors would take ten times as long. The built-in
+# functions lose a NaN, depending on the order; only NaN differs from itself.
+
+
+def _largest(ratios: Sequence[float | None]) -> float | None:
+    present = [ratio for ratio in ratios if ratio is not None]
+    return next((ratio for ratio in present if ratio != ratio), max(present)) if present else None
+
+
+def _closest(verdicts: Sequence[Verdict]) -> Verdict | None:
+    closest, smallest = None, math.inf
+    for verdict in verdicts:
+        margin = verdict.smallest_margin
+        if margin is None:
+            continue
+        if margin != margin:
+            return verdict
+        if closest is None or margin < smallest:
+            closest, smallest = verdict, margin
+    return closest
 
 
 def extreme(reduce: Callable[[Tensor], Tensor], *values: float | None) -> float | None:

@@ -107,6 +107,7 @@ def row_outcome(bounds: AttentionBounds | Interval, epsilon: Tensor, tolerance: 
         checked=bounds.checked,
         margin=torch.where(bounds.checked, margins, math.inf),
         bounded=bounds.checked,
+        interval=(epsilon, bounds.lower, bounds.upper, allowed),
     )
 
 

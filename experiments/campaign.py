@@ -3,8 +3,8 @@
     status = run_campaign(config, shard=Shard(1, 1), overwrite=False, arguments=sys.argv[1:])
 
 Runs of one model and one data set are handed over together, in windows, and come back in any order. Rows are appended
-as they come: first what the detectors said, then the run's own row, which makes it count. A run that raises is recorded
-with its traceback and does not stop the others; it is tried again the next time.
+as they come: first what the detectors said and how far the fault got, then the run's own row, which makes it count. A
+run that raises is recorded with its traceback and does not stop the others; it is tried again the next time.
 
 Public names: ``run_campaign``, ``CampaignStatus``.
 """
@@ -31,7 +31,7 @@ from experiments.errors import CheckRefusedError, MissingResourceError, UsageErr
 from experiments.paired_run import PairedRunner
 from experiments.plan import Plan, PlannedRun, Shard, canonical_json, context_values, make_plan, shard_of
 from experiments.provenance import environment_facts, set_determinism
-from experiments.result import CleanRow, DetectionRow, ExperimentResult, FailureRow, cells, columns
+from experiments.result import CleanRow, DetectionRow, ExperimentResult, FailureRow, PropagationRow, cells, columns
 from experiments.run_record import RunRecord
 from experiments.writer_lock import WriterLock
 from monitoring import TraceWriter
@@ -201,6 +201,7 @@ class ShardFiles:
         stem = folder.shards / shard.file_name
         self._runs_path = stem.with_suffix(".csv")
         self._detections_path = stem.with_suffix(".detections.csv")
+        self._propagation_path = stem.with_suffix(".propagation.csv")
         self._clean_path = stem.with_suffix(".clean.csv")
         self._failures_path = stem.with_suffix(".failures.csv")
         self._clean_seen: set[tuple[str, ...]] = set()
@@ -210,10 +211,8 @@ class ShardFiles:
         enter = self._stack.enter_context
         self._runs = enter(CsvFile(self._runs_path, columns(ExperimentResult)))
         done = {row[0] for row in read_rows(self._runs_path, columns(ExperimentResult))}
-        header = columns(DetectionRow)
-        # Detections of a run whose own row never followed belong to a run that will be done again.
-        kept = [row for row in read_rows(self._detections_path, header) if row[0] in done]
-        self._detections = enter(CsvFile(self._detections_path, header, keep=kept))
+        self._detections = enter(_rows_of_runs(self._detections_path, columns(DetectionRow), done))
+        self._propagation = enter(_rows_of_runs(self._propagation_path, columns(PropagationRow), done))
         self._clean = enter(CsvFile(self._clean_path, columns(CleanRow)))
         self._clean_seen = {tuple(row[:4]) for row in read_rows(self._clean_path, columns(CleanRow))}
         self._failures = enter(CsvFile(self._failures_path, columns(FailureRow)))
@@ -228,6 +227,7 @@ class ShardFiles:
         self._clean_seen.update(tuple(row[:4]) for row in new)
         self._clean.append(*new)
         self._detections.append(*map(cells, record.detections))
+        self._propagation.append(*map(cells, record.propagation))
         self._runs.append(cells(record.result))
 
     def append_failure(self, run: PlannedRun, error: Exception) -> None:
@@ -237,6 +237,11 @@ class ShardFiles:
         relative = str(path.relative_to(self._folder.path))
         message = f"{type(error).__name__}: {error}"
         self._failures.append(cells(FailureRow(run_id=run.run_id, exception=message, traceback=relative)))
+
+
+def _rows_of_runs(path: Path, header: list[str], done: set[str]) -> CsvFile:
+    # Rows of a run whose own row never followed belong to a run that will be done again.
+    return CsvFile(path, header, keep=[row for row in read_rows(path, header) if row[0] in done])
 
 
 class Progress:

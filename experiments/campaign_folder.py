@@ -29,7 +29,7 @@ UNBOUND = ("output_dir", "slurm.", "run.engine", "run.batch_runs")
 
 _OWN_ENTRIES = {
     *("config.yaml", "provenance.json", "plan.csv", "shards", "trace", "logs"),
-    *("runs.csv", "detections.csv", "clean.csv", "failures.csv", "summary.csv", "report.html"),
+    *("runs.csv", "detections.csv", "propagation.csv", "clean.csv", "failures.csv", "summary.csv", "report.html"),
 }
 """What a campaign writes; nothing else is ever removed."""
 

@@ -253,6 +253,8 @@ class RunConfig:
         scope: ``full`` propagates every fault to the loss; ``site`` computes what it does to the output of its layer,
             and what detectors say there. Such rows have no outcome, unless nothing changes there (``masked``).
         full_every: with ``site``, propagate every n-th repeat of each grid point all the same (0, n, 2n, ...).
+        propagation: record how far every propagated run moves what the blocks return (``propagation.csv``), from the
+            block of the first injected layer on. Models whose blocks are no chain have no such rows.
         batch_runs: most runs in one pass of the fast engine (``null``: chosen from the memory).
         reuse_baseline: compute the fault-free pass of an input once; ``false`` repeats it for every run, in random
             order with the injected pass.
@@ -263,6 +265,7 @@ class RunConfig:
     engine: str = "auto"
     scope: str = "full"
     full_every: int | None = None
+    propagation: bool = False
     batch_runs: int | None = None
     reuse_baseline: bool = True
     threads: int = 1

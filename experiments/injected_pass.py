@@ -9,12 +9,14 @@ Public name: ``InjectedPass``.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from bounds import Detector
 from bounds.certifier import Certifier
+from experiments.block_watcher import BlockWatcher
 from experiments.call_state import Situation
 from experiments.config_sections import DetectConfig
 from experiments.corrector import Corrector
@@ -40,7 +42,8 @@ class InjectedPass:
         watcher: what the detectors said.
         corrector: None unless ``detect.correct``.
         keeper: the output of the first injected layer; None unless it was asked for.
-        forward_seconds: the pass without detectors and correction.
+        block_changes: by number of the block, how far what it returns moved; empty unless it was watched.
+        forward_seconds: the pass without detectors, correction and watched blocks.
     """
 
     evaluation: Evaluation
@@ -48,6 +51,7 @@ class InjectedPass:
     watcher: Watcher
     corrector: Corrector | None
     keeper: OutputKeeper | None
+    block_changes: Mapping[int, float]
     forward_seconds: float
 
     @classmethod
@@ -64,11 +68,13 @@ class InjectedPass:
         certifier: Certifier | None = None,
         keep_output: bool = False,
         site_only: bool = False,
+        blocks: BlockWatcher | None = None,
         traced: Traced = lambda compute, watcher: compute(),
     ) -> InjectedPass:
         """Run the model with ``faults`` on ``batch``; detectors and corrector as ``detect`` says.
 
-        With ``keep_output`` the output of the first injected layer is kept; with ``site_only`` nothing looks at others.
+        With ``keep_output`` the output of the first injected layer is kept; with ``site_only`` nothing looks at others;
+        ``blocks`` sees what the blocks return.
         """
         injector, synchronize = Injector(faults), subject.synchronize
         hit = frozenset(fault.layer for fault in faults)
@@ -92,6 +98,7 @@ class InjectedPass:
                 recorded_origins(subject.model, [*detectors, *filter(None, [certifier])]) as watcher.origins,
                 monitor.timer("injection_forward"),
                 tapped(subject.model, injector),
+                blocks or nullcontext(),
             ):
                 evaluation = subject.forward(batch, *taps)
             injector.finish()
@@ -102,5 +109,7 @@ class InjectedPass:
         monitor.add_time("violation_detection", watcher.detection_seconds)
         monitor.record_memory()
         looked = watcher.bounds_seconds + watcher.detection_seconds + (corrector.seconds if corrector else 0.0)
+        looked += blocks.seconds if blocks else 0.0
         seconds = max(0.0, (monitor.metrics.injection_forward_time or 0.0) - looked)
-        return cls(evaluation, tuple(injector.records), watcher, corrector, keeper, seconds)
+        changes = blocks.changes if blocks else {}
+        return cls(evaluation, tuple(injector.records), watcher, corrector, keeper, changes, seconds)

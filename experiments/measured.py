@@ -8,8 +8,8 @@ Public names: ``Setting``, ``Measured``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from experiments.corrector import Corrector
 from experiments.engine.local_change import LocalChange
@@ -49,6 +49,9 @@ class Measured:
         local: on the output of the first injected layer; None exactly if the fault was propagated (``scope`` full).
         detections: the run's rows of ``detections.csv``.
         metrics, injection_seconds: what it took.
+        block_changes: by number of the block, how far what it returns moved, relatively; empty unless it was recorded.
+        tightest: epsilon (s@w) and its bounds in the row of the first injected layer that is closest to them, as
+            ``Verdict.tightest``.
         certificate, corrector: None where they were not asked for.
         execution: engine and shortcuts that computed it.
 
@@ -66,6 +69,8 @@ class Measured:
     metrics: PerformanceMetrics
     injection_seconds: float
     local: LocalChange | None = None
+    block_changes: Mapping[int, float] = field(default_factory=dict)
+    tightest: tuple[float, float, float] | None = None
     certificate: float | None = None
     corrector: Corrector | None = None
     execution: str = "plain"

@@ -18,7 +18,15 @@ from experiments.campaign_folder import CampaignFolder
 from experiments.csv_file import read_rows, write_rows
 from experiments.errors import CheckRefusedError
 from experiments.plan import make_plan
-from experiments.result import UNREPEATABLE, CleanRow, DetectionRow, ExperimentResult, FailureRow, columns
+from experiments.result import (
+    UNREPEATABLE,
+    CleanRow,
+    DetectionRow,
+    ExperimentResult,
+    FailureRow,
+    PropagationRow,
+    columns,
+)
 
 
 @dataclass(frozen=True)
@@ -32,7 +40,7 @@ class Merged:
 
 
 def merge_campaign(folder: CampaignFolder) -> Merged:
-    """Write ``runs.csv``, ``detections.csv``, ``clean.csv`` and ``failures.csv`` from the shards.
+    """Write ``runs.csv``, ``detections.csv``, ``propagation.csv``, ``clean.csv`` and ``failures.csv`` from the shards.
 
     Raises:
         CheckRefusedError: a damaged shard, or one run with two different results.
@@ -50,7 +58,8 @@ def merge_campaign(folder: CampaignFolder) -> Merged:
         raise CheckRefusedError(f"{folder.shards}: holds runs that are not in the plan, e.g. {unknown[0]}")
     finished = sorted(runs, key=lambda run_id: order[run_id])
     write_rows(folder.file("runs.csv"), header, (runs[run_id] for run_id in finished))
-    _merge_detections(folder, order, owner)
+    for name, row_type in (("detections", DetectionRow), ("propagation", PropagationRow)):
+        _merge_rows_of_runs(folder, name, row_type, order, owner)
     clean = {tuple(row[:4]): row for row in _rows_of(folder, ".clean", CleanRow)}
     write_rows(folder.file("clean.csv"), columns(CleanRow), [clean[key] for key in sorted(clean)])
     failures = {row[0]: row for row in _rows_of(folder, ".failures", FailureRow) if row[0] not in runs}
@@ -65,17 +74,19 @@ def _rows_of(folder: CampaignFolder, suffix: str, row_type: type) -> Iterable[li
         yield from read_rows(path, columns(row_type))
 
 
-def _merge_detections(folder: CampaignFolder, order: dict[str, int], owner: dict[str, str]) -> None:
-    header = columns(DetectionRow)
+def _merge_rows_of_runs(
+    folder: CampaignFolder, name: str, row_type: type, order: dict[str, int], owner: dict[str, str]
+) -> None:
+    header = columns(row_type)
     rows = [
         row
-        for path in folder.shard_files(".detections")
+        for path in folder.shard_files(f".{name}")
         for row in read_rows(path, header)
-        # Of a run that two workers did, the detections of one are kept.
+        # Of a run that two workers did, the rows of one are kept.
         if owner.get(row[0]) == path.name.partition(".")[0]
     ]
     rows.sort(key=lambda row: order[row[0]])
-    write_rows(folder.file("detections.csv"), header, rows)
+    write_rows(folder.file(f"{name}.csv"), header, rows)
 
 
 def _check_same(known: list[str], row: list[str], header: list[str], folder: CampaignFolder) -> None:

@@ -12,6 +12,7 @@ Public names: ``PairedRunner``, ``RunRecord``.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -27,6 +28,8 @@ from bounds.certifier import Certifier
 from experiments.baseline import Baseline, timed_forward
 from experiments.baseline_rows import BaselineRows
 from experiments.baselines import Baselines
+from experiments.block_outputs import BlockOutputs
+from experiments.block_watcher import Blocks, BlockWatcher
 from experiments.config import ExperimentConfig
 from experiments.engine.batch_runs import BatchRuns
 from experiments.errors import CheckRefusedError, MissingResourceError, UsageError
@@ -38,7 +41,7 @@ from experiments.outcome import Effect, effect_of
 from experiments.output_keeper import OutputKeeper, change_of
 from experiments.plan import PlannedRun
 from experiments.result import DetectionRow
-from experiments.result_rows import Seen, detection_rows, run_row
+from experiments.result_rows import Seen, detection_rows, propagation_rows, run_row, tightest
 from experiments.run_record import DrawnRun, RunRecord
 from experiments.subject import Subject
 from experiments.watcher import Watcher
@@ -49,6 +52,8 @@ from monitoring import PerformanceMetrics, PerformanceMonitor
 from monitoring.cached_forward import CachedForward
 from monitoring.fingerprints import digest, model_fingerprint
 from monitoring.flops import attention_formula_gap
+
+logger = logging.getLogger(__name__)
 
 Done = TypeVar("Done")
 
@@ -102,6 +107,7 @@ class PairedRunner:
         self._first_sites: Mapping[tuple[int, str], Site] | None = None
         self._sizes: dict[tuple[int, int], dict[str, Any]] = {}
         self._fast = BatchRuns(self)
+        self._blocks = Blocks(subject, batches, lambda: self.forward)
         self._baselines = Baselines(subject, batches, lambda: self.forward, calibration)
         self.monitor = PerformanceMonitor(subject.device)
         self._has_formulas = attention_formula_gap(subject.model) is None
@@ -122,7 +128,16 @@ class PairedRunner:
         }
         if config.run.engine == "fast":
             self._fast.proof(config)
+        self.follows(config)
         return self.facts
+
+    def follows(self, config: ExperimentConfig) -> bool:
+        """Whether propagated runs of a configuration are to be compared behind every block, and can be."""
+        if config.run.propagation and "propagation" not in self.facts:
+            self.facts["propagation"] = self._blocks.reason or "behind every block"
+            if self._blocks.reason is not None:
+                logger.warning("run.propagation: propagation.csv stays empty, since %s", self._blocks.reason)
+        return config.run.propagation and self._blocks.reason is None
 
     def check_layers(self, config: ExperimentConfig) -> list[int]:
         """Return the candidate layers of a run; ``ValueError`` if the configuration names layers that do not exist."""
@@ -209,6 +224,7 @@ class PairedRunner:
         execution: str = "plain",
         start: float | None = None,
         rows: BaselineRows | None = None,
+        outputs: BlockOutputs | None = None,
     ) -> RunRecord:
         """Execute a drawn run by an injected pass.
 
@@ -218,6 +234,7 @@ class PairedRunner:
             execution: what the row calls this.
             start: when the run began, on ``time.perf_counter`` (default: now; the monitor is then reset).
             rows: those of the baseline's output, if they are there already.
+            outputs: what the blocks return in the baseline, likewise.
         """
         if start is None:
             self.monitor.reset()
@@ -227,8 +244,10 @@ class PairedRunner:
         seconds = baseline.forward_seconds
         if not config.run.reuse_baseline and drawn.baseline_first:
             seconds = self._repeat_baseline(baseline, drawn.batch_index)
+        if self.follows(config) and drawn.propagates and outputs is None:
+            outputs = self._blocks.outputs(drawn.batch_index, drawn.model_id, drawn.planned.run_id)
         with around():
-            injected = self._inject(drawn)
+            injected = self._inject(drawn, outputs)
         if not config.run.reuse_baseline and not drawn.baseline_first:
             seconds = self._repeat_baseline(baseline, drawn.batch_index)
         effect = effect_of(
@@ -254,8 +273,10 @@ class PairedRunner:
             effect=reached,
             local=local,
             detections=detections,
+            block_changes=injected.block_changes,
             metrics=self.metrics(drawn, detections),
             injection_seconds=injected.forward_seconds,
+            tightest=tightest(injected.watcher, drawn.faults[0].layer),
             certificate=injected.watcher.certificate,
             corrector=injected.corrector,
             execution=execution,
@@ -278,7 +299,8 @@ class PairedRunner:
         )
         result = run_row(drawn.planned, drawn.config, setting, measured)
         clean = self._baselines.new_rows()
-        return RunRecord(result, tuple(measured.detections), drawn.faults, measured.metrics, clean)
+        propagation = propagation_rows(drawn.planned.run_id, measured.block_changes)
+        return RunRecord(result, tuple(measured.detections), drawn.faults, measured.metrics, clean, propagation)
 
     def run_many(
         self, runs: Sequence[tuple[PlannedRun, ExperimentConfig]]
@@ -325,7 +347,11 @@ class PairedRunner:
             )
         return seconds
 
-    def _inject(self, drawn: DrawnRun) -> InjectedPass:
+    def watcher(self, outputs: BlockOutputs, layer: int) -> BlockWatcher:
+        """Return what compares what the blocks from that of a layer on return in an injected pass."""
+        return self._blocks.watcher(outputs, layer)
+
+    def _inject(self, drawn: DrawnRun, outputs: BlockOutputs | None) -> InjectedPass:
         batch, detect = self.batches[drawn.batch_index], drawn.config.detect
 
         def traced(compute: Callable[[], Evaluation], watcher: Watcher) -> Evaluation:
@@ -354,6 +380,7 @@ class PairedRunner:
             certifier=self._certifier() if detect.certificate else None,
             keep_output=not drawn.propagates,
             site_only=not drawn.propagates,
+            blocks=None if outputs is None else self.watcher(outputs, min(fault.layer for fault in drawn.faults)),
             traced=traced,
         )
 

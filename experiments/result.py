@@ -152,10 +152,11 @@ class PropagationRow:
     """How much one block's output moved in one run. The fields are the columns of ``propagation.csv``."""
 
     run_id: str = _column("the run")
-    layer: int = _column("the block, in the order of evaluation")
+    layer: int = _column("number of the block, in the order of evaluation; the first is that of the injected layer")
     relative_change: float = _column(
         "L2 change of the block's output (the residual stream behind it), relative to the L2 norm of the fault-free "
-        "one; inf or nan where the injected one is not finite"
+        "one, both of the whole batch without padding; 0.0 where it is bitwise the same, inf or nan where the injected "
+        "one is not finite"
     )
 
 
@@ -174,6 +175,7 @@ class CleanRow:
     rows_checked: int = _column("rows checked")
     violations: int = _column("rows in violation: false positives")
     largest_ratio: float | None = _column("largest residual divided by its tolerance")
+    smallest_margin: float | None = _column("smallest distance to the bounds, in the detector's unit")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,6 +219,7 @@ def cells(row: Any) -> list[str]:
 _FILES: dict[str, tuple[type[Any], str]] = {
     "runs.csv": (ExperimentResult, "one row per run"),
     "detections.csv": (DetectionRow, "one row per run, detector and layer checked"),
+    "propagation.csv": (PropagationRow, "one row per propagated run and block, if run.propagation is true"),
     "clean.csv": (CleanRow, "one row per fault-free pass, detector and layer: the false positives"),
     "failures.csv": (FailureRow, "one row per run that raised and was not repeated successfully"),
 }

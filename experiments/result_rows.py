@@ -3,7 +3,8 @@
     detections = detection_rows(planned.run_id, watcher, effect, batch, config)
     row = run_row(planned, config, Setting(model=..., ...), Measured(effect=effect, detections=detections, ...))
 
-Public names: ``run_row``, ``detection_rows``, ``Seen``, ``clean_rows``.
+Public names: ``run_row``, ``detection_rows``, ``tightest``, ``Seen``, ``clean_rows``,
+``propagation_rows``.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from experiments.corrector import correction_columns
 from experiments.measured import Measured, Setting
 from experiments.outcome import Effect
 from experiments.plan import PlannedRun
-from experiments.result import CleanRow, DetectionRow, ExperimentResult
+from experiments.result import CleanRow, DetectionRow, ExperimentResult, PropagationRow
 from experiments.watcher import is_oracle
 from fault_injection import Fault, InjectionRecord, bit_field
 from fault_injection.bits import float_format
@@ -90,6 +91,12 @@ def _detection_row(run_id: str, name: str, layer: int, module: str, verdict: Ver
     )
 
 
+def tightest(seen: Seen, layer: int) -> tuple[float, float, float] | None:
+    """Return epsilon (s@w) and its bounds in the row of a layer that is closest to them; None if nobody looked."""
+    verdict = seen.verdicts.get(("s@w", layer))
+    return None if verdict is None else verdict.tightest
+
+
 def clean_rows(baseline_id: str, baseline: Baseline, layer_names: Sequence[str], tolerance: float) -> list[CleanRow]:
     """Return what the detectors said of a fault-free pass."""
     return [
@@ -105,14 +112,22 @@ def clean_rows(baseline_id: str, baseline: Baseline, layer_names: Sequence[str],
             rows_checked=verdict.rows_checked,
             violations=verdict.violations,
             largest_ratio=verdict.largest_ratio,
+            smallest_margin=verdict.smallest_margin,
         )
         for (name, layer), verdict in baseline.verdicts.items()
     ]
 
 
+def propagation_rows(run_id: str, changes: Mapping[int, float]) -> tuple[PropagationRow, ...]:
+    """Return one row for every block, given by number how far what it returns moved."""
+    pairs = sorted(changes.items())
+    return tuple(PropagationRow(run_id=run_id, layer=number, relative_change=change) for number, change in pairs)
+
+
 def run_row(planned: PlannedRun, config: ExperimentConfig, setting: Setting, measured: Measured) -> ExperimentResult:
     """Return the row of ``runs.csv``; see ``ExperimentResult`` for what each column means."""
     first, metrics = measured.faults[0], measured.metrics
+    epsilon = measured.tightest or (None, None, None)
     return ExperimentResult(
         run_id=planned.run_id,
         repeat=planned.repeat,
@@ -132,6 +147,9 @@ def run_row(planned: PlannedRun, config: ExperimentConfig, setting: Setting, mea
         sampling_weight=1.0,
         **_effect_columns(measured),
         **_detection_columns(measured.detections, first.layer),
+        epsilon=epsilon[0],
+        epsilon_lower=epsilon[1],
+        epsilon_upper=epsilon[2],
         certificate=_certificate(measured.certificate, measured.faults, measured.detections),
         **correction_columns(measured.faults, measured.corrector),
         baseline_seconds=metrics.baseline_forward_time,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from experiments.baseline import Baseline
 from experiments.config import ExperimentConfig
 from experiments.plan import PlannedRun
-from experiments.result import CleanRow, DetectionRow, ExperimentResult
+from experiments.result import CleanRow, DetectionRow, ExperimentResult, PropagationRow
 from fault_injection import Fault
 from monitoring import PerformanceMetrics
 
@@ -24,6 +24,7 @@ class RunRecord:
     faults: tuple[Fault, ...]
     metrics: PerformanceMetrics
     clean: tuple[CleanRow, ...] = ()
+    propagation: tuple[PropagationRow, ...] = ()
 
 
 @dataclass(frozen=True)

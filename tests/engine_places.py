@@ -127,13 +127,14 @@ class Place:
         return [draw_fault(wanted, self.baseline.sites[layer, location], random) for layer in layers]
 
     def engine(self, batch_runs: int | None = None, *, wide: bool = False, **changes: Any) -> FastEngine:
-        return replace(self.opened, **changes).engine(batch_runs, OutputBuffer() if wide else None)
+        return replace(self.opened, **changes).engine(batch_runs, OutputBuffer() if wide else None, propagation=True)
 
     def plain(self, fault: Fault, *, keep_output: bool = False) -> InjectedPass:
         pairs = self.pairs
         return InjectedPass.of(
             pairs.subject, self.batch, [fault], self.baseline.situation, pairs.detectors(self.config),
             self.config.detect, PerformanceMonitor(pairs.subject.device), keep_output=keep_output,
+            blocks=pairs.watcher(self.opened.outputs, fault.layer),
         )  # fmt: skip
 
     def compare(self, faults: Sequence[Fault], engine: FastEngine | None = None) -> Compared:
@@ -161,6 +162,8 @@ class Place:
         assert effect.injected_loss == (loss and pytest.approx(loss, rel=1e-14, nan_ok=True)), fault
         assert repr(run.effect) == repr(effect), fault
         assert repr(run.record) == repr(whole.records[0])
+        assert list(run.block_changes) == list(range(self.chain.block_of[fault.layer], len(self.chain.blocks)))
+        assert repr(run.block_changes) == repr(whole.block_changes), fault
         at_site = {name: verdict for (name, layer), verdict in whole.watcher.verdicts.items() if layer == fault.layer}
         assert list(run.verdicts) == list(at_site)
         for name, verdict in at_site.items():

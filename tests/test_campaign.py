@@ -34,11 +34,18 @@ from experiments.result import (
     DetectionRow,
     ExperimentResult,
     FailureRow,
+    PropagationRow,
     columns,
 )
 
 FORK = multiprocessing.get_context("fork")
-TABLES = {"runs": ExperimentResult, "detections": DetectionRow, "clean": CleanRow, "failures": FailureRow}
+TABLES = {
+    "runs": ExperimentResult,
+    "detections": DetectionRow,
+    "propagation": PropagationRow,
+    "clean": CleanRow,
+    "failures": FailureRow,
+}
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +75,7 @@ def forked(arguments: Sequence[str]) -> BaseProcess:
 
 def same_tables(one: Path, other: Path) -> None:
     assert numbers(one / "runs.csv") == numbers(other / "runs.csv")
-    for name in ("detections.csv", "clean.csv", "failures.csv", "plan.csv"):
+    for name in ("detections.csv", "propagation.csv", "clean.csv", "failures.csv", "plan.csv"):
         assert (one / name).read_text() == (other / name).read_text(), name
 
 
@@ -241,7 +248,7 @@ def test_an_interrupted_campaign_goes_on_and_ends_the_same(
 
 
 @pytest.mark.parametrize("torn", [0.0, 0.5, 1.0], ids=["not", "half", "fully"])
-@pytest.mark.parametrize("kind", ["csv", "detections.csv", "clean.csv"])
+@pytest.mark.parametrize("kind", ["csv", "detections.csv", "propagation.csv", "clean.csv"])
 def test_a_crash_in_the_middle_of_any_write_is_made_good(
     whole: Path, place: MicroPlace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, torn: float
 ) -> None:

@@ -58,7 +58,7 @@ def campaign(place: MicroPlace, output: Path, *more: str, bits: str = "3,30") ->
 
 def same_tables(one: Path, other: Path) -> None:
     assert numbers(one / "runs.csv") == numbers(other / "runs.csv")
-    for name in ("detections.csv", "clean.csv", "failures.csv", "plan.csv"):
+    for name in ("detections.csv", "propagation.csv", "clean.csv", "failures.csv", "plan.csv"):
         assert (one / name).read_text() == (other / name).read_text(), name
 
 

@@ -19,6 +19,7 @@ from experiments.result import (
     DetectionRow,
     ExperimentResult,
     FailureRow,
+    PropagationRow,
     cells,
     columns,
 )
@@ -48,6 +49,11 @@ class Made:
             DetectionRow(run_id=self.ids[n], detector=d, layer=0, **values) for n in numbers for d in ("finite", "s@w")
         ]
         self.write(f"{shard}.detections", DetectionRow, rows)
+
+    def propagation(self, shard: str, numbers: Sequence[int], change: float = 0.5) -> None:
+        blocks = [(n, layer) for n in numbers for layer in (1, 2, 10)]
+        rows = [PropagationRow(run_id=self.ids[n], layer=layer, relative_change=change) for n, layer in blocks]
+        self.write(f"{shard}.propagation", PropagationRow, rows)
 
     def failures(self, shard: str, numbers: Sequence[int], why: str = "ValueError: x") -> None:
         self.write(
@@ -91,6 +97,7 @@ def test_a_campaign_without_shards_has_empty_tables_with_headers(made: Made) -> 
     for name, row_type in (
         ("runs", ExperimentResult),
         ("detections", DetectionRow),
+        ("propagation", PropagationRow),
         ("clean", CleanRow),
         ("failures", FailureRow),
     ):
@@ -105,6 +112,18 @@ def test_a_run_that_two_workers_did_counts_once_if_only_their_timings_and_engine
     assert merge_campaign(made.folder).finished == 3
     assert made.merged() == [0, 1, 2]
     assert made.merged("detections.csv") == [0, 0, 1, 1, 2, 2]
+
+
+def test_blocks_stay_in_their_order_and_come_from_the_worker_whose_run_counts(made: Made) -> None:
+    made.runs("0002", [3, 1])
+    made.runs("0001", [5, 1])
+    made.propagation("0002", [3, 1], change=0.25)
+    made.propagation("0001", [5, 1])
+    merge_campaign(made.folder)
+    rows = table(made.folder.file("propagation.csv"))
+    assert [(made.ids.index(row["run_id"]), row["layer"], row["relative_change"]) for row in rows] == [
+        (run, layer, change) for run, change in ((1, "0.5"), (3, "0.25"), (5, "0.5")) for layer in ("1", "2", "10")
+    ]
 
 
 def test_a_run_twice_in_one_shard_counts_once(made: Made) -> None:
@@ -194,7 +213,7 @@ def test_merging_twice_gives_the_same_files(made: Made) -> None:
     made.detections("0001", [0, 1])
     made.failures("0001", [3])
     merge_campaign(made.folder)
-    names = ("runs.csv", "detections.csv", "clean.csv", "failures.csv")
+    names = ("runs.csv", "detections.csv", "propagation.csv", "clean.csv", "failures.csv")
     first = [made.folder.file(name).read_bytes() for name in names]
     merge_campaign(made.folder)
     assert [made.folder.file(name).read_bytes() for name in names] == first

@@ -20,13 +20,14 @@ from experiments.result import (
     DetectionRow,
     ExperimentResult,
     FailureRow,
+    PropagationRow,
     cell,
     cells,
     columns,
     readme_lines,
 )
 
-ROW_TYPES = (ExperimentResult, DetectionRow, CleanRow, FailureRow)
+ROW_TYPES = (ExperimentResult, DetectionRow, PropagationRow, CleanRow, FailureRow)
 README = Path(__file__).parents[1] / "results" / "README.md"
 PROMISED = [
     "run_id",

@@ -33,7 +33,8 @@ RECORDED = ("detector", "rows_checked", "violations", "nonfinite", "largest_rati
 def recorded(verdict: Verdict) -> tuple[Any, ...]:
     """What a result table keeps of a verdict; every NaN as one object, so that == finds it equal to itself."""
     values = [getattr(verdict, name) for name in RECORDED]
-    return tuple(math.nan if isinstance(value, float) and math.isnan(value) else value for value in values)
+    told = [*values, *(verdict.tightest or ())]
+    return tuple(math.nan if isinstance(value, float) and math.isnan(value) else value for value in told)
 
 
 def checked(detector: Detector, state: AttentionState, clean: AttentionState) -> Verdict:

@@ -1,12 +1,14 @@
 """``run_sweep.py replay results/NAME RUN_ID [--engine plain]``: one run again, and whether it gives the same numbers.
 
+Compared are the run's row and its rows of ``propagation.csv``.
+
 Public name: ``replay``.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from experiments.campaign_folder import CampaignFolder
 from experiments.commands.options import take_value
@@ -17,7 +19,8 @@ from experiments.csv_file import read_rows
 from experiments.errors import UsageError
 from experiments.plan import Plan, PlannedRun, make_plan
 from experiments.provenance import set_determinism
-from experiments.result import UNREPEATABLE, ExperimentResult, cells, columns
+from experiments.result import UNREPEATABLE, ExperimentResult, PropagationRow, cells, columns
+from experiments.run_record import RunRecord
 from experiments.sections import replaced
 from monitoring import TraceWriter
 
@@ -37,7 +40,7 @@ def replay(arguments: Sequence[str]) -> int:
         raise UsageError("replay: needs a campaign folder and a run id, e.g. replay results/default 0123456789abcdef")
     folder = CampaignFolder.existing(arguments[0])
     plan = make_plan(folder.config())
-    recorded = _recorded(folder)
+    recorded, blocks = _recorded(folder), _blocks(folder, arguments[1:])
     runs = [plan.by_id(run_id) for run_id in arguments[1:]]
     for run in runs:
         if run.run_id not in recorded:
@@ -46,13 +49,13 @@ def replay(arguments: Sequence[str]) -> int:
     same = True
     with Contexts(TraceWriter(None)) as contexts:
         for again in _executed(contexts, plan, runs, engine):
-            same &= _print_comparison(recorded[again.run_id], cells(again))
+            run_id = again.result.run_id
+            differing = _differing_blocks(blocks[run_id], [cells(row) for row in again.propagation])
+            same &= _print_comparison(recorded[run_id], cells(again.result), differing)
     return 0 if same else 1
 
 
-def _executed(
-    contexts: Contexts, plan: Plan, runs: Iterable[PlannedRun], engine: str | None
-) -> Iterator[ExperimentResult]:
+def _executed(contexts: Contexts, plan: Plan, runs: Iterable[PlannedRun], engine: str | None) -> Iterator[RunRecord]:
     change = {} if engine is None else {"run.engine": engine}
     configured = [(run, ExperimentConfig.of(replaced(plan.config_of(run), change))) for run in runs]
     configured.sort(key=lambda pair: context_key(pair[1]))
@@ -61,7 +64,7 @@ def _executed(
         for _, record in contexts.open(pairs[0][1]).run_many(pairs):
             if isinstance(record, Exception):
                 raise record
-            yield record.result
+            yield record
 
 
 def _recorded(folder: CampaignFolder) -> dict[str, list[str]]:
@@ -69,9 +72,25 @@ def _recorded(folder: CampaignFolder) -> dict[str, list[str]]:
     return {row[0]: row for path in folder.shard_files() for row in read_rows(path, header)}
 
 
-def _print_comparison(recorded: list[str], again: list[str]) -> bool:
+def _blocks(folder: CampaignFolder, run_ids: Collection[str]) -> dict[str, list[list[str]]]:
+    """Return the rows of ``propagation.csv`` by run; of a run that two workers did, those of the last."""
+    found: dict[str, list[list[str]]] = {run_id: [] for run_id in run_ids}
+    for path in folder.shard_files(".propagation"):
+        of_worker = sorted(row for row in read_rows(path, columns(PropagationRow)) if row[0] in found)
+        found |= {run_id: list(rows) for run_id, rows in itertools.groupby(of_worker, key=lambda row: row[0])}
+    return found
+
+
+def _differing_blocks(recorded: list[list[str]], again: list[list[str]]) -> list[tuple[str, str, str]]:
+    before, now = ({row[1]: row[2] for row in rows} for rows in (recorded, again))
+    names = sorted({*before, *now}, key=int)
+    pairs = [(f"relative_change behind block {name}", before.get(name, ""), now.get(name, "")) for name in names]
+    return [pair for pair in pairs if pair[1] != pair[2]]
+
+
+def _print_comparison(recorded: list[str], again: list[str], blocks: list[tuple[str, str, str]]) -> bool:
     rows = list(zip(columns(ExperimentResult), recorded, again, strict=True))
-    differing = [(name, old, new) for name, old, new in rows if old != new and name not in UNREPEATABLE]
+    differing = [(name, old, new) for name, old, new in rows if old != new and name not in UNREPEATABLE] + blocks
     if not differing:
         values = {name: new for name, _, new in rows}
         print(

@@ -30,6 +30,7 @@ from experiments.engine.wide_linear import OutputBuffer
 from experiments.errors import CheckRefusedError
 from experiments.measured import Measured
 from experiments.plan import PlannedRun, canonical_json
+from experiments.result_rows import tightest
 from experiments.run_record import DrawnRun, RunRecord
 from monitoring.fingerprints import model_fingerprint
 
@@ -69,7 +70,7 @@ class BatchRuns:
             CheckRefusedError: ``run.engine`` is ``fast``, and changed rows alone are not exact.
         """
         shapes = [list(tensor.shape) for tensor in self._pairs.batches[batch_index].values()]
-        key = f"{_detection_key(config)} {shapes}"
+        key = f"{_detection_key(config)} {config.run.propagation} {shapes}"
         if key not in self._proofs:
             self._proofs[key] = prove(self._pairs, config, batch_index)
             # Campaigns that sweep detectors have one proof for each choice of them; provenance keeps the last.
@@ -81,7 +82,7 @@ class BatchRuns:
 
     def run(self, runs: Sequence[Run]) -> Iterator[Finished]:
         """Yield each run with its record or what it raised."""
-        groups: dict[tuple[int, str, int | None, float, bool], list[Run]] = {}
+        groups: dict[tuple[int, str, int | None, float, bool, bool], list[Run]] = {}
         for planned, config in runs:
             key = (
                 self._pairs.batch_index(planned),
@@ -89,6 +90,7 @@ class BatchRuns:
                 config.run.batch_runs,
                 config.detect.critical_loss,
                 config.run.reuse_baseline,
+                config.run.propagation,
             )
             groups.setdefault(key, []).append((planned, config))
         for key in sorted(groups, key=lambda key: key[0]):
@@ -116,7 +118,8 @@ class BatchRuns:
         rest = drawn if proof.rows is not None else (yield from self._run_by_rows(opened, drawn, proof))
         for run in rest:
             around = partial(resumed, proof.chain, opened.recording, min(fault.layer for fault in run.faults))
-            execute = partial(pairs.run_drawn, run, around, execution="resume", rows=opened.rows)
+            outputs = opened.outputs if run.propagates and pairs.follows(config) else None
+            execute = partial(pairs.run_drawn, run, around, execution="resume", rows=opened.rows, outputs=outputs)
             yield run.planned, pairs.attempt(execute)
 
     def _run_by_rows(
@@ -124,7 +127,8 @@ class BatchRuns:
     ) -> Generator[Finished, None, list[DrawnRun]]:
         """Yield runs whose fault lies in one head; return those that must be executed another way."""
         batch_runs = drawn[0].config.run.batch_runs if drawn else None
-        engine = opened.engine(batch_runs, None if proof.head else self._buffer)
+        follows = bool(drawn) and self._pairs.follows(drawn[0].config)
+        engine = opened.engine(batch_runs, None if proof.head else self._buffer, propagation=follows)
         rest: list[DrawnRun] = []
         sites: list[tuple[DrawnRun, FaultSite]] = []
         for run in drawn:
@@ -196,6 +200,8 @@ class BatchRuns:
                 baseline_loss=run.baseline.evaluation.loss,
                 effect=found.effect,
                 local=None if run.propagates else found.local,
+                block_changes=found.block_changes,
+                tightest=tightest(seen, layer),
                 detections=detections,
                 metrics=replace(pairs.metrics(run, detections), **times),
                 injection_seconds=max(

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from bounds import Verdict
+from experiments.block_outputs import BlockOutputs
 from experiments.engine.chain import Chain
 from experiments.engine.front import EngineMismatchError, Front, Newcomers
 from experiments.engine.local_change import LocalChange, local_changes, output_lengths
@@ -56,6 +57,7 @@ class FastRun:
         local: how far the layer's attention output moved.
         behind: by layer behind the fault, what ``finite`` says there, where it is not what it says of the clean pass.
         effect: on the model's output; None if it was not propagated.
+        block_changes: by number of the block, how far what it returns moved, relatively; empty unless it was asked for.
         seconds: its share of the passes it was part of.
     """
 
@@ -64,6 +66,7 @@ class FastRun:
     local: LocalChange
     behind: Mapping[int, Verdict]
     effect: Effect | None
+    block_changes: Mapping[int, float]
     seconds: float
 
 
@@ -80,6 +83,7 @@ class _Run:
     behind: dict[int, Verdict] = field(default_factory=dict)
     positions: Tensor | None = None
     out: Tensor | None = None
+    block_changes: dict[int, float] = field(default_factory=dict)
     seconds: float = 0.0
 
 
@@ -97,6 +101,7 @@ class FastEngine:
         batch_runs: most runs in one pass; None: as many as ``max_rows`` holds.
         max_rows: most rows in one pass, unless a single run has more.
         buffer: for a wide head in pieces; None: the head as the model computes it.
+        outputs: what the blocks returned, to say how far propagated runs move it; None: nobody asks.
     """
 
     def __init__(
@@ -112,7 +117,9 @@ class FastEngine:
         batch_runs: int | None = None,
         max_rows: int = 512,
         buffer: OutputBuffer | None = None,
+        outputs: BlockOutputs | None = None,
     ) -> None:
+        self._outputs = outputs
         self._subject, self._chain, self._recording = subject, chain, recording
         self._groups, self._rows, self._causal = groups, rows, causal
         self._overwritten, self._batch_runs, self._max_rows = overwritten, batch_runs, max_rows
@@ -135,6 +142,8 @@ class FastEngine:
         for chunk in self._site_chunks(runs):
             with _shared(chunk, self._subject.synchronize):
                 self._at_site(chunk)
+        for run in runs:
+            run.block_changes = self._unmoved(run)
         effects = {run.number: self._masked(critical_loss) for run in runs if run.positions is None}
         moving = [run for run in runs if run.propagate and run.positions is not None]
         for whole in (False, True):
@@ -142,6 +151,13 @@ class FastEngine:
                 with _shared(wave, self._subject.synchronize):
                     effects |= self._propagate(wave, critical_loss, whole)
         return [_finished(run, effects.get(run.number)) for run in runs]
+
+    def _unmoved(self, run: _Run) -> dict[int, float]:
+        """Return what is said of the blocks of a run that changes nothing behind its site."""
+        if self._outputs is None or not run.propagate:
+            return {}
+        first = self._chain.block_of[run.site.fault.layer]
+        return dict.fromkeys(range(first, len(self._chain.blocks)), 0.0)
 
     def _masked(self, critical_loss: float) -> RowEffect:
         rows = torch.empty(0, dtype=torch.int64, device=self._subject.device)
@@ -213,12 +229,24 @@ class FastEngine:
             front.advance(number)
             new = [i for i, run in enumerate(runs) if block_of[run.site.fault.layer] == number]
             front.settle(number + 1, self._behind_site(wave, runs, new, whole) if new else None)
+            if self._outputs is not None:
+                self._note_changes(self._outputs, number, runs, *front.changed(number + 1))
         effects: dict[int, RowEffect] = {}
         for rows, owner, hidden, some in _by_run(*front.changed(last), len(runs), HEAD_ROWS):
             logits = self._logits(wave, rows, hidden)
             found = effects_of_rows(self._rows, rows, logits, owner - some[0], len(some), critical_loss)
             effects |= {runs[i].number: effect for i, effect in zip(some, found, strict=True)}
         return {number: effect for number, effect in effects.items() if number not in self._escaped(wave, runs)}
+
+    @staticmethod
+    def _note_changes(
+        outputs: BlockOutputs, number: int, runs: Sequence[_Run], rows: Tensor, owner: Tensor, hidden: Tensor
+    ) -> None:
+        changes = outputs.changes(number, rows, hidden, owner, len(runs))
+        for run, change in zip(runs, changes, strict=True):
+            # Zeros too: what was noted of a run before it had to go through whole sequences is void.
+            if number in run.block_changes:
+                run.block_changes[number] = change
 
     @staticmethod
     def _note_behind(
@@ -319,5 +347,6 @@ def _finished(run: _Run, effect: RowEffect | None) -> FastRun:
         run.local,
         run.behind,
         None if effect is None else effect.effect,
+        run.block_changes,
         run.seconds,
     )

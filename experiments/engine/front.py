@@ -48,10 +48,12 @@ class Front:
     def __init__(self, wave: Wave, runs: int) -> None:
         self._wave, self._runs = wave, runs
         self._pack: Pack | None = None
+        self._differing: Tensor | None = None
         self._hidden = wave.clean(0, torch.empty(0, dtype=torch.int64))
 
     def advance(self, number: int) -> None:
         """Take the rows through block ``number``."""
+        self._differing = None
         if self._pack is not None:
             self._hidden = self._wave.through(number, self._pack, self._hidden)
 
@@ -61,7 +63,7 @@ class Front:
         Raises:
             EngineMismatchError: the rows of the control run changed.
         """
-        going = self._going_on(number)
+        going, self._differing = self._going_on(number)
         if newcomers is None and self._pack is not None and len(going) == len(self._pack.stretches) - 1:
             return
         old, hidden = self._pack, self._hidden
@@ -69,6 +71,8 @@ class Front:
         if not stretches:
             self._pack = None
             return
+        # What differs was found in the old pack.
+        self._differing = None
         length = self._wave.shape[1]
         pack = self._pack = Pack.of(stretches, length, hidden.device)
         self._hidden = self._wave.clean(number, pack.rows)
@@ -86,18 +90,19 @@ class Front:
     def _place(self, offset: Tensor, owner: Tensor, rows: Tensor, hidden: Tensor) -> None:
         self._hidden[offset[owner] + rows % self._wave.shape[1]] = hidden
 
-    def _going_on(self, number: int) -> list[Stretch]:
+    def _going_on(self, number: int) -> tuple[list[Stretch], Tensor | None]:
         if self._pack is None:
-            return []
+            return [], None
         differ = self._differ(self._pack, number)
         counts = [int(differ[begin:end].any()) for begin, end in self._pack.spans]
         if counts[-1]:
             raise EngineMismatchError(f"rows without a fault changed in front of block {number}")
-        return [
+        going = [
             stretch
             for stretch, count in zip(self._pack.stretches[:-1], counts, strict=False)
             if count and stretch.run not in self._wave.escaped
         ]
+        return going, differ
 
     def _differ(self, pack: Pack, number: int) -> Tensor:
         return changed_rows(self._hidden, self._wave.clean(number, pack.rows))
@@ -107,5 +112,6 @@ class Front:
         if self._pack is None:
             nothing = torch.empty(0, dtype=torch.int64, device=self._hidden.device)
             return nothing, nothing, self._hidden[:0]
-        differ = self._differ(self._pack, number) & (self._pack.owner != CONTROL)
+        differ = self._differ(self._pack, number) if self._differing is None else self._differing
+        differ = differ & (self._pack.owner != CONTROL)
         return self._pack.rows[differ], self._pack.owner[differ], self._hidden[differ]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from bounds import Detector, Verdict
 from experiments.baseline import Baseline
 from experiments.baseline_rows import BaselineRows
+from experiments.block_outputs import BlockOutputs
 from experiments.call_state import Situation
 from experiments.engine.chain import Chain
 from experiments.engine.fast_engine import FastEngine
@@ -78,8 +80,13 @@ class OpenedBatch:
         overwritten = frozenset(layer for layer, _ in baseline.situation.overwritten)
         return cls(subject, chain, recording, groups, rows, causal, overwritten)
 
-    def engine(self, batch_runs: int | None, buffer: OutputBuffer | None) -> FastEngine:
-        """Return the engine for this input; see ``FastEngine``."""
+    @cached_property
+    def outputs(self) -> BlockOutputs:
+        """What the blocks returned."""
+        return BlockOutputs.of(self.recording.hidden[1:], self.rows.real)
+
+    def engine(self, batch_runs: int | None, buffer: OutputBuffer | None, *, propagation: bool = False) -> FastEngine:
+        """Return the engine for this input; see ``FastEngine``. With ``propagation`` it follows runs through blocks."""
         return FastEngine(
             self.subject,
             self.chain,
@@ -90,6 +97,7 @@ class OpenedBatch:
             overwritten=self.overwritten,
             batch_runs=batch_runs,
             buffer=buffer,
+            outputs=self.outputs if propagation else None,
         )
 
     def differing_verdict(self, baseline: Baseline) -> str | None:

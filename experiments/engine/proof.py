@@ -162,8 +162,11 @@ class _Comparison:
 
     def _plain(self, fault: Fault) -> InjectedPass:
         detectors, situation = self._pairs.detectors(self._config), self._baseline.situation
-        detect = self._config.detect
-        return InjectedPass.of(self._pairs.subject, self._batch, [fault], situation, detectors, detect, self._monitor)
+        detect, pairs = self._config.detect, self._pairs
+        blocks = pairs.watcher(self._opened.outputs, fault.layer) if pairs.follows(self._config) else None
+        return InjectedPass.of(
+            pairs.subject, self._batch, [fault], situation, detectors, detect, self._monitor, blocks=blocks
+        )
 
     def _expected(self, fault: Fault) -> _Expected:
         # Of the output a digest is kept: it can be larger than all the rest.
@@ -172,10 +175,11 @@ class _Comparison:
         family, rows = self._pairs.subject.family, self._opened.rows
         effect = effect_of(baseline, plain.evaluation, self._batch, family, critical, rows)
         digest = value_digest(plain.evaluation.output)
-        return _Expected(fault, effect, plain.records[0], plain.watcher.verdicts, digest)
+        verdicts, changes = plain.watcher.verdicts, plain.block_changes
+        return _Expected(fault, effect, plain.records[0], verdicts, digest, changes)
 
     def _compare(self, expected: Sequence[_Expected], buffer: OutputBuffer | None) -> str | None:
-        engine = self._opened.engine(None, buffer)
+        engine = self._opened.engine(None, buffer, propagation=self._pairs.follows(self._config))
         sites = [(plain, site) for plain in expected if (site := engine.site_of(plain.fault)) is not None]
         try:
             runs = engine.run([(site, True) for _, site in sites], self._config.detect.critical_loss)
@@ -197,11 +201,12 @@ class _Expected:
     record: InjectionRecord
     verdicts: Mapping[tuple[str, int], Verdict]
     output_digest: str
+    block_changes: Mapping[int, float]
 
     def differing_pass(self, other: _Expected) -> str | None:
         """Return how another whole pass differs, or None."""
         if self.output_digest == other.output_digest:
-            return None
+            return self._differing_blocks(other.block_changes)
         return f"{_name(self.fault)}: another output, {other.effect} instead of {self.effect}"
 
     def difference(self, run: FastRun) -> str | None:
@@ -210,6 +215,8 @@ class _Expected:
             return f"{_name(self.fault)}: {run.effect} instead of {self.effect}"
         if repr(run.record) != repr(self.record):
             return f"{_name(self.fault)}: hit {run.record} instead of {self.record}"
+        if (reason := self._differing_blocks(run.block_changes)) is not None:
+            return reason
         said = {(name, self.fault.layer): verdict for name, verdict in run.verdicts.items()}
         said |= {("finite", layer): verdict for layer, verdict in run.behind.items()}
         for (name, layer), verdict in said.items():
@@ -217,6 +224,11 @@ class _Expected:
             if recorded_part(verdict) != recorded_part(whole):
                 return f"{_name(self.fault)}: detector {name} in layer {layer} says {verdict} instead of {whole}"
         return None
+
+    def _differing_blocks(self, changes: Mapping[int, float]) -> str | None:
+        if repr(changes) == repr(self.block_changes):
+            return None
+        return f"{_name(self.fault)}: blocks change by {changes} instead of {self.block_changes}"
 
 
 def _name(fault: Fault) -> str:

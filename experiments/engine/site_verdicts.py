@@ -84,7 +84,7 @@ class CleanGroups:
         self._synchronize = synchronize
         self._verdicts: dict[tuple[str, int], list[Verdict]] = {}
         self._statistics: dict[tuple[str, int], Any] = {}
-        self._others: dict[tuple[str, int, int], Verdict | None] = {}
+        self._others: dict[tuple[str, int, int], tuple[list[Verdict], list[Verdict]]] = {}
         self._layers: dict[tuple[str, int], Verdict] = {}
         self._light: dict[int, AttentionState] = {}
         self._call: dict[int, AttentionState] = {}
@@ -235,10 +235,11 @@ class CleanGroups:
             return self._layer(name, layer)
         key = name, layer, part
         if key not in self._others:
-            others = [*verdicts[:part], *verdicts[part + 1 :]]
-            self._others[key] = merged(*others) if others else None
-        rest = self._others[key]
-        return verdict if rest is None else merged(rest, verdict)
+            before, behind = verdicts[:part], verdicts[part + 1 :]
+            self._others[key] = [merged(*before)] if before else [], [merged(*behind)] if behind else []
+        # In order: of rows with the same margin the first one counts.
+        before, behind = self._others[key]
+        return merged(*before, verdict, *behind)
 
     def _layer(self, name: str, layer: int) -> Verdict:
         if (name, layer) not in self._layers:
