@@ -9,7 +9,6 @@ Public name: ``CampaignFolder``.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import re
 import shutil
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.config import ExperimentConfig, config_from_mapping, dump_config, flat_fields, read_config_file
-from experiments.csv_file import read_rows, write_rows, write_text
+from experiments.csv_file import read_keys, write_rows, write_text
 from experiments.errors import CheckRefusedError, MissingResourceError, UsageError
 from experiments.plan import Plan, canonical_json
 from experiments.result import ExperimentResult, cell, columns
@@ -134,25 +133,6 @@ class CampaignFolder:
             write_rows(self.file("plan.csv"), ["run_id", "repeat", *plan.axes], rows)
             write_text(self.config_file, dump_config(config))
 
-    def note_provenance(self, name: str, facts: dict[str, Any]) -> None:
-        """Write facts about how numbers came about, over what the file says; earlier fingerprints must agree.
-
-        Raises:
-            CheckRefusedError: the model's weights or the data are not those the campaign was begun with.
-        """
-        path = self.file(name)
-        before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        for key, context in facts.get("contexts", {}).items():
-            known = before.get("contexts", {}).get(key, {})
-            for what in ("model_fingerprint", "data_fingerprint"):
-                if known and known[what] != context[what]:
-                    raise CheckRefusedError(
-                        f"{self.path}: the {what.replace('_', ' ')} is {context[what][:12]}, but the campaign was "
-                        f"begun with {known[what][:12]}; results of two different experiments would be mixed"
-                    )
-        contexts = {**before.get("contexts", {}), **facts.get("contexts", {})}
-        write_text(path, json.dumps({**before, **facts, "contexts": contexts}, indent=1) + "\n")
-
     def shard_files(self, suffix: str = "") -> list[Path]:
         """Return the files of one kind of all shards, in order."""
         pattern = re.compile(rf"\d{{4,}}{re.escape(suffix)}\.csv")
@@ -162,7 +142,7 @@ class CampaignFolder:
     def finished_runs(self) -> set[str]:
         """Return the ids of the runs whose rows are on disk."""
         header = columns(ExperimentResult)
-        return {row[0] for path in self.shard_files() for row in read_rows(path, header)}
+        return {run_id for path in self.shard_files() for run_id in read_keys(path, header)}
 
 
 def _axis_cell(value: Any) -> str:

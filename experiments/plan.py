@@ -41,7 +41,7 @@ def canonical_json(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class PlannedRun:
     """One run of a plan.
 
@@ -112,7 +112,8 @@ def make_plan(config: ExperimentConfig) -> Plan:
         drawn = {key: value for key, value in point.items() if not key.startswith(("detect.", "run."))}
         point_text, drawn_text = canonical_json(point), canonical_json(drawn)
         for repeat in range(config.num_runs):
-            run_id, draw_id = _identity(point_text, repeat), _identity(drawn_text, repeat)
+            run_id = _identity(point_text, repeat)
+            draw_id = run_id if drawn_text == point_text else _identity(drawn_text, repeat)
             if run_id in seen:
                 raise UsageError(f"sweep: two runs of the grid are identical ({dict(zip(axes, values, strict=True))})")
             seen.add(run_id)

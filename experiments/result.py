@@ -7,7 +7,7 @@ Cells: a number that does not exist is an empty cell, never 0; floats are writte
 the same bits; ``value_after`` may be ``nan`` or ``inf``; booleans are ``True`` and ``False``.
 
 Public names: ``ExperimentResult``, ``DetectionRow``, ``PropagationRow``, ``CleanRow``, ``FailureRow``, ``columns``, ``cell``,
-``cells``, ``TIMINGS``, ``UNREPEATABLE``.
+``cells``, ``PER_RUN``, ``TIMINGS``, ``UNREPEATABLE``.
 """
 
 from __future__ import annotations
@@ -183,6 +183,11 @@ class FailureRow:
     run_id: str = _column("the run")
     exception: str = _column("type and message, on one line")
     traceback: str = _column("file with the traceback, below the campaign's folder")
+
+
+PER_RUN: dict[str, type[Any]] = {"detections": DetectionRow}
+"""Tables with any number of rows for each run, by name: a field of ``RunRecord``, ``shards/NNNN.<name>.csv`` and, merged,
+``<name>.csv``. They are written in front of the run's own row."""
 
 
 def columns(row_type: type[Any]) -> list[str]:

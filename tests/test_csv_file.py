@@ -145,7 +145,7 @@ def test_keep_removes_the_other_rows_for_good(tmp_path: Path) -> None:
     path = tmp_path / "shard.csv"
     rows = [["1", "a", ""], ["2", "b", ""], ["3", "c", ""]]
     write_rows(path, COLUMNS, rows)
-    with CsvFile(path, COLUMNS, keep=[rows[0], rows[2]]) as file:
+    with CsvFile(path, COLUMNS, keep={"1", "3"}) as file:
         file.append(["4", "d", ""])
     assert read_rows(path, COLUMNS) == [rows[0], rows[2], ["4", "d", ""]]
 

@@ -6,18 +6,18 @@ Public name: ``replay``.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 
 from experiments.campaign_folder import CampaignFolder
 from experiments.commands.options import take_value
 from experiments.config import ExperimentConfig
 from experiments.config_sections import ENGINES, check_choice
 from experiments.contexts import Contexts, context_key
-from experiments.csv_file import read_rows
 from experiments.errors import UsageError
 from experiments.plan import Plan, PlannedRun, make_plan
 from experiments.provenance import set_determinism
 from experiments.result import UNREPEATABLE, ExperimentResult, cells, columns
+from experiments.row_lines import cells_of, first_cell, row_lines
 from experiments.sections import replaced
 from monitoring import TraceWriter
 
@@ -37,8 +37,8 @@ def replay(arguments: Sequence[str]) -> int:
         raise UsageError("replay: needs a campaign folder and a run id, e.g. replay results/default 0123456789abcdef")
     folder = CampaignFolder.existing(arguments[0])
     plan = make_plan(folder.config())
-    recorded = _recorded(folder)
     runs = [plan.by_id(run_id) for run_id in arguments[1:]]
+    recorded = _recorded(folder, {run.run_id for run in runs})
     for run in runs:
         if run.run_id not in recorded:
             raise UsageError(f"replay: run {run.run_id} has no row yet, there is nothing to compare with")
@@ -64,9 +64,9 @@ def _executed(
             yield record.result
 
 
-def _recorded(folder: CampaignFolder) -> dict[str, list[str]]:
-    header = columns(ExperimentResult)
-    return {row[0]: row for path in folder.shard_files() for row in read_rows(path, header)}
+def _recorded(folder: CampaignFolder, run_ids: Container[str]) -> dict[str, list[str]]:
+    lines = (line for path in folder.shard_files() for _, line in row_lines(path, columns(ExperimentResult)))
+    return {first_cell(line): cells_of(line) for line in lines if first_cell(line) in run_ids}
 
 
 def _print_comparison(recorded: list[str], again: list[str]) -> bool:
