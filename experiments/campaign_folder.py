@@ -19,7 +19,7 @@ from experiments.config import ExperimentConfig, config_from_mapping, dump_confi
 from experiments.csv_file import read_keys, write_rows, write_text
 from experiments.errors import CheckRefusedError, MissingResourceError, UsageError
 from experiments.plan import Plan, canonical_json
-from experiments.result import ExperimentResult, cell, columns
+from experiments.result import TABLES, ExperimentResult, cell, columns
 from experiments.writer_lock import is_held
 
 UNBOUND = ("output_dir", "slurm.", "run.engine", "run.batch_runs")
@@ -28,7 +28,8 @@ UNBOUND = ("output_dir", "slurm.", "run.engine", "run.batch_runs")
 
 _OWN_ENTRIES = {
     *("config.yaml", "provenance.json", "plan.csv", "shards", "trace", "logs"),
-    *("runs.csv", "detections.csv", "clean.csv", "failures.csv", "summary.csv", "report.html"),
+    *("summary.csv", "report.html"),
+    *(f"{table}.{form}" for table in TABLES for form in ("csv", "parquet")),
 }
 """What a campaign writes; nothing else is ever removed."""
 

@@ -6,8 +6,8 @@ A column exists once: as a field of a dataclass here. Its unit is in its name, i
 Cells: a number that does not exist is an empty cell, never 0; floats are written by ``repr`` so that they read back to
 the same bits; ``value_after`` may be ``nan`` or ``inf``; booleans are ``True`` and ``False``.
 
-Public names: ``ExperimentResult``, ``DetectionRow``, ``PropagationRow``, ``CleanRow``, ``FailureRow``, ``columns``, ``cell``,
-``cells``, ``PER_RUN``, ``TIMINGS``, ``UNREPEATABLE``.
+Public names: ``ExperimentResult``, ``DetectionRow``, ``PropagationRow``, ``CleanRow``, ``FailureRow``,
+``columns``, ``cell``, ``cells``, ``TABLES``, ``PER_RUN``, ``TIMINGS``, ``UNREPEATABLE``.
 """
 
 from __future__ import annotations
@@ -186,8 +186,11 @@ class FailureRow:
 
 
 PER_RUN: dict[str, type[Any]] = {"detections": DetectionRow}
-"""Tables with any number of rows for each run, by name: a field of ``RunRecord``, ``shards/NNNN.<name>.csv`` and, merged,
-``<name>.csv``. They are written in front of the run's own row."""
+"""Tables with any number of rows for each run. The name is that of a field of ``RunRecord``, of
+``shards/NNNN.<name>.csv`` and of ``<name>.csv``. These rows are written in front of the run's own."""
+
+TABLES: dict[str, type[Any]] = {"runs": ExperimentResult, **PER_RUN, "clean": CleanRow, "failures": FailureRow}
+"""The merged tables of a campaign by name, ``<name>.csv``."""
 
 
 def columns(row_type: type[Any]) -> list[str]:

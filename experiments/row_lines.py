@@ -49,8 +49,8 @@ def first_cell(line: bytes) -> str:
 def row_lines(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, bytes]]:
     """Yield the complete rows of a file, each with the offset of its first byte; a torn last line is left out.
 
-    A row that we would have written otherwise (needless quotes, other line ends) comes as we would have written it, with
-    the offset ``ELSEWHERE``. A file that is not there has no rows.
+    A row that we would have written otherwise (needless quotes, other line ends) comes as we would have written it,
+    with the offset ``ELSEWHERE``. A file that is not there has no rows.
 
     Raises:
         CheckRefusedError: another header, or a damaged row that is not the last: the file was not written by this

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.closing_table import closing_table
 from experiments.commands.options import one_folder
 from experiments.commands.sweep import print_merged
 from experiments.csv_file import read_keys, read_rows
@@ -44,6 +43,9 @@ def status(arguments: Sequence[str]) -> int:
 
 def merge(arguments: Sequence[str]) -> int:
     """Merge the shards, print the closing table; exit status 1 if runs are missing."""
+    # Imported here: the status of a campaign needs no pandas.
+    from experiments.closing_table import closing_table
+
     folder = one_folder("merge", arguments)
     merged = merge_campaign(folder)
     print(closing_table(folder))
