@@ -125,7 +125,7 @@ def _execute(
     before = len(shard_of(plan, shard)) - len(todo)
     with contextlib.ExitStack() as stack:
         contexts.use_trace(stack.enter_context(TraceWriter(folder.file("trace") / f"{shard.file_name}.jsonl")))
-        files = stack.enter_context(ShardFiles(folder, shard))
+        files = stack.enter_context(ShardFiles(folder, shard, record=plan.config.detect.record))
         progress = stack.enter_context(Progress(before, len(todo)))
 
         def opened(config: ExperimentConfig) -> PairedRunner:
@@ -177,10 +177,10 @@ def _records(
 
 
 class ShardFiles:
-    """The files of one shard, open for appending."""
+    """The files of one shard, open for appending; ``record`` is ``detect.record``."""
 
-    def __init__(self, folder: CampaignFolder, shard: Shard) -> None:
-        self._folder = folder
+    def __init__(self, folder: CampaignFolder, shard: Shard, record: str = "all") -> None:
+        self._folder, self._only_fired = folder, record == "fired"
         stem = folder.shards / shard.file_name
         self._runs_path = stem.with_suffix(".csv")
         self._per_run_paths = {name: stem.with_suffix(f".{name}.csv") for name in PER_RUN}
@@ -212,7 +212,10 @@ class ShardFiles:
         self._clean_seen.update(tuple(row[:4]) for row in new)
         self._clean.append(*new)
         for name, file in self._per_run.items():
-            file.append(*map(cells, getattr(record, name)))
+            rows = getattr(record, name)
+            if name == "detections" and self._only_fired:
+                rows = [row for row in rows if row.violations]
+            file.append(*map(cells, rows))
         self._runs.append(cells(record.result))
 
     def append_failure(self, run: PlannedRun, error: Exception) -> None:

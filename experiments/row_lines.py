@@ -13,7 +13,9 @@ Public names: ``row_lines``, ``cells_of``, ``first_cell``, ``encoded``, ``ELSEWH
 from __future__ import annotations
 
 import csv
+import functools
 import io
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
@@ -61,30 +63,40 @@ def row_lines(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, bytes]]
     header, commas = encoded([columns]), len(columns) - 1
     with path.open("rb", buffering=_BUFFER_BYTES) as stream:
         offset = number = 0
-        while record := _record(stream):
-            plain = b'"' not in record and b"\r" not in record and record.count(b",") == commas and record.isascii()
-            if not (plain and number) and not _is_ours(record, columns if number else None, header):
-                rest = record + stream.read()
+        while line := stream.readline():
+            plain = b'"' not in line and b"\r" not in line and line.count(b",") == commas and line.isascii()
+            if not (plain and line.endswith(b"\n")):
+                line = _whole_record(stream, line)
+            if not line:
+                return
+            if not (plain and number) and not _is_ours(line, columns if number else None, header):
+                rest = line + stream.read()
                 yield from ((ELSEWHERE, encoded([row])) for row in _careful_rows(path, rest, columns, number))
                 return
             if number:
-                yield offset, record
-            number += record.count(b"\n") if not plain else 1
-            offset += len(record)
+                yield offset, line
+            number += 1 if plain else line.count(b"\n")
+            offset += len(line)
 
 
-def _record(stream: BinaryIO) -> bytes:
-    """Return the lines up to the next newline outside quotes; nothing at the end of the file or of what is complete."""
-    line = stream.readline()
+def _whole_record(stream: BinaryIO, line: bytes) -> bytes:
+    """Return a line and those after it up to the next newline outside quotes; nothing if that never comes."""
     if line.count(b'"') % 2:
         lines, quotes = [line], 1
         while quotes % 2 and lines[-1]:
             lines.append(stream.readline())
             quotes += lines[-1].count(b'"')
-        if quotes % 2:
-            return b""
-        line = b"".join(lines)
+        line = b"" if quotes % 2 else b"".join(lines)
     return line if line.endswith(b"\n") else b""
+
+
+_OUR_CELL = rb'(?:[^",\r\n]*+|"[^",\r\n]*+(?:,|""|\n)(?:[^"\r]|"")*+")'
+"""A cell as we write it: in quotes only if it has a comma, a quote or a line end in it."""
+
+
+@functools.cache
+def _our_row(cells: int) -> re.Pattern[bytes]:
+    return re.compile(rb"(?:%b,){%d}%b\n" % (_OUR_CELL, cells - 1, _OUR_CELL))
 
 
 def _is_ours(record: bytes, columns: Sequence[str] | None, header: bytes) -> bool:
@@ -92,10 +104,10 @@ def _is_ours(record: bytes, columns: Sequence[str] | None, header: bytes) -> boo
     if columns is None:
         return record == header
     try:
-        rows = list(csv.reader(io.StringIO(record.decode("utf-8"), newline="")))
-    except (csv.Error, UnicodeDecodeError):
+        record.decode("utf-8")
+    except UnicodeDecodeError:
         return False
-    return len(rows) == 1 and len(rows[0]) == len(columns) and encoded(rows) == record
+    return _our_row(len(columns)).fullmatch(record) is not None
 
 
 def _careful_rows(path: Path, content: bytes, columns: Sequence[str], lines_before: int) -> Iterator[list[str]]:
