@@ -10,6 +10,7 @@ Public names: ``ColumnType``, ``column_types``, ``arrow_schema``.
 
 from __future__ import annotations
 
+import types
 import typing
 from dataclasses import dataclass
 from typing import Any
@@ -37,10 +38,11 @@ def column_types(row_type: type[Any]) -> dict[str, ColumnType]:
     """
     found = {}
     for name, hint in typing.get_type_hints(row_type).items():
-        kinds = [part for part in typing.get_args(hint) or (hint,) if part is not type(None)]
+        parts = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
+        kinds = [part for part in parts if part is not type(None)]
         if len(kinds) != 1 or kinds[0] not in KINDS:
             raise TypeError(f"{row_type.__name__}.{name}: got {hint}, allowed str, bool, int or float, or None beside")
-        found[name] = ColumnType(kinds[0], type(None) in typing.get_args(hint))
+        found[name] = ColumnType(kinds[0], type(None) in parts)
     return found
 
 

@@ -71,12 +71,13 @@ def _find_runs(folder: CampaignFolder, order: dict[bytes, int]) -> tuple[RowPlac
     unknown: bytes | None = None
     for path in folder.shard_files():
         shard = _number(path.name)
+        places.begin_file(path)
         for offset, line in row_lines(path, header):
             run = order.get(_key(line))
             if run is None:
                 unknown = unknown or _key(line)
             elif owner[run] < 0:
-                stretches[run], owner[run] = places.add(path, run, offset, line), shard
+                stretches[run], owner[run] = places.add(run, offset, line), shard
             else:
                 _check_same(places.rows(stretches[run]), line, folder)
     if unknown is not None:
@@ -90,11 +91,12 @@ def _merge_per_run(
     places = RowPlaces()
     for path in folder.shard_files(f".{name}"):
         shard = _number(path.name)
+        places.begin_file(path)
         for offset, line in row_lines(path, columns(row_type)):
             run = order.get(_key(line))
             # Of a run that two workers did, the rows of one are kept; of one that never finished, none.
             if run is not None and owner[run] == shard:
-                places.add(path, run, offset, line)
+                places.add(run, offset, line)
     write_lines(folder.file(f"{name}.csv"), columns(row_type), places.in_order())
 
 

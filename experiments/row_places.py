@@ -1,7 +1,8 @@
 """Where the rows of a table lie in the files of the shards, so that they can be copied in the order of the plan.
 
     places = RowPlaces()
-    places.add(path, run, offset, line)          # of every row found, in the order of the file
+    places.begin_file(path)
+    places.add(run, offset, line)                # for every row found in it, in the order of the file
     write_lines(target, columns, places.in_order())
 
 Kept are four numbers for each run, not its rows: a million runs take tens of megabytes.
@@ -37,11 +38,13 @@ class RowPlaces:
         self._run, self._file, self._offset, self._length = array("q"), array("q"), array("q"), array("q")
         self._elsewhere: list[bytes] = []
 
-    def add(self, path: Path, run: int, offset: int, line: bytes) -> int:
+    def begin_file(self, path: Path) -> None:
+        """Say which file the rows that follow are from."""
+        self._files.append(path)
+        self._inodes.append(path.stat().st_ino)
+
+    def add(self, run: int, offset: int, line: bytes) -> int:
         """Note a row of ``row_lines``; return the number of the stretch that it is in."""
-        if not self._files or self._files[-1] is not path:
-            self._files.append(path)
-            self._inodes.append(path.stat().st_ino)
         if offset == ELSEWHERE:
             self._elsewhere.append(line)
             return self._begin(run, ELSEWHERE, len(self._elsewhere) - 1, len(line))
