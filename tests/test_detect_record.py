@@ -80,7 +80,7 @@ def test_it_changes_no_run_but_belongs_to_the_campaign(
 
 
 def test_what_is_not_allowed_is_refused() -> None:
-    with pytest.raises(UsageError, match="detect.record: got 'fird', allowed all, fired; did you mean 'fired'"):
+    with pytest.raises(UsageError, match=r"detect\.record: got 'fird', allowed all, fired; did you mean 'fired'"):
         DetectConfig(record="fird")
-    with pytest.raises(UsageError, match="sweep.detect.record: this field belongs to the campaign as a whole"):
+    with pytest.raises(UsageError, match=r"sweep\.detect\.record: this field belongs to the campaign as a whole"):
         load_config(["--sweep.detect.record", "all,fired"])

@@ -129,6 +129,22 @@ def test_the_readme_documents_what_else_lies_in_the_folder() -> None:
     assert {f"NNNN.{name}.csv" for name in PER_RUN} < set(sections()["shards/"])
 
 
+def test_timings_are_the_columns_that_measure_the_execution() -> None:
+    assert set(TIMINGS) == {name for name in columns(ExperimentResult) if name.endswith(("_seconds", "_mb"))}
+
+
+def test_what_executed_a_run_is_no_timing_and_not_reproducible() -> None:
+    assert set(UNREPEATABLE) == {*TIMINGS, "execution"}
+    marks = {line.split("`")[1]: line.split()[-2] for line in readme_lines() if line.startswith("| `")}
+    assert marks["execution"] == "*(execution)*"
+    assert all(marks[name] == "*(timing)*" for name in TIMINGS)
+
+
+def test_the_run_comes_first_in_every_table_of_runs() -> None:
+    for row_type in (ExperimentResult, DetectionRow, FailureRow):
+        assert columns(row_type)[0] == "run_id"
+
+
 def test_outcomes() -> None:
     assert OUTCOMES == ("masked", "benign", "critical", "nonfinite")
 
