@@ -19,20 +19,20 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
 from experiments.campaign_folder import CampaignFolder
 from experiments.config import ExperimentConfig
 from experiments.contexts import Contexts, check_plan, check_runs, context_key
-from experiments.csv_file import CsvFile, read_rows, write_text
+from experiments.csv_file import CsvFile, read_keys, read_rows, write_text
 from experiments.errors import CheckRefusedError, MissingResourceError, UsageError
 from experiments.paired_run import PairedRunner
-from experiments.plan import Plan, PlannedRun, Shard, canonical_json, context_values, make_plan, shard_of
+from experiments.plan import Plan, PlannedRun, Shard, context_values, make_plan, shard_of
 from experiments.provenance import environment_facts, set_determinism
-from experiments.result import CleanRow, DetectionRow, ExperimentResult, FailureRow, PropagationRow, cells, columns
+from experiments.result import PER_RUN, CleanRow, ExperimentResult, FailureRow, cells, columns
 from experiments.run_record import RunRecord
+from experiments.shard_provenance import ShardProvenance
 from experiments.writer_lock import WriterLock
 from monitoring import TraceWriter
 
@@ -82,26 +82,9 @@ def run_campaign(
         if overwrite:
             folder.clear(lock)
         folder.begin(config, plan)
-        provenance = Provenance(folder, shard, environment_facts(arguments))
+        provenance = ShardProvenance(folder, shard, environment_facts(arguments))
         provenance.note(contexts.facts)
         return _execute(folder, plan, shard, todo, contexts, provenance)
-
-
-class Provenance:
-    """Notes the environment and the contexts of one shard, in its own file and in the campaign's."""
-
-    def __init__(self, folder: CampaignFolder, shard: Shard, environment: dict[str, Any]) -> None:
-        self._folder, self._environment = folder, environment
-        self._files = ("provenance.json", f"shards/{shard.file_name}.json")
-        self._known = ""
-
-    def note(self, contexts: dict[str, dict[str, Any]]) -> None:
-        """Write what was opened, or found out, since the last call."""
-        known = canonical_json(contexts)
-        if known != self._known:
-            self._known = known
-            for name in self._files:
-                self._folder.note_provenance(name, {**self._environment, "contexts": contexts})
 
 
 def _same_context(plan: Plan, runs: Iterable[PlannedRun], key: str) -> Iterator[ExperimentConfig]:
@@ -136,13 +119,13 @@ def _execute(
     shard: Shard,
     todo: list[PlannedRun],
     contexts: Contexts,
-    provenance: Provenance,
+    provenance: ShardProvenance,
 ) -> CampaignStatus:
     start, done, failed = time.perf_counter(), 0, 0
     before = len(shard_of(plan, shard)) - len(todo)
     with contextlib.ExitStack() as stack:
         contexts.use_trace(stack.enter_context(TraceWriter(folder.file("trace") / f"{shard.file_name}.jsonl")))
-        files = stack.enter_context(ShardFiles(folder, shard))
+        files = stack.enter_context(ShardFiles(folder, shard, record=plan.config.detect.record))
         progress = stack.enter_context(Progress(before, len(todo)))
 
         def opened(config: ExperimentConfig) -> PairedRunner:
@@ -194,14 +177,13 @@ def _records(
 
 
 class ShardFiles:
-    """The files of one shard, open for appending."""
+    """The files of one shard, open for appending; ``record`` is ``detect.record``."""
 
-    def __init__(self, folder: CampaignFolder, shard: Shard) -> None:
-        self._folder = folder
+    def __init__(self, folder: CampaignFolder, shard: Shard, record: str = "all") -> None:
+        self._folder, self._only_fired = folder, record == "fired"
         stem = folder.shards / shard.file_name
         self._runs_path = stem.with_suffix(".csv")
-        self._detections_path = stem.with_suffix(".detections.csv")
-        self._propagation_path = stem.with_suffix(".propagation.csv")
+        self._per_run_paths = {name: stem.with_suffix(f".{name}.csv") for name in PER_RUN}
         self._clean_path = stem.with_suffix(".clean.csv")
         self._failures_path = stem.with_suffix(".failures.csv")
         self._clean_seen: set[tuple[str, ...]] = set()
@@ -210,9 +192,12 @@ class ShardFiles:
     def __enter__(self) -> ShardFiles:
         enter = self._stack.enter_context
         self._runs = enter(CsvFile(self._runs_path, columns(ExperimentResult)))
-        done = {row[0] for row in read_rows(self._runs_path, columns(ExperimentResult))}
-        self._detections = enter(_rows_of_runs(self._detections_path, columns(DetectionRow), done))
-        self._propagation = enter(_rows_of_runs(self._propagation_path, columns(PropagationRow), done))
+        done = set(read_keys(self._runs_path, columns(ExperimentResult)))
+        # Such rows of a run whose own row never followed belong to a run that will be done again.
+        self._per_run = {
+            name: enter(CsvFile(self._per_run_paths[name], columns(row_type), keep=done))
+            for name, row_type in PER_RUN.items()
+        }
         self._clean = enter(CsvFile(self._clean_path, columns(CleanRow)))
         self._clean_seen = {tuple(row[:4]) for row in read_rows(self._clean_path, columns(CleanRow))}
         self._failures = enter(CsvFile(self._failures_path, columns(FailureRow)))
@@ -226,22 +211,20 @@ class ShardFiles:
         new = [row for row in map(cells, record.clean) if tuple(row[:4]) not in self._clean_seen]
         self._clean_seen.update(tuple(row[:4]) for row in new)
         self._clean.append(*new)
-        self._detections.append(*map(cells, record.detections))
-        self._propagation.append(*map(cells, record.propagation))
+        for name, file in self._per_run.items():
+            rows = getattr(record, name)
+            if name == "detections" and self._only_fired:
+                rows = [row for row in rows if row.violations]
+            file.append(*map(cells, rows))
         self._runs.append(cells(record.result))
 
     def append_failure(self, run: PlannedRun, error: Exception) -> None:
         """Append a run that raised, and write its traceback to the log folder."""
         path = self._folder.file("logs") / f"{run.run_id}.txt"
-        write_text(path, "".join(traceback.format_exception(error)))
+        write_text(path, "".join(traceback.format_exception(error)), sync=False)
         relative = str(path.relative_to(self._folder.path))
         message = f"{type(error).__name__}: {error}"
         self._failures.append(cells(FailureRow(run_id=run.run_id, exception=message, traceback=relative)))
-
-
-def _rows_of_runs(path: Path, header: list[str], done: set[str]) -> CsvFile:
-    # Rows of a run whose own row never followed belong to a run that will be done again.
-    return CsvFile(path, header, keep=[row for row in read_rows(path, header) if row[0] in done])
 
 
 class Progress:

@@ -9,7 +9,6 @@ Public name: ``CampaignFolder``.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import re
 import shutil
@@ -17,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from experiments.config import ExperimentConfig, config_from_mapping, dump_config, flat_fields, read_config_file
-from experiments.csv_file import read_rows, write_rows, write_text
+from experiments.csv_file import read_keys, write_rows, write_text
 from experiments.errors import CheckRefusedError, MissingResourceError, UsageError
 from experiments.plan import Plan, canonical_json
-from experiments.result import ExperimentResult, cell, columns
+from experiments.result import TABLES, ExperimentResult, cell, columns
 from experiments.writer_lock import is_held
 
 UNBOUND = ("output_dir", "slurm.", "run.engine", "run.batch_runs")
@@ -29,7 +28,8 @@ UNBOUND = ("output_dir", "slurm.", "run.engine", "run.batch_runs")
 
 _OWN_ENTRIES = {
     *("config.yaml", "provenance.json", "plan.csv", "shards", "trace", "logs"),
-    *("runs.csv", "detections.csv", "propagation.csv", "clean.csv", "failures.csv", "summary.csv", "report.html"),
+    *("summary.csv", "report.html"),
+    *(f"{table}.{form}" for table in TABLES for form in ("csv", "parquet")),
 }
 """What a campaign writes; nothing else is ever removed."""
 
@@ -134,25 +134,6 @@ class CampaignFolder:
             write_rows(self.file("plan.csv"), ["run_id", "repeat", *plan.axes], rows)
             write_text(self.config_file, dump_config(config))
 
-    def note_provenance(self, name: str, facts: dict[str, Any]) -> None:
-        """Write facts about how numbers came about, over what the file says; earlier fingerprints must agree.
-
-        Raises:
-            CheckRefusedError: the model's weights or the data are not those the campaign was begun with.
-        """
-        path = self.file(name)
-        before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        for key, context in facts.get("contexts", {}).items():
-            known = before.get("contexts", {}).get(key, {})
-            for what in ("model_fingerprint", "data_fingerprint"):
-                if known and known[what] != context[what]:
-                    raise CheckRefusedError(
-                        f"{self.path}: the {what.replace('_', ' ')} is {context[what][:12]}, but the campaign was "
-                        f"begun with {known[what][:12]}; results of two different experiments would be mixed"
-                    )
-        contexts = {**before.get("contexts", {}), **facts.get("contexts", {})}
-        write_text(path, json.dumps({**before, **facts, "contexts": contexts}, indent=1) + "\n")
-
     def shard_files(self, suffix: str = "") -> list[Path]:
         """Return the files of one kind of all shards, in order."""
         pattern = re.compile(rf"\d{{4,}}{re.escape(suffix)}\.csv")
@@ -162,7 +143,7 @@ class CampaignFolder:
     def finished_runs(self) -> set[str]:
         """Return the ids of the runs whose rows are on disk."""
         header = columns(ExperimentResult)
-        return {row[0] for path in self.shard_files() for row in read_rows(path, header)}
+        return {run_id for path in self.shard_files() for run_id in read_keys(path, header)}
 
 
 def _axis_cell(value: Any) -> str:

@@ -8,6 +8,12 @@ Public names: ``closing_table``, ``wilson_interval``.
 
 from __future__ import annotations
 
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
 import pandas as pd
 from scipy.stats import binomtest
 
@@ -19,6 +25,16 @@ from fault_injection import LOCATIONS
 from fault_injection.bits import FIELDS
 
 HARMFUL = ("critical", "nonfinite")
+
+SWEPT = ("detect.tolerance", "detect.detectors")
+"""Axes that decide which rows of ``clean.csv`` belong to a table."""
+
+READ_COLUMNS = (
+    *("run_id", "fault_id", "location", "bit_field", "effective", "scope", "outcome", "execution"),
+    *("violation_detected", "certificate", "repairs", "miscorrections", "unrepaired"),
+    *("baseline_seconds", "injection_seconds", "bounds_seconds", "detection_seconds", "total_seconds"),
+)
+"""What of ``runs.csv`` is read; of a million runs the rest would take gigabytes."""
 
 
 def wilson_interval(successes: int, trials: int, confidence: float = 0.95) -> tuple[float, float]:
@@ -36,7 +52,7 @@ def closing_table(folder: CampaignFolder) -> str:
 
     Points of the grid that differ in ``detect`` fields alone look at the same faults: each has a table of its own.
     """
-    runs = pd.read_csv(folder.file("runs.csv"), dtype={"run_id": str, "fault_id": str})
+    runs = pd.read_csv(folder.file("runs.csv"), usecols=READ_COLUMNS, dtype={"run_id": str, "fault_id": str})
     if runs.empty:
         return "no finished runs"
     plan = pd.read_csv(folder.file("plan.csv"), dtype=str)
@@ -46,12 +62,12 @@ def closing_table(folder: CampaignFolder) -> str:
     lines: list[str] = []
     for values, part in plan.groupby(axes, sort=False, dropna=False):
         heading = ", ".join(f"{axis} = {value}" for axis, value in zip(axes, values, strict=True))
-        tolerance = float(part["detect.tolerance"].iloc[0]) if "detect.tolerance" in axes else None
-        lines += [f"== {heading}", *_table(folder, runs[runs.run_id.isin(part.run_id)], tolerance), ""]
+        own = {axis: json.loads(part[axis].iloc[0]) for axis in SWEPT if axis in axes}
+        lines += [f"== {heading}", *_table(folder, runs[runs.run_id.isin(part.run_id)], own), ""]
     return "\n".join(lines)
 
 
-def _table(folder: CampaignFolder, runs: pd.DataFrame, tolerance: float | None = None) -> list[str]:
+def _table(folder: CampaignFolder, runs: pd.DataFrame, swept: Mapping[str, Any] = MappingProxyType({})) -> list[str]:
     if runs.empty:
         return ["no finished runs"]
     # Of a fault that was drawn twice, and propagated once, the outcome is kept.
@@ -69,7 +85,7 @@ def _table(folder: CampaignFolder, runs: pd.DataFrame, tolerance: float | None =
     order = {name: i for i, name in enumerate((*LOCATIONS, *FIELDS))}
     for (location, field), group in sorted(groups, key=lambda item: [order.get(name, 99) for name in item[0]]):
         lines.append(_line(str(location), str(field), group))
-    lines += [_line("all", "", distinct), "", *_detector_lines(folder, distinct, tolerance)]
+    lines += [_line("all", "", distinct), "", *_detector_lines(folder, distinct, swept)]
     return [*lines, *_correction_lines(distinct), *_times_lines(runs)]
 
 
@@ -102,16 +118,20 @@ def _rate(successes: int, trials: int) -> str:
     return f"{100 * successes / trials:5.1f} % ({100 * low:.1f} - {100 * high:.1f})"
 
 
-def _detector_lines(folder: CampaignFolder, distinct: pd.DataFrame, tolerance: float | None) -> list[str]:
+def _detector_lines(folder: CampaignFolder, distinct: pd.DataFrame, swept: Mapping[str, Any]) -> list[str]:
     """Return a line for each detector: what it saw, and its false positives on the fault-free passes."""
     columns = ["run_id", "detector", "proved", "applicable", "violations"]
     detections = pd.read_csv(folder.file("detections.csv"), usecols=columns, dtype={"run_id": str})
     detections = detections[detections.run_id.isin(distinct.run_id)]
-    known = set(detections.detector)
     clean = pd.read_csv(folder.file("clean.csv"))
+    if "detect.tolerance" in swept:
+        clean = clean[clean.tolerance == swept["detect.tolerance"]]
+    config = folder.config().detect
+    if config.record == "fired":
+        names = dataclasses.replace(config, detectors=swept.get("detect.detectors", config.detectors)).names()
+        detections = pd.concat([_silent_rows(clean, names)[columns], detections])
+    known = set(detections.detector)
     clean = clean[clean.detector.isin(known)]
-    if tolerance is not None:
-        clean = clean[clean.tolerance == tolerance]
     harmful = distinct[distinct.outcome.isin(HARMFUL)]
     lines = [f"{'detector':18}{'detected':27}{'of harmful':27}{'false positives':>16}{'in clean rows':>15}"]
     for suite, members in SUITES.items():
@@ -143,6 +163,18 @@ def _detector_lines(folder: CampaignFolder, distinct: pd.DataFrame, tolerance: f
         f"false positives: {total} violations in {rows_checked:,} rows checked by all proved detectors together, on "
         f"{clean.baseline.nunique()} fault-free passes",
     ]
+
+
+def _silent_rows(clean: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
+    """Return rows without violations of all who looked, in the order of their names.
+
+    Where only those who fired are recorded, the fault-free passes say who looked; an oracle looks where the detector
+    does whose bounds it takes from there.
+    """
+    oracles = clean.assign(detector=[f"oracle_{name}" for name in clean.detector])
+    looked = pd.concat([clean, oracles[~oracles.detector.isin(clean.detector)]])
+    looked = looked[looked.detector.isin(names)].assign(run_id="", violations=0)
+    return looked.sort_values("detector", key=lambda detector: detector.map(names.index), kind="stable")
 
 
 def _correction_lines(distinct: pd.DataFrame) -> list[str]:

@@ -19,6 +19,7 @@ usage: run_sweep.py [--config FILE] [--<field> VALUE ...] [--sweep.<field> VALUE
        run_sweep.py replay results/NAME RUN_ID     one run again; the same numbers, or exit 1
        run_sweep.py status results/NAME            done, failed and missing runs
        run_sweep.py merge results/NAME             make the tables from the shards
+       run_sweep.py export results/NAME [--table T] [--output FILE]     a merged table as Parquet
        run_sweep.py trace results/NAME             where the time went, from the trace
        run_sweep.py plan-size --margin E --confidence C [--population N | campaign options]
 
@@ -93,12 +94,13 @@ def _find(name: str) -> Callable[[Sequence[str]], int]:
         from experiments.commands.sweep import sweep
 
         return sweep
-    from experiments.commands import inspect_campaign, plan_size, replay
+    from experiments.commands import export, inspect_campaign, plan_size, replay
 
     commands = {
         "replay": replay.replay,
         "status": inspect_campaign.status,
         "merge": inspect_campaign.merge,
+        "export": export.export,
         "trace": inspect_campaign.trace,
         "plan-size": plan_size.plan_size,
     }

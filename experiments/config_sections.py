@@ -215,6 +215,9 @@ class DetectConfig:
             A proved detector is silent on a correct evaluation of finite inputs, whatever they are (that is what its
             proof says), so there only ``finite`` and detectors without a proof look. ``all``: every detector looks at
             every layer from the first injected one on.
+        record: what ``detections.csv`` holds: ``all`` that detectors said, or only the rows in which one ``fired``.
+            Who looked, and what was seen without a fault, stands in ``clean.csv`` all the same. It changes no run, but
+            belongs to the campaign: a table of which nobody knows what it leaves out is worth nothing.
     """
 
     detectors: list[str] = field(default_factory=lambda: ["full", "epsilon", "oracles"])
@@ -223,6 +226,7 @@ class DetectConfig:
     certificate: bool = False
     correct: bool = False
     layers: str = "injected"
+    record: str = "all"
 
     def names(self) -> tuple[str, ...]:
         """Return the names of the detectors, suites replaced by their members and your own classes registered."""
@@ -237,6 +241,7 @@ class DetectConfig:
         if len(set(self.detectors)) != len(self.detectors):
             raise UsageError(f"detect.detectors: a name is given twice in {self.detectors}")
         check_choice("detect.layers", self.layers, ("injected", "all"))
+        check_choice("detect.record", self.record, ("all", "fired"))
         for key in ("tolerance", "critical_loss"):
             got = getattr(self, key)
             if not (math.isfinite(got) and got >= 0):

@@ -1,50 +1,74 @@
 """A CSV file that one writer appends to, row by row, and that survives being killed at any moment.
 
     with CsvFile(path, columns) as file:     # a torn last line is cut off first
-        file.append(cells)                   # on disk in one write when this returns
+        file.append(cells)                   # with the system in one write when this returns
 
-Public names: ``CsvFile``, ``read_rows``, ``write_rows``, ``write_text``.
+A killed process loses nothing that it appended. Against a machine that loses power, files are forced to disk when they
+are closed or put in place, not row by row; what is lost then are the last rows, which are repeated.
+
+Public names: ``CsvFile``, ``read_rows``, ``read_keys``, ``write_rows``, ``write_lines``, ``write_text``, ``replacing``.
 """
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import logging
 import os
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import BinaryIO
 
-from experiments.errors import CheckRefusedError
+from experiments.row_lines import ELSEWHERE, cells_of, encoded, first_cell, row_lines
 
 logger = logging.getLogger(__name__)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file so that it appears whole or not at all."""
+@contextlib.contextmanager
+def replacing(path: Path, *, sync: bool = True) -> Iterator[BinaryIO]:
+    """Open a file that appears under its name, whole, when the block ends; not at all if the block raises.
+
+    Args:
+        path: its folder is made if it is not there.
+        sync: force it to disk first, so that no loss of power leaves an empty file under the name.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        with temporary.open("wb") as stream:
+            yield stream
+            stream.flush()
+            if sync:
+                os.fsync(stream.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str, *, sync: bool = True) -> None:
+    """Write a file so that it appears whole or not at all."""
+    with replacing(path, sync=sync) as stream:
+        stream.write(text.encode("utf-8"))
 
 
 def write_rows(path: Path, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Write a whole CSV file so that it appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8", newline="") as stream:
-            writer = csv.writer(stream, lineterminator="\n")
-            writer.writerow(columns)
-            writer.writerows(rows)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as stream:
+        text = io.TextIOWrapper(stream, encoding="utf-8", newline="")
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(columns)
+        writer.writerows(rows)
+        text.detach()
+
+
+def write_lines(path: Path, columns: Sequence[str], lines: Iterable[bytes]) -> None:
+    """Like ``write_rows``, of rows that are bytes already (one or several rows each, newlines included)."""
+    with replacing(path) as stream:
+        stream.write(encoded([columns]))
+        stream.writelines(lines)
 
 
 def read_rows(path: Path, columns: Sequence[str]) -> list[list[str]]:
@@ -54,40 +78,12 @@ def read_rows(path: Path, columns: Sequence[str]) -> list[list[str]]:
         CheckRefusedError: another header, or a damaged row that is not the last: the file was not written by this
             version, or not by us.
     """
-    if not path.is_file():
-        return []
-    text = _complete_text(path)
-    reader = csv.reader(io.StringIO(text, newline=""))
-    rows: list[list[str]] = []
-    for row in reader:
-        if not rows and row != list(columns):
-            raise CheckRefusedError(
-                f"{path}: its columns are not those of this version; use another name or --overwrite"
-            )
-        if len(row) != len(columns):
-            raise CheckRefusedError(
-                f"{path}: line {reader.line_num} has {len(row)} cells, expected {len(columns)}; the file is damaged. "
-                "Delete that line to have its run repeated"
-            )
-        rows.append(row)
-    return rows[1:]
+    return [cells_of(line) for _, line in row_lines(path, columns)]
 
 
-def _complete_text(path: Path) -> str:
-    """Return the text up to the end of the last complete row: the last newline that is not inside a quoted cell."""
-    content = path.read_bytes()
-    end = start = 0
-    quotes = 0
-    while (newline := content.find(b"\n", start)) >= 0:
-        quotes += content.count(b'"', start, newline)
-        start = newline + 1
-        if quotes % 2 == 0:
-            end = start
-    try:
-        return content[:end].decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise CheckRefusedError(f"{path}: line {line} is no UTF-8 text; the file is damaged") from error
+def read_keys(path: Path, columns: Sequence[str]) -> Iterator[str]:
+    """Yield the first cell of each complete row; raises like ``read_rows``."""
+    return (first_cell(line) for _, line in row_lines(path, columns))
 
 
 class CsvFile:
@@ -96,31 +92,40 @@ class CsvFile:
     Args:
         path: created with its header if it does not exist.
         columns: the header.
-        keep: rows that stay, when the file is opened; the others (of runs that were not finished) are removed.
+        keep: first cells of the rows that stay when the file is opened; the others (of runs that were not finished)
+            are removed. By default all stay.
     """
 
-    def __init__(self, path: Path, columns: Sequence[str], keep: Iterable[Sequence[str]] | None = None) -> None:
+    def __init__(self, path: Path, columns: Sequence[str], keep: Container[str] | None = None) -> None:
         self.path = path
-        present = read_rows(path, columns)
-        kept = present if keep is None else [list(row) for row in keep]
-        if not path.is_file() or path.stat().st_size != _size(columns, kept):
-            if path.is_file() and kept == present:
+        end, ours, dropped = len(encoded([columns])), True, False
+        for offset, line in row_lines(path, columns):
+            ours = ours and offset != ELSEWHERE
+            dropped = dropped or (keep is not None and first_cell(line) not in keep)
+            end += len(line)
+        present = path.is_file()
+        if not present or dropped or not ours or path.stat().st_size != end:
+            if present and not dropped:
                 logger.warning("%s: its last line was torn and has been cut off", path)
-            write_rows(path, columns, kept)
+            lines = (line for _, line in row_lines(path, columns) if keep is None or first_cell(line) in keep)
+            write_lines(path, columns, lines)
         self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
 
     def append(self, *rows: Sequence[str]) -> None:
         """Append rows in a single write."""
         if not rows:
             return
-        data = _encoded(rows)
+        data = encoded(rows)
         written = os.write(self._descriptor, data)
         if written != len(data):
             raise OSError(f"{self.path}: wrote {written} of {len(data)} bytes; is the disk full?")
 
     def close(self) -> None:
-        """Close the file."""
-        os.close(self._descriptor)
+        """Force the file to disk and close it."""
+        try:
+            os.fsync(self._descriptor)
+        finally:
+            os.close(self._descriptor)
 
     def __enter__(self) -> CsvFile:
         return self
@@ -129,13 +134,3 @@ class CsvFile:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _encoded(rows: Iterable[Sequence[str]]) -> bytes:
-    stream = io.StringIO(newline="")
-    csv.writer(stream, lineterminator="\n").writerows(rows)
-    return stream.getvalue().encode("utf-8")
-
-
-def _size(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> int:
-    return len(_encoded([columns, *rows]))

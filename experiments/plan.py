@@ -41,7 +41,7 @@ def canonical_json(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class PlannedRun:
     """One run of a plan.
 
@@ -110,9 +110,10 @@ def make_plan(config: ExperimentConfig) -> Plan:
     for values in itertools.product(*config.sweep.values()):
         point = {**base, **dict(zip(axes, values, strict=True))}
         drawn = {key: value for key, value in point.items() if not key.startswith(("detect.", "run."))}
-        point_text, drawn_text = canonical_json(point), canonical_json(drawn)
+        point_hash, drawn_hash = _hash_of(point), None if drawn == point else _hash_of(drawn)
         for repeat in range(config.num_runs):
-            run_id, draw_id = _identity(point_text, repeat), _identity(drawn_text, repeat)
+            run_id = _identity(point_hash, repeat)
+            draw_id = run_id if drawn_hash is None else _identity(drawn_hash, repeat)
             if run_id in seen:
                 raise UsageError(f"sweep: two runs of the grid are identical ({dict(zip(axes, values, strict=True))})")
             seen.add(run_id)
@@ -120,8 +121,15 @@ def make_plan(config: ExperimentConfig) -> Plan:
     return Plan(config, axes, tuple(runs))
 
 
-def _identity(point: str, repeat: int) -> str:
-    return hashlib.blake2b(f"{point}#{repeat}".encode(), digest_size=32).hexdigest()[:16]
+def _hash_of(point: Mapping[str, Any]) -> hashlib.blake2b:
+    return hashlib.blake2b(f"{canonical_json(point)}#".encode(), digest_size=32)
+
+
+def _identity(point: hashlib.blake2b, repeat: int) -> str:
+    # Points have hundreds of characters and many repeats: the common beginning is hashed once.
+    whole = point.copy()
+    whole.update(b"%d" % repeat)
+    return whole.hexdigest()[:16]
 
 
 def _determining(config: ExperimentConfig) -> dict[str, Any]:

@@ -6,15 +6,15 @@ A column exists once: as a field of a dataclass here. Its unit is in its name, i
 Cells: a number that does not exist is an empty cell, never 0; floats are written by ``repr`` so that they read back to
 the same bits; ``value_after`` may be ``nan`` or ``inf``; booleans are ``True`` and ``False``.
 
-Public names: ``ExperimentResult``, ``DetectionRow``, ``PropagationRow``, ``CleanRow``, ``FailureRow``, ``columns``,
-``cell``, ``cells``, ``TIMINGS``, ``UNREPEATABLE``.
+Public names: ``ExperimentResult``, ``DetectionRow``, ``PropagationRow``, ``CleanRow``, ``FailureRow``,
+``columns``, ``cell``, ``cells``, ``TABLES``, ``PER_RUN``, ``PROVENANCE``, ``TIMINGS``, ``UNREPEATABLE``.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -187,6 +187,14 @@ class FailureRow:
     traceback: str = _column("file with the traceback, below the campaign's folder")
 
 
+PER_RUN: dict[str, type[Any]] = {"detections": DetectionRow, "propagation": PropagationRow}
+"""Tables with any number of rows for each run. The name is that of a field of ``RunRecord``, of
+``shards/NNNN.<name>.csv`` and of ``<name>.csv``. These rows are written in front of the run's own."""
+
+TABLES: dict[str, type[Any]] = {"runs": ExperimentResult, **PER_RUN, "clean": CleanRow, "failures": FailureRow}
+"""The merged tables of a campaign by name, ``<name>.csv``."""
+
+
 def columns(row_type: type[Any]) -> list[str]:
     """Return the column names of a row type, in order."""
     return [f.name for f in dataclasses.fields(row_type)]
@@ -225,13 +233,51 @@ _FILES: dict[str, tuple[type[Any], str]] = {
 }
 
 
+_PLAN = {
+    "run_id": "identity of the run",
+    "repeat": "which repeat of its grid point",
+    "*one column for each axis*": "the axis by its dotted name (`fault.bit`), its value in this run; lists as JSON",
+}
+
+PROVENANCE = {
+    "python": "version of Python",
+    "packages": "versions of the packages that numbers depend on",
+    "platform": "operating system",
+    "processor": "model of the processor",
+    "cpu_capability": "instruction set that torch chose its kernels for",
+    "cuda": "the GPU, if there is one",
+    "threads": "threads of one process",
+    "deterministic_algorithms": "whether torch was told to use no others",
+    "git_commit": "commit of the program",
+    "git_changes": "whether files differed from that commit",
+    "arguments": "the command's arguments",
+    "environment": "variables of Slurm and of the mathematical libraries",
+    "contexts": "by model, data and seed: path and revision, fingerprints of weights and data, results of the checks",
+}
+"""What each shard notes in ``shards/NNNN.json``."""
+
 _INTRODUCTION = """\
 Campaigns are folders here: `config.yaml`, `provenance.json`, `plan.csv`, `shards/`, `trace/`, `logs/`, and after the
 merge the tables below. An empty cell means that the number does not exist; pandas reads it as NaN. Where the value
 itself is NaN the cell says `nan`, which pandas also reads as NaN: use the `nonfinite` columns to tell them apart, or
 `pandas.read_csv(path, keep_default_na=False)`. Columns marked *timing* or *execution* differ between executions; all
 others are reproducible bit for bit. What was swept and has no column of its own stands in `plan.csv`:
-`runs.merge(pandas.read_csv("plan.csv"), on=["run_id", "repeat"])`.""".splitlines()
+`runs.merge(pandas.read_csv("plan.csv"), on=["run_id", "repeat"])`. `run_sweep.py export results/NAME --table TABLE`
+writes a table as Parquet, where both are told apart and every column has its type.""".splitlines()
+
+
+def _described(name: str, meaning: str, rows: dict[str, str], first: str = "column") -> Iterable[str]:
+    yield from ("", f"## {name}", "", meaning, "", f"| {first} | meaning |", "|---|---|")
+    yield from (f"| {key if key.startswith('*') else f'`{key}`'} | {text} |" for key, text in rows.items())
+
+
+def _shard_rows() -> dict[str, str]:
+    shards = {"NNNN.csv" if name == "runs" else f"NNNN.{name}.csv": f"its part of `{name}.csv`" for name in TABLES}
+    return {
+        **shards,
+        "NNNN.json": "where its numbers come from, see `provenance.json`",
+        "NNNN.lock": "process and machine that write it, as long as they do",
+    }
 
 
 def readme_lines() -> Iterable[str]:
@@ -242,16 +288,22 @@ def readme_lines() -> Iterable[str]:
     yield ""
     yield from _INTRODUCTION
     for name, (row_type, meaning) in _FILES.items():
-        yield ""
-        yield f"## {name}"
-        yield ""
-        yield f"{meaning[0].upper()}{meaning[1:]}."
-        yield ""
-        yield "| column | meaning |"
-        yield "|---|---|"
-        for f in dataclasses.fields(row_type):
-            mark = " *(timing)*" if f.metadata["timing"] else "" if f.metadata["reproducible"] else " *(execution)*"
-            yield f"| `{f.name}` | {f.metadata['meaning']}{mark} |"
+        yield from _described(name, f"{meaning[0].upper()}{meaning[1:]}.", _meanings(row_type))
+    yield from _described("plan.csv", "One row per run of the grid, in its order; written before the first run.", _PLAN)
+    meaning = (
+        "JSON, made by the merge from what each shard noted: the facts of the first shard, the contexts of all, and "
+        "under `shards`, by number, in what others differ from the first."
+    )
+    yield from _described("provenance.json", meaning, PROVENANCE, first="key")
+    meaning = "What each worker wrote, row by row; `NNNN` is the number of the shard. The merge only reads it."
+    yield from _described("shards/", meaning, _shard_rows(), first="file")
+
+
+def _meanings(row_type: type[Any]) -> dict[str, str]:
+    def mark(metadata: Mapping[str, Any]) -> str:
+        return " *(timing)*" if metadata["timing"] else "" if metadata["reproducible"] else " *(execution)*"
+
+    return {f.name: f"{f.metadata['meaning']}{mark(f.metadata)}" for f in dataclasses.fields(row_type)}
 
 
 if __name__ == "__main__":

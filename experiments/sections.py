@@ -150,7 +150,7 @@ def build_sections(given: Mapping[str, Any], sweep: Any) -> Sections:
 
 
 def _axis(key: str, values: Any) -> list[Any]:
-    if key in ("name", "output_dir", "num_runs") or key.startswith("slurm."):
+    if key in ("name", "output_dir", "num_runs", "detect.record") or key.startswith("slurm."):
         raise UsageError(f"sweep.{key}: this field belongs to the campaign as a whole and cannot be swept")
     if key not in known_fields():
         raise UsageError(f"sweep.{key}: no such field{nearest(key, known_fields())}")

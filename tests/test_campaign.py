@@ -204,7 +204,7 @@ def test_the_plan_is_on_disk_before_the_first_run(
 
     with run_that(monkeypatch, look):
         assert main(place.arguments(tmp_path)) == 0
-    assert {"config.yaml", "plan.csv", "provenance.json", "shards/0001.lock"} < set(seen[0])
+    assert {"config.yaml", "plan.csv", "shards/0001.json", "shards/0001.lock"} < set(seen[0])
 
 
 # --------------------------------------------------------------------------------------------- exactly once

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -28,10 +27,6 @@ def begun(tmp_path: Path, **changes: Any) -> CampaignFolder:
     folder = CampaignFolder.of(config)
     folder.begin(config, make_plan(config))
     return folder
-
-
-def facts(model: str = "a" * 32, data: str = "b" * 32, **more: Any) -> dict[str, Any]:
-    return {"threads": 1, "contexts": {"key": {"model_fingerprint": model, "data_fingerprint": data}}, **more}
 
 
 def test_a_campaign_begins_with_its_configuration_and_its_plan(tmp_path: Path) -> None:
@@ -188,32 +183,6 @@ def test_overwriting_never_removes_files_that_no_campaign_made(tmp_path: Path) -
     with pytest.raises(UsageError, match=r"x holds thesis\.tex, which no campaign made"):
         folder.clear_all()
     assert (tmp_path / "x" / "thesis.tex").exists()
-
-
-# ------------------------------------------------------------------------------------------------- provenance
-
-
-def test_provenance_keeps_what_was_known_and_takes_what_is_new(tmp_path: Path) -> None:
-    folder = begun(tmp_path)
-    folder.note_provenance("provenance.json", facts(host="first"))
-    later = facts(host="second")
-    later["contexts"]["other"] = {"model_fingerprint": "c" * 32, "data_fingerprint": "d" * 32}
-    folder.note_provenance("provenance.json", {**later, "contexts": {"other": later["contexts"]["other"]}})
-    known = json.loads(folder.file("provenance.json").read_text())
-    assert known["host"] == "second"
-    assert set(known["contexts"]) == {"key", "other"}
-
-
-@pytest.mark.parametrize(
-    ("changes", "what"), [({"model": "c" * 32}, "model fingerprint"), ({"data": "c" * 32}, "data fingerprint")]
-)
-def test_other_weights_or_data_are_refused(tmp_path: Path, changes: dict[str, str], what: str) -> None:
-    folder = begun(tmp_path)
-    folder.note_provenance("provenance.json", facts())
-    before = folder.file("provenance.json").read_text()
-    with pytest.raises(CheckRefusedError, match=f"the {what} is cccccccccccc, but the campaign was begun with"):
-        folder.note_provenance("provenance.json", facts(**changes))
-    assert folder.file("provenance.json").read_text() == before
 
 
 # ------------------------------------------------------------------------------------------------- shards

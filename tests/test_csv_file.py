@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import io
 import os
+import tracemalloc
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from experiments.csv_file import CsvFile, read_rows, write_rows, write_text
+from experiments.csv_file import CsvFile, read_rows, write_lines, write_rows, write_text
 from experiments.errors import CheckRefusedError
 
 COLUMNS = ["run_id", "value", "note"]
@@ -145,7 +146,7 @@ def test_keep_removes_the_other_rows_for_good(tmp_path: Path) -> None:
     path = tmp_path / "shard.csv"
     rows = [["1", "a", ""], ["2", "b", ""], ["3", "c", ""]]
     write_rows(path, COLUMNS, rows)
-    with CsvFile(path, COLUMNS, keep=[rows[0], rows[2]]) as file:
+    with CsvFile(path, COLUMNS, keep={"1", "3"}) as file:
         file.append(["4", "d", ""])
     assert read_rows(path, COLUMNS) == [rows[0], rows[2], ["4", "d", ""]]
 
@@ -264,3 +265,57 @@ def test_writing_leaves_no_temporary_files_and_makes_folders(tmp_path: Path) -> 
         "tables/x.csv",
     ]
     assert (tmp_path / "logs" / "a" / "x.txt").read_bytes() == "é\n".encode()
+
+
+def synced(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """Return a list that takes the target and the size of every file that is forced to disk."""
+    found: list[tuple[str, int]] = []
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        found.append((Path(os.readlink(f"/proc/self/fd/{descriptor}")).name, os.fstat(descriptor).st_size))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="names of open files are read from /proc")
+def test_files_are_forced_to_disk_whole_before_they_get_their_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = synced(monkeypatch)
+    write_text(tmp_path / "a.txt", "four")
+    write_rows(tmp_path / "a.csv", COLUMNS, [["1", "2", "3"]])
+    write_lines(tmp_path / "b.csv", COLUMNS, [b"1,2,3\n", b"4,5,6\n7,8,9\n"])
+    assert [size for _, size in found] == [4, 18 + 6, 18 + 18]
+    assert all(name.endswith(".tmp") for name, _ in found)
+    assert (tmp_path / "b.csv").read_text() == "run_id,value,note\n1,2,3\n4,5,6\n7,8,9\n"
+    write_text(tmp_path / "log.txt", "x", sync=False)
+    assert len(found) == 3
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="names of open files are read from /proc")
+def test_a_shard_is_forced_to_disk_when_it_is_closed_and_not_for_every_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "shard.csv"
+    CsvFile(path, COLUMNS).close()
+    found = synced(monkeypatch)
+    with CsvFile(path, COLUMNS) as file:
+        for number in range(5):
+            file.append([str(number), "a", "b"])
+        assert found == []
+    assert found == [("shard.csv", path.stat().st_size)]
+
+
+def test_opening_keeps_no_rows_in_memory_but_those_that_were_asked_for(tmp_path: Path) -> None:
+    path = tmp_path / "shard.csv"
+    write_rows(path, COLUMNS, [[str(n), "x" * 50, ""] for n in range(20_000)])
+    tracemalloc.start()
+    CsvFile(path, COLUMNS, keep={str(n) for n in range(10)}).close()
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert [row[0] for row in read_rows(path, COLUMNS)] == [str(n) for n in range(10)]
+    # The reading buffer is 2**20 bytes; the rows would take more than five times as much.
+    assert peak < 3 * 2**20

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import struct
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from experiments.csv_file import read_rows, write_rows
+from experiments.provenance import environment_facts
 from experiments.result import (
     OUTCOMES,
+    PER_RUN,
+    TABLES,
     TIMINGS,
     UNREPEATABLE,
     CleanRow,
@@ -103,12 +107,27 @@ def test_the_readme_is_the_generated_text() -> None:
     assert README.read_text(encoding="utf-8").splitlines() == list(readme_lines())
 
 
-@pytest.mark.parametrize("row_type", ROW_TYPES)
-def test_the_readme_documents_every_column_once(row_type: type[Any]) -> None:
-    lines = README.read_text(encoding="utf-8").splitlines()
-    for name in columns(row_type):
-        documented = sum(line.startswith(f"| `{name}` |") for line in lines)
-        assert documented == sum(name in columns(other) for other in ROW_TYPES)
+def sections() -> dict[str, list[str]]:
+    """Return the names in the first cells of each table of the readme, by heading."""
+    parts = README.read_text(encoding="utf-8").split("\n## ")[1:]
+    found = {}
+    for part in parts:
+        heading, _, text = part.partition("\n")
+        found[heading] = re.findall(r"^\| `([^`]+)` \|", text, flags=re.MULTILINE)
+    return found
+
+
+def test_the_readme_documents_every_column_of_every_table_once() -> None:
+    for name, row_type in TABLES.items():
+        assert sections()[f"{name}.csv"] == columns(row_type)
+
+
+def test_the_readme_documents_what_else_lies_in_the_folder() -> None:
+    assert sections()["provenance.json"] == [*environment_facts([]), "contexts"]
+    assert sections()["plan.csv"] == ["run_id", "repeat"]
+    own = {name for name in sections() if name.partition(".")[0] not in TABLES}
+    assert own == {"plan.csv", "provenance.json", "shards/"}
+    assert {f"NNNN.{name}.csv" for name in PER_RUN} < set(sections()["shards/"])
 
 
 def test_timings_are_the_columns_that_measure_the_execution() -> None:

@@ -6,11 +6,11 @@ Public names: ``status``, ``merge``, ``trace``.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
-from experiments.closing_table import closing_table
 from experiments.commands.options import one_folder
 from experiments.commands.sweep import print_merged
-from experiments.csv_file import read_rows
+from experiments.csv_file import read_keys, read_rows
 from experiments.errors import MissingResourceError
 from experiments.merge import merge_campaign
 from experiments.plan import make_plan
@@ -23,17 +23,19 @@ def status(arguments: Sequence[str]) -> int:
     """Print how many runs are done, failed and missing; exit status 0 if none is missing, else 1."""
     folder = one_folder("status", arguments)
     planned = {run.run_id for run in make_plan(folder.config()).runs}
-    done = folder.finished_runs() & planned
+    done, rows = set[str](), dict[Path, int]()
+    for path in folder.shard_files():
+        ids = list(read_keys(path, columns(ExperimentResult)))
+        rows[path] = len(ids)
+        done.update(planned.intersection(ids))
     failures = {
         row[0]: row[1] for path in folder.shard_files(".failures") for row in read_rows(path, columns(FailureRow))
     }
     failed = {run_id: reason for run_id, reason in failures.items() if run_id not in done}
     print(f"{folder.path}: {len(done)} of {len(planned)} runs done, {len(failed)} failed, "
           f"{len(planned) - len(done) - len(failed)} not tried")  # fmt: skip
-    for path in folder.shard_files():
-        lock = path.with_suffix(".lock")
-        rows = len(read_rows(path, columns(ExperimentResult)))
-        print(f"  shard {path.stem}: {rows} runs{', being written' if is_held(lock) else ''}")
+    for path, count in rows.items():
+        print(f"  shard {path.stem}: {count} runs{', being written' if is_held(path.with_suffix('.lock')) else ''}")
     for run_id, reason in list(failed.items())[:5]:
         print(f"  failed {run_id}: {reason}")
     return 0 if len(done) == len(planned) else 1
@@ -41,6 +43,9 @@ def status(arguments: Sequence[str]) -> int:
 
 def merge(arguments: Sequence[str]) -> int:
     """Merge the shards, print the closing table; exit status 1 if runs are missing."""
+    # Imported here: the status of a campaign needs no pandas.
+    from experiments.closing_table import closing_table
+
     folder = one_folder("merge", arguments)
     merged = merge_campaign(folder)
     print(closing_table(folder))

@@ -8,18 +8,18 @@ Public name: ``replay``.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Container, Iterable, Iterator, Sequence
 
 from experiments.campaign_folder import CampaignFolder
 from experiments.commands.options import take_value
 from experiments.config import ExperimentConfig
 from experiments.config_sections import ENGINES, check_choice
 from experiments.contexts import Contexts, context_key
-from experiments.csv_file import read_rows
 from experiments.errors import UsageError
 from experiments.plan import Plan, PlannedRun, make_plan
 from experiments.provenance import set_determinism
 from experiments.result import UNREPEATABLE, ExperimentResult, PropagationRow, cells, columns
+from experiments.row_lines import cells_of, first_cell, row_lines
 from experiments.run_record import RunRecord
 from experiments.sections import replaced
 from monitoring import TraceWriter
@@ -40,8 +40,9 @@ def replay(arguments: Sequence[str]) -> int:
         raise UsageError("replay: needs a campaign folder and a run id, e.g. replay results/default 0123456789abcdef")
     folder = CampaignFolder.existing(arguments[0])
     plan = make_plan(folder.config())
-    recorded, blocks = _recorded(folder), _blocks(folder, arguments[1:])
+    blocks = _blocks(folder, arguments[1:])
     runs = [plan.by_id(run_id) for run_id in arguments[1:]]
+    recorded = _recorded(folder, {run.run_id for run in runs})
     for run in runs:
         if run.run_id not in recorded:
             raise UsageError(f"replay: run {run.run_id} has no row yet, there is nothing to compare with")
@@ -67,16 +68,17 @@ def _executed(contexts: Contexts, plan: Plan, runs: Iterable[PlannedRun], engine
             yield record
 
 
-def _recorded(folder: CampaignFolder) -> dict[str, list[str]]:
-    header = columns(ExperimentResult)
-    return {row[0]: row for path in folder.shard_files() for row in read_rows(path, header)}
+def _recorded(folder: CampaignFolder, run_ids: Container[str]) -> dict[str, list[str]]:
+    lines = (line for path in folder.shard_files() for _, line in row_lines(path, columns(ExperimentResult)))
+    return {first_cell(line): cells_of(line) for line in lines if first_cell(line) in run_ids}
 
 
 def _blocks(folder: CampaignFolder, run_ids: Collection[str]) -> dict[str, list[list[str]]]:
     """Return the rows of ``propagation.csv`` by run; of a run that two workers did, those of the last."""
     found: dict[str, list[list[str]]] = {run_id: [] for run_id in run_ids}
     for path in folder.shard_files(".propagation"):
-        of_worker = sorted(row for row in read_rows(path, columns(PropagationRow)) if row[0] in found)
+        lines = (line for _, line in row_lines(path, columns(PropagationRow)) if first_cell(line) in found)
+        of_worker = sorted(map(cells_of, lines))
         found |= {run_id: list(rows) for run_id, rows in itertools.groupby(of_worker, key=lambda row: row[0])}
     return found
 

@@ -12,7 +12,6 @@ from types import FrameType
 
 from experiments.campaign import run_campaign
 from experiments.campaign_folder import CampaignFolder
-from experiments.closing_table import closing_table
 from experiments.commands.listing import print_list
 from experiments.commands.local_launcher import launch_local
 from experiments.commands.options import take_flag, take_value, whole_number
@@ -61,6 +60,9 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 def _finish(folder: CampaignFolder, exit_status: int) -> int:
     if not folder.config_file.is_file():
         return exit_status
+    # Imported here: a dry run, or a shard, needs no pandas.
+    from experiments.closing_table import closing_table
+
     merged = merge_campaign(folder)
     print(closing_table(folder))
     print_merged(folder, merged)

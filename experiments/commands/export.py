@@ -1,0 +1,42 @@
+"""``run_sweep.py export results/NAME [--table runs] [--format parquet] [--output FILE]``: a table in another format.
+
+Public name: ``export``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from experiments.commands.options import one_folder, take_value
+from experiments.config_sections import check_choice
+from experiments.errors import MissingResourceError, UsageError
+from experiments.result import TABLES
+
+FORMATS = ("parquet",)
+
+
+def export(arguments: Sequence[str]) -> int:
+    """Write a merged table as Parquet, into the campaign's folder unless ``--output`` says where."""
+    options = list(arguments)
+    table, form = take_value(options, "--table") or "runs", take_value(options, "--format") or "parquet"
+    output = take_value(options, "--output")
+    check_choice("--table", table, list(TABLES))
+    check_choice("--format", form, FORMATS)
+    folder = one_folder("export", options)
+    source, target = folder.file(f"{table}.csv"), Path(output) if output else folder.file(f"{table}.{form}")
+    if not source.is_file():
+        raise MissingResourceError(f"{source}: is not there; run_sweep.py merge {folder.path} makes it")
+    if target.is_dir() or target.resolve() == source.resolve():
+        raise UsageError(f"--output: got {target}, allowed a new file or one that may be replaced")
+    try:
+        from experiments.parquet_export import export_parquet
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "pyarrow":
+            raise
+        raise MissingResourceError(
+            "export: needs pyarrow, which is not installed; it comes with the extra parquet: pip install -e .[parquet]"
+        ) from error
+    rows = export_parquet(source, TABLES[table], target)
+    print(f"{rows} rows of {source} in {target}, {target.stat().st_size / 2**20:.1f} MiB")
+    return 0
