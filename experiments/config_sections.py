@@ -23,13 +23,13 @@ from bounds.user_detectors import is_detector_path, load_detector
 from experiments.errors import UsageError
 from experiments.sources import parse_source
 from fault_injection.bits import check_bits
-from fault_injection.fault import FaultSpec
+from fault_injection.fault import BIT_KINDS, FaultSpec
 from fault_injection.layer_choice import LAYER_MODES, compiled_pattern
 from fault_injection.names import nearest
 from fault_injection.site import ElementIndex
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
-AIMS = ("uniform",)
+AIMS = ("uniform", "bits", "effect")
 ENGINES = ("auto", "plain", "fast")
 
 
@@ -135,7 +135,8 @@ class FaultConfig:
         layer_pattern: a regular expression searched in the names of the attention modules.
         index: the element.
         include_masked: draw hidden keys of scores and weights as well.
-        aim: how the open part of the index is drawn (``uniform``).
+        aim: how what is open is drawn: ``uniform``; ``bits`` (sign and exponent more often than mantissa); ``effect``
+            (faults more often that are predicted to move their layer's output). Rows have a ``sampling_weight``.
     """
 
     location: str = "scores"
@@ -158,7 +159,7 @@ class FaultConfig:
             raise
         except ValueError as error:
             raise UsageError(_with_key("fault.bit", str(error))) from error
-        check_choice("fault.aim", self.aim, AIMS)
+        self._check_aim()
         if self.layer_mode is not None:
             check_choice("fault.layer_mode", self.layer_mode, LAYER_MODES)
         if self.layer_mode == "specific" and self.layers is None and self.layer_pattern is None:
@@ -167,6 +168,16 @@ class FaultConfig:
             check_at_least("fault.layers", layer, 0)
         if self.layers == []:
             raise UsageError("fault.layers: got an empty list; leave it out to mean every layer")
+
+    def _check_aim(self) -> None:
+        check_choice("fault.aim", self.aim, AIMS)
+        if self.aim == "effect" and self.kind == "bit_error_rate":
+            raise UsageError("fault.aim: got 'effect', allowed uniform where fault.kind is bit_error_rate")
+        if self.aim == "bits" and not (self.kind in BIT_KINDS and isinstance(self.bit, str | None)):
+            raise UsageError(
+                f"fault.aim: got 'bits', allowed only where a bit is drawn: fault.kind {', '.join(BIT_KINDS)} (got "
+                f"{self.kind}) and fault.bit null or the name of a field (got {self.bit})"
+            )
 
     def layer_list(self) -> list[int] | None:
         """Return the named layers as a list."""

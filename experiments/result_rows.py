@@ -110,7 +110,13 @@ def clean_rows(baseline_id: str, baseline: Baseline, layer_names: Sequence[str],
     ]
 
 
-def run_row(planned: PlannedRun, config: ExperimentConfig, setting: Setting, measured: Measured) -> ExperimentResult:
+def run_row(
+    planned: PlannedRun,
+    config: ExperimentConfig,
+    setting: Setting,
+    measured: Measured,
+    sampling_weight: float = 1.0,
+) -> ExperimentResult:
     """Return the row of ``runs.csv``; see ``ExperimentResult`` for what each column means."""
     first, metrics = measured.faults[0], measured.metrics
     return ExperimentResult(
@@ -129,7 +135,7 @@ def run_row(planned: PlannedRun, config: ExperimentConfig, setting: Setting, mea
         **_site_columns(measured.faults, measured.records),
         effective=_effective(measured),
         fault_id=measured.fault_id,
-        sampling_weight=1.0,
+        sampling_weight=sampling_weight,
         **_effect_columns(measured),
         **_detection_columns(measured.detections, first.layer),
         certificate=_certificate(measured.certificate, measured.faults, measured.detections),
