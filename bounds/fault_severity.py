@@ -68,7 +68,8 @@ class SeverityTerms:
 
         Args:
             indices: (N, 4) int64: batch, head, row, column of the element; of keys and values the key/value head.
-            before, after: (N,) float64, the element without and with the fault.
+            before: (N,) float64, the element without the fault.
+            after: (N,) float64, with it.
 
         Returns:
             (N,) float64, 0 or more; infinite where the new value is NaN or an infinity.
@@ -185,7 +186,7 @@ def _scores(terms: SeverityTerms, index: Index, added: Tensor) -> Tensor:
 
 
 def _weights(terms: SeverityTerms, index: Index, added: Tensor) -> Tensor:
-    batch, head, row, key = index
+    batch, head, _, key = index
     shared = head // terms.group
     length = terms.tensors["value"][batch, shared, key].double().norm(dim=-1)
     return terms.relative(added.abs() * length, index[:3])

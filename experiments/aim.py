@@ -8,9 +8,9 @@ Input and layers are always drawn uniformly.
 
 ``bits``: the element is uniform; a bit of sign or exponent is drawn 8 times as often as one of the mantissa.
 
-``effect``: m candidates are drawn uniformly, and one of them, J, with probability g_J / (g_1 + ... + g_m), where g grows
-with the predicted change of the layer's output (``bounds.fault_severity``). Its weight is W = mean(g) / g_J. For any
-outcome h, whatever g > 0 is,
+``effect``: m candidates are drawn uniformly, and one of them, J, with probability g_J / (g_1 + ... + g_m), where g
+grows with the predicted change of the layer's output (``bounds.fault_severity``). Its weight is W = mean(g) / g_J.
+For any outcome h, whatever g > 0 is,
 
     E[h(X_J) W] = E[ sum_j (g_j / sum(g)) h(X_j) (sum(g) / m) / g_j ] = E[ mean_j h(X_j) ] = E[h(X)],  X uniform,
 
@@ -39,8 +39,8 @@ from fault_injection.candidates import ElementPool, draw_candidates
 from fault_injection.fault import bit_choices
 
 OFTEN = 8.0
-"""How much more often a bit of sign or exponent is drawn than one of the mantissa: the root of the ratio of their shares
-of critical flips (15.3 % and 8.1 % to 0.2 %, docs/theory.md), which is what makes the variance smallest."""
+"""How much more often a bit of sign or exponent is drawn than one of the mantissa: no weight is above 3 then. The variance
+would be smallest at the root of the ratio of their shares of harmful flips, 10 to 20 for float32 (docs/sampling.md)."""
 
 CANDIDATES = 128
 FLOOR = 0.05
@@ -50,11 +50,15 @@ HALF = 0.5
 KEPT_POOLS = 16
 
 
-def draw_by_bits(spec: FaultSpec, sites: Sequence[Site], random: np.random.Generator) -> tuple[tuple[Fault, ...], float]:
+def draw_by_bits(
+    spec: FaultSpec, sites: Sequence[Site], random: np.random.Generator
+) -> tuple[tuple[Fault, ...], float]:
     """Draw a fault at each site, bits of sign and exponent more often; return them and their weight.
 
     Args:
         spec: of a kind that has bits, which it leaves open.
+        sites: one in each chosen layer.
+        random: what everything is drawn from.
     """
     faults, weight = [], 1.0
     for site in sites:
@@ -104,9 +108,11 @@ class EffectAim:
 
         Args:
             spec: of a kind that hits one element.
-            sites: of the chosen layers.
+            sites: one in each chosen layer.
             layers: all that may be chosen; their clean tensors are computed together.
-            baseline, batch_index: the input.
+            baseline: of the input.
+            batch_index: its number.
+            random: what everything is drawn from.
         """
         clean = self._clean.get(batch_index, spec.location, tuple(layers), baseline.situation)
         drawn, severities = [], []

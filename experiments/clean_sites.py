@@ -26,7 +26,7 @@ KEPT_BYTES = 1 << 30
 
 @dataclass(frozen=True, eq=False)
 class CleanSite:
-    """One location of one layer in a fault-free pass: its tensor, and what the severities of its faults have in common."""
+    """One location of one layer in a fault-free pass: its tensor, and what severities of its faults have in common."""
 
     elements: Tensor
     terms: SeverityTerms

@@ -293,15 +293,50 @@ class RunConfig:
         return self.scope == "full" or (self.full_every is not None and repeat % self.full_every == 0)
 
 
+STOP_RATES = ("harmful", "critical", "nonfinite", "masked", "detected")
+
+
 @dataclass(frozen=True)
 class StopConfig:
-    """When a cell of the grid ends early (not available yet)."""
+    """When a cell of the grid ends before its ``num_runs`` repeats: when a rate is known well enough.
+
+    Attributes:
+        margin: half the width of the rate's interval at which the cell ends (``null``: never before its end).
+        confidence: that the intervals of all looks together hold the rate.
+        rate: ``harmful`` (critical or nonfinite), ``critical``, ``nonfinite``, ``masked``, or ``detected``.
+        minimum: repeats before the first look.
+        growth: how many times more repeats there are at each next look.
+    """
 
     margin: float | None = None
+    confidence: float = 0.95
+    rate: str = "harmful"
+    minimum: int = 64
+    growth: float = 1.5
 
     def __post_init__(self) -> None:
-        if self.margin is not None:
-            raise UsageError("stop.margin: sequential stopping is not available in this version; leave it out")
+        for key, most in (("margin", 0.5), ("confidence", 1)):
+            got = getattr(self, key)
+            if got is not None and not 0 < got < most:
+                raise UsageError(f"stop.{key}: got {got}, allowed a number between 0 and {most}")
+        check_choice("stop.rate", self.rate, STOP_RATES)
+        check_at_least("stop.minimum", self.minimum, 1)
+        if not 1 < self.growth <= 10:
+            raise UsageError(f"stop.growth: got {self.growth}, allowed a number above 1, at most 10")
+
+    def check_with(self, fault: FaultConfig, run: RunConfig) -> None:
+        """Refuse a margin where the rule does not hold, or no run has an outcome."""
+        if self.margin is None:
+            return
+        if fault.aim != "uniform":
+            raise UsageError(
+                f"stop.margin: got {self.margin} with fault.aim {fault.aim!r}, allowed uniform: its interval "
+                "is one for unweighted runs"
+            )
+        if run.scope == "site" and self.rate != "detected":
+            raise UsageError(
+                f"stop.rate: got {self.rate!r} with run.scope 'site', allowed detected: such runs have no outcome"
+            )
 
 
 @dataclass(frozen=True)

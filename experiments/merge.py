@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from experiments.campaign_folder import CampaignFolder
+from experiments.cells import cells_of
 from experiments.csv_file import read_rows, write_rows
 from experiments.errors import CheckRefusedError
 from experiments.plan import make_plan
@@ -23,21 +24,29 @@ from experiments.result import UNREPEATABLE, CleanRow, DetectionRow, ExperimentR
 
 @dataclass(frozen=True)
 class Merged:
-    """What a merge found: planned, finished, missing and failed runs (failed ones are missing, with a reason)."""
+    """What a merge found: planned, finished, missing and failed runs (failed ones are missing, with a reason).
+
+    Runs that a stopping rule does not need any more are ``unneeded``, and not missing; ``stops`` says how cells ended.
+    """
 
     planned: int
     finished: int
     missing: tuple[str, ...]
     failed: tuple[str, ...]
+    unneeded: int = 0
+    stops: str | None = None
 
 
 def merge_campaign(folder: CampaignFolder) -> Merged:
     """Write ``runs.csv``, ``detections.csv``, ``clean.csv`` and ``failures.csv`` from the shards.
 
+    With a stopping rule also ``stops.csv``.
+
     Raises:
         CheckRefusedError: a damaged shard, or one run with two different results.
     """
-    order = {run.run_id: run.index for run in make_plan(folder.config()).runs}
+    plan = make_plan(folder.config())
+    order = {run.run_id: run.index for run in plan.runs}
     header = columns(ExperimentResult)
     runs: dict[str, list[str]] = {}
     owner: dict[str, str] = {}
@@ -56,8 +65,11 @@ def merge_campaign(folder: CampaignFolder) -> Merged:
     failures = {row[0]: row for row in _rows_of(folder, ".failures", FailureRow) if row[0] not in runs}
     failed = sorted(failures, key=lambda run_id: order.get(run_id, -1))
     write_rows(folder.file("failures.csv"), columns(FailureRow), (failures[run_id] for run_id in failed))
-    missing = tuple(run_id for run_id in order if run_id not in runs)
-    return Merged(len(order), len(runs), missing, tuple(failed))
+    grid = cells_of(folder, plan)
+    grid.write(folder, plan)
+    unneeded = grid.unneeded()
+    missing = tuple(run_id for run_id in order if run_id not in runs and run_id not in unneeded)
+    return Merged(len(order), len(runs), missing, tuple(failed), len(unneeded), grid.line())
 
 
 def _rows_of(folder: CampaignFolder, suffix: str, row_type: type) -> Iterable[list[str]]:

@@ -6,7 +6,8 @@
 
 Every kind comes down to one rule on bit patterns, ``new = (old & keep) ^ toggle``, on one element or on many.
 
-Public names: ``KINDS``, ``BIT_KINDS``, ``FaultSpec``, ``Fault``, ``Element``, ``draw_fault``, ``bit_choices``, ``bit_masks``.
+Public names: ``KINDS``, ``BIT_KINDS``, ``FaultSpec``, ``Fault``, ``Element``, ``draw_fault``, ``bit_choices``,
+``bit_masks``.
 """
 
 from __future__ import annotations
@@ -33,14 +34,11 @@ from fault_injection.names import nearest
 from fault_injection.site import ElementIndex, Site
 
 KINDS = ("bitflip", "stuck_at_0", "stuck_at_1", "zero", "random_value", "bit_error_rate")
-_BIT_KINDS: dict[str, Callable[[tuple[int, ...], torch.dtype], tuple[int, int]]] = {
+BIT_KINDS: dict[str, Callable[[tuple[int, ...], torch.dtype], tuple[int, int]]] = {
     "bitflip": flip_masks,
     "stuck_at_0": clear_masks,
     "stuck_at_1": set_masks,
 }
-
-
-BIT_KINDS = tuple(_BIT_KINDS)
 
 
 def _check_names(location: str, kind: str) -> None:
@@ -84,7 +82,7 @@ class FaultSpec:
             raise ValueError(f"fault.rate: got {self.rate}, allowed: above 0, at most 1")
 
     def _check_bits(self) -> None:
-        if self.bits is not None and self.kind not in _BIT_KINDS:
+        if self.bits is not None and self.kind not in BIT_KINDS:
             raise ValueError(
                 f"fault.bit: kind {self.kind!r} has no use for a bit, got {self.bits}; leave it out (null)"
             )
@@ -216,7 +214,7 @@ def bit_choices(bits: str | None, dtype: torch.dtype) -> range:
 @functools.cache
 def bit_masks(kind: str, bits: tuple[int, ...], dtype: torch.dtype) -> tuple[int, int]:
     """Return ``(keep, toggle)`` of a ``bitflip``, ``stuck_at_0`` or ``stuck_at_1``."""
-    return _BIT_KINDS[kind](bits, dtype)
+    return BIT_KINDS[kind](bits, dtype)
 
 
 def _draw_error_rate(spec: FaultSpec, site: Site, random: np.random.Generator) -> Fault:
