@@ -39,7 +39,7 @@ from fault_injection.candidates import ElementPool, draw_candidates
 from fault_injection.fault import bit_choices
 
 OFTEN = 8.0
-"""How much more often a bit of sign or exponent is drawn than one of the mantissa: no weight is above 3 then. The variance
+"""How much more often a bit of sign or exponent is drawn than one of the mantissa; no weight is then above 3. Variance
 would be smallest at the root of the ratio of their shares of harmful flips, 10 to 20 for float32 (docs/sampling.md)."""
 
 CANDIDATES = 128

@@ -61,6 +61,13 @@ class ElementPool:
         # What was asked for is never dropped, even where every key is hidden.
         return cls(site.extent, given, mask.shape, positions) if len(positions) else cls(site.extent, given)
 
+    def __len__(self) -> int:
+        """Return how many elements there are."""
+        found = 1 if self.visible is None else len(self.visible)
+        for given, size, seen in zip(self.given, self.extent, self.shape or (0,) * 4, strict=True):
+            found *= 1 if given is not None or seen == size else size
+        return found
+
     def draw(self, count: int, random: np.random.Generator) -> Integers:
         """Draw ``count`` elements uniformly, with replacement: (count, 4) int64."""
         found = np.empty((count, 4), dtype=np.int64)
