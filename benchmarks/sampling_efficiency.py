@@ -1,14 +1,14 @@
 """How many fewer runs drawing by aim needs (``fault.aim``): harmful flips in one model, uniform and weighted.
 
-    python -m benchmarks.sampling_efficiency --runs 2000            # per location and aim; bits and effect against uniform
+    python -m benchmarks.sampling_efficiency --runs 2000         # per location and aim; bits and effect against uniform
 
 All numbers are for the share of critical and nonfinite flips under uniform drawing. ``gain`` is the ratio of variances
 at equal numbers of runs: how many times fewer runs give an interval of the same width. Three estimators of the weighted
 runs are compared (docs/sampling.md): the mean of weight times outcome, that mean corrected by how far the mean weight
 is from 1 (regression), and the ratio of the two means (Hajek).
 
-Public names: ``Estimate``, ``uniform_share``, ``mean_estimate``, ``regression_estimate``, ``ratio_estimate``, ``collect``,
-``main``.
+Public names: ``Estimate``, ``uniform_share``, ``mean_estimate``, ``regression_estimate``, ``ratio_estimate``,
+``collect``, ``compare``, ``main``.
 
 >>> uniform_share(np.array([1.0, 0.0, 0.0, 0.0]))
 Estimate(rate=0.25, variance=0.1875, runs=4)
