@@ -7,75 +7,33 @@ at equal numbers of runs: how many times fewer runs give an interval of the same
 runs are compared (docs/sampling.md): the mean of weight times outcome, that mean corrected by how far the mean weight
 is from 1 (regression), and the ratio of the two means (Hajek).
 
-Public names: ``Estimate``, ``uniform_share``, ``mean_estimate``, ``regression_estimate``, ``ratio_estimate``,
-``collect``, ``compare``, ``main``.
-
->>> uniform_share(np.array([1.0, 0.0, 0.0, 0.0]))
-Estimate(rate=0.25, variance=0.1875, runs=4)
->>> mean_estimate(np.array([1.0, 0.0]), np.array([0.5, 1.5])).rate
-0.25
+Public names: ``collect``, ``compare``, ``main``.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
-import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
 from experiments.config import load_config
 from experiments.contexts import Contexts
 from experiments.plan import make_plan
 from experiments.provenance import set_determinism
+from experiments.weighted_rate import (
+    Estimate,
+    Numbers,
+    mean_estimate,
+    ratio_estimate,
+    regression_estimate,
+    uniform_share,
+)
 from fault_injection import LOCATIONS
 from monitoring import TraceWriter
 
-Numbers = NDArray[np.float64]
 HARMFUL = ("critical", "nonfinite")
-
-
-class Estimate(NamedTuple):
-    """A rate, the variance of one run's contribution to it, and how many runs there were."""
-
-    rate: float
-    variance: float
-    runs: int
-
-    @property
-    def margin(self) -> float:
-        """Half the width of the 95 % interval (normal)."""
-        return 1.959964 * math.sqrt(self.variance / self.runs)
-
-
-def uniform_share(harmful: Numbers) -> Estimate:
-    """Return the share of unweighted runs."""
-    rate = float(harmful.mean())
-    return Estimate(rate, rate * (1 - rate), len(harmful))
-
-
-def mean_estimate(harmful: Numbers, weight: Numbers) -> Estimate:
-    """Return the mean of weight times outcome: unbiased."""
-    return Estimate(float((weight * harmful).mean()), float((weight * harmful).var(ddof=1)), len(harmful))
-
-
-def regression_estimate(harmful: Numbers, weight: Numbers) -> Estimate:
-    """Return the mean of weight times outcome, corrected by the mean weight, which is 1 but for chance."""
-    if float(weight.var()) == 0:
-        return mean_estimate(harmful, weight)
-    slope = float(np.cov(weight * harmful, weight)[0, 1] / weight.var(ddof=1))
-    parts = weight * harmful - slope * (weight - 1)
-    return Estimate(float(parts.mean()), float(parts.var(ddof=1)), len(harmful))
-
-
-def ratio_estimate(harmful: Numbers, weight: Numbers) -> Estimate:
-    """Return the weighted mean (Hajek), with its linearised variance."""
-    rate = float((weight * harmful).sum() / weight.sum())
-    return Estimate(rate, float(np.mean((weight * (harmful - rate) / weight.mean()) ** 2)), len(harmful))
 
 
 ESTIMATORS: dict[str, Callable[[Numbers, Numbers], Estimate]] = {

@@ -7,15 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from benchmarks.sampling_efficiency import (
-    Estimate,
-    collect,
-    compare,
-    mean_estimate,
-    ratio_estimate,
-    regression_estimate,
-    uniform_share,
-)
+from benchmarks.sampling_efficiency import collect, compare
+from experiments.weighted_rate import Estimate, mean_estimate, ratio_estimate, regression_estimate, uniform_share
 
 HARMFUL, WEIGHT = np.array([1.0, 0.0, 1.0, 0.0, 0.0]), np.array([0.5, 1.5, 0.2, 2.0, 1.3])
 
