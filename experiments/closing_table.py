@@ -14,8 +14,8 @@ from scipy.stats import binomtest
 from bounds.suites import SUITES
 from experiments.campaign_folder import CampaignFolder
 from experiments.result import OUTCOMES
-from experiments.weighted_rate import regression_estimate
 from experiments.watcher import is_oracle
+from experiments.weighted_rate import regression_estimate
 from fault_injection import LOCATIONS
 from fault_injection.bits import FIELDS
 

@@ -19,7 +19,7 @@ SITES = {
     "causal": Site(1, "m", "scores", (2, 3, 3, 3), 3, torch.float32, CAUSAL[None, None]),
     "by sequence": Site(1, "m", "weights", (2, 3, 3, 4), 3, torch.float32, CAUSAL.expand(2, 1, 3, 3)),
     "by head": Site(1, "m", "weights", (1, 2, 3, 3), 3, torch.float32, torch.stack([CAUSAL, CAUSAL.T])[None]),
-    "keys": Site(1, "m", "k", (2, 2, 3, 4), 4, torch.float32, torch.tensor([[1, 1, 0], [0, 1, 1]]).bool()[:, None, :, None]),
+    "keys": Site(1, "m", "k", (2, 2, 3, 4), 4, torch.float32, CAUSAL[1:, None, :, None]),
     "nothing": Site(1, "m", "scores", (1, 1, 2, 2), 2, torch.float32, torch.zeros(1, 1, 2, 2, dtype=torch.bool)),
 }  # fmt: skip
 PARTIAL = [ElementIndex(), ElementIndex(row=1), ElementIndex(head=0, col=2), ElementIndex(batch=0, row=0, col=1)]
@@ -105,7 +105,7 @@ def test_masked_positions_are_recorded() -> None:
 def test_what_hits_many_elements_is_refused() -> None:
     spec, site = FaultSpec("q", "bit_error_rate", rate=0.1), SITES["everything"]
     pool = ElementPool.of(site, spec.index, include_masked=False)
-    with pytest.raises(ValueError, match="fault.kind: got 'bit_error_rate', allowed a kind that hits one element"):
+    with pytest.raises(ValueError, match=r"fault.kind: got 'bit_error_rate', allowed a kind that hits one element"):
         draw_candidates(spec, site, pool, 2, np.random.default_rng(0))
     with pytest.raises(ValueError, match=r"bit: got 40, allowed 0\.\.31"):
         draw_candidates(FaultSpec("q", bits=(40,)), site, pool, 2, np.random.default_rng(0))

@@ -40,7 +40,7 @@ def test_without_weights_all_estimates_are_one() -> None:
 
 @pytest.mark.slow
 def test_aiming_at_effects_needs_five_times_fewer_runs() -> None:
-    """On the built-in model: the same rate of harmful flips, from intervals that are as narrow with a fifth of the runs."""
+    """On the built-in model: the same rate of harmful flips, as well known from a fifth of the runs."""
     rows = collect(["--model.path=reference"], ("uniform", "effect"), 700)
     plain, found = compare(rows, "effect")
     for estimate in found.values():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 
 import numpy as np
@@ -109,8 +110,8 @@ def test_looks_grow_and_end_with_the_last_repeat(repeats: int, minimum: int, gro
     looks = StopRule(0.1, minimum=minimum, growth=growth).looks(repeats)
     assert looks[-1] == repeats
     assert looks[0] == min(minimum, repeats)
-    assert all(a < b for a, b in zip(looks, looks[1:], strict=False))
-    assert all(b == max(a + 1, math.ceil(a * growth)) for a, b in zip(looks[:-1], looks[1:-1], strict=False))
+    assert all(a < b for a, b in itertools.pairwise(looks))
+    assert all(b == max(a + 1, math.ceil(a * growth)) for a, b in itertools.pairwise(looks[:-1]))
     # More repeats add looks and change none before the last: a longer campaign contains the shorter one.
     assert StopRule(0.1, minimum=minimum, growth=growth).looks(repeats + 7)[: len(looks) - 1] == looks[:-1]
 
