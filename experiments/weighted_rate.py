@@ -6,7 +6,8 @@
 The mean of weight times outcome is unbiased (Horvitz and Thompson, JASA 47, 1952). The regression uses that the mean
 weight is 1, and has the smallest variance of the three for many runs; the ratio is Hajek's. See docs/sampling.md.
 
-Public names: ``Estimate``, ``uniform_share``, ``mean_estimate``, ``regression_estimate``, ``ratio_estimate``, ``Numbers``.
+Public names: ``Estimate``, ``uniform_share``, ``mean_estimate``, ``regression_estimate``, ``ratio_estimate``,
+``Numbers``.
 
 >>> uniform_share(np.array([1.0, 0.0, 0.0, 0.0]))
 Estimate(rate=0.25, variance=0.1875, runs=4)
