@@ -23,12 +23,13 @@ from pathlib import Path
 from tqdm import tqdm
 
 from experiments.campaign_folder import CampaignFolder
+from experiments.cells import Cells, assigned, grid_of
 from experiments.config import ExperimentConfig
 from experiments.contexts import Contexts, check_plan, check_runs, context_key
 from experiments.csv_file import CsvFile, read_keys, read_rows, write_text
 from experiments.errors import CheckRefusedError, MissingResourceError, UsageError
 from experiments.paired_run import PairedRunner
-from experiments.plan import Plan, PlannedRun, Shard, context_values, make_plan, shard_of
+from experiments.plan import Plan, PlannedRun, Shard, context_values, make_plan
 from experiments.provenance import environment_facts, set_determinism
 from experiments.result import PER_RUN, CleanRow, ExperimentResult, FailureRow, cells, columns
 from experiments.run_record import RunRecord
@@ -73,10 +74,13 @@ def run_campaign(
     set_determinism(config.run.threads)
     with Contexts(TraceWriter(None)) as contexts, _locked(folder, shard) as lock:
         finished = set() if overwrite else folder.finished_runs()
-        mine = shard_of(plan, shard)
-        todo = [run for run in mine if run.run_id not in finished]
+        mine = assigned(plan, shard)
+        grid = Cells(plan, mine, {}) if overwrite else grid_of(folder, plan, mine)
+        done = finished | grid.unneeded()
+        todo = [run for run in mine if run.run_id not in done]
+        before = sum(run.run_id in finished for run in mine)
         if not todo:
-            return CampaignStatus(folder, len(mine), 0, 0, 0.0)
+            return CampaignStatus(folder, before, 0, 0, 0.0)
         first = plan.config_of(todo[0])
         check_runs(contexts.open(first), _same_context(plan, todo, context_key(first)))
         if overwrite:
@@ -84,7 +88,7 @@ def run_campaign(
         folder.begin(config, plan)
         provenance = ShardProvenance(folder, shard, environment_facts(arguments))
         provenance.note(contexts.facts)
-        return _execute(folder, plan, shard, todo, contexts, provenance)
+        return _execute(folder, plan, shard, todo, contexts, provenance, before, grid)
 
 
 def _same_context(plan: Plan, runs: Iterable[PlannedRun], key: str) -> Iterator[ExperimentConfig]:
@@ -120,9 +124,10 @@ def _execute(
     todo: list[PlannedRun],
     contexts: Contexts,
     provenance: ShardProvenance,
+    before: int,
+    grid: Cells,
 ) -> CampaignStatus:
     start, done, failed = time.perf_counter(), 0, 0
-    before = len(shard_of(plan, shard)) - len(todo)
     with contextlib.ExitStack() as stack:
         contexts.use_trace(stack.enter_context(TraceWriter(folder.file("trace") / f"{shard.file_name}.jsonl")))
         files = stack.enter_context(ShardFiles(folder, shard, record=plan.config.detect.record))
@@ -136,25 +141,30 @@ def _execute(
             provenance.note(contexts.facts)
             return pairs
 
-        for window in _windows(plan, todo):
+        for window in _windows(plan, todo, grid):
             for run, record in _records(opened, window):
                 if isinstance(record, Exception):
                     failed += 1
+                    grid.note(run, None)
                     files.append_failure(run, record)
                     logger.error("run %s failed: %s: %s", run.run_id, type(record).__name__, record)
                 else:
                     done += 1
                     files.append(record)
+                    grid.note(run, record.result)
                 progress.advance()
             provenance.note(contexts.facts)
     return CampaignStatus(folder, before, done, failed, time.perf_counter() - start)
 
 
-def _windows(plan: Plan, runs: Iterable[PlannedRun]) -> Iterator[list[tuple[PlannedRun, ExperimentConfig]]]:
+def _windows(
+    plan: Plan, runs: Iterable[PlannedRun], grid: Cells
+) -> Iterator[list[tuple[PlannedRun, ExperimentConfig]]]:
     """Yield runs with their configurations: consecutive ones of one context, at most WINDOW together."""
     for _, group in itertools.groupby(runs, key=lambda run: context_values(plan, run)):
-        while window := [(run, plan.config_of(run)) for run in itertools.islice(group, WINDOW)]:
-            yield window
+        for needed in grid.rounds(group):
+            while window := [(run, plan.config_of(run)) for run in itertools.islice(needed, WINDOW)]:
+                yield window
 
 
 def _records(

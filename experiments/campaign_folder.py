@@ -3,7 +3,7 @@
     folder = CampaignFolder(Path("results/default"))
     folder.begin(config, plan, overwrite=False)      # config.yaml, plan.csv; or a refusal that names what changed
 
-Public name: ``CampaignFolder``.
+Public names: ``CampaignFolder``, ``axis_cell``.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ UNBOUND = ("output_dir", "slurm.", "run.engine", "run.batch_runs")
 
 _OWN_ENTRIES = {
     *("config.yaml", "provenance.json", "plan.csv", "shards", "trace", "logs"),
-    *("summary.csv", "report.html"),
+    *("stops.csv", "summary.csv", "report.html"),
     *(f"{table}.{form}" for table in TABLES for form in ("csv", "parquet")),
 }
 """What a campaign writes; nothing else is ever removed."""
@@ -130,7 +130,7 @@ class CampaignFolder:
     def begin(self, config: ExperimentConfig, plan: Plan) -> None:
         """Write ``config.yaml`` and ``plan.csv`` unless they are there."""
         if not self.config_file.is_file():
-            rows = ([run.run_id, str(run.repeat), *map(_axis_cell, run.values)] for run in plan.runs)
+            rows = ([run.run_id, str(run.repeat), *map(axis_cell, run.values)] for run in plan.runs)
             write_rows(self.file("plan.csv"), ["run_id", "repeat", *plan.axes], rows)
             write_text(self.config_file, dump_config(config))
 
@@ -146,5 +146,6 @@ class CampaignFolder:
         return {run_id for path in self.shard_files() for run_id in read_keys(path, header)}
 
 
-def _axis_cell(value: Any) -> str:
+def axis_cell(value: Any) -> str:
+    """Return the text of the value of an axis, in ``plan.csv``."""
     return canonical_json(value) if isinstance(value, (list, dict)) else cell(value)

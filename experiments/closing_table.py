@@ -21,6 +21,7 @@ from bounds.suites import SUITES
 from experiments.campaign_folder import CampaignFolder
 from experiments.result import OUTCOMES
 from experiments.watcher import is_oracle
+from experiments.weighted_rate import regression_estimate
 from fault_injection import LOCATIONS
 from fault_injection.bits import FIELDS
 
@@ -77,6 +78,7 @@ def _table(folder: CampaignFolder, runs: pd.DataFrame, swept: Mapping[str, Any] 
         f"{len(runs)} runs, {len(distinct)} distinct faults, {int((~distinct.effective.astype(bool)).sum())} of them "
         "not effective",
         *_scope_lines(runs),
+        *_weight_lines(runs),
         "",
         f"{'location':9}{'bit field':10}{'n':>6}{'masked':>8}{'benign':>8}{'critical':>9}{'nonfin':>8}"
         f"  {'detected (95 % interval)':27}{'of harmful':>11}{'inject ms':>11}{'detect ms':>11}",
@@ -98,6 +100,19 @@ def _scope_lines(runs: pd.DataFrame) -> list[str]:
     return [
         f"{int(propagated.sum())} of {len(runs)} runs propagated (run.scope=site); of the others {masked} are masked "
         f"in their layer and {int(runs.outcome.isna().sum())} have no outcome; shares of outcomes: take scope = full"
+    ]
+
+
+def _weight_lines(runs: pd.DataFrame) -> list[str]:
+    """Return the harmful share of all faults, if runs were not drawn uniformly (``fault.aim``)."""
+    propagated = runs[runs.scope == "full"]
+    if (runs.sampling_weight == 1).all() or len(propagated) < 2:
+        return []
+    harmful = propagated.outcome.isin(HARMFUL).to_numpy(float)
+    found = regression_estimate(harmful, propagated.sampling_weight.to_numpy(float))
+    return [
+        f"not drawn uniformly (fault.aim): the shares below are those of these runs; by sampling_weight "
+        f"{100 * found.rate:.2f} +- {100 * found.margin:.2f} % of all faults are harmful (95 % interval)"
     ]
 
 

@@ -23,13 +23,13 @@ from bounds.user_detectors import is_detector_path, load_detector
 from experiments.errors import UsageError
 from experiments.sources import parse_source
 from fault_injection.bits import check_bits
-from fault_injection.fault import FaultSpec
+from fault_injection.fault import BIT_KINDS, FaultSpec
 from fault_injection.layer_choice import LAYER_MODES, compiled_pattern
 from fault_injection.names import nearest
 from fault_injection.site import ElementIndex
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
-AIMS = ("uniform",)
+AIMS = ("uniform", "bits", "effect")
 ENGINES = ("auto", "plain", "fast")
 
 
@@ -135,7 +135,8 @@ class FaultConfig:
         layer_pattern: a regular expression searched in the names of the attention modules.
         index: the element.
         include_masked: draw hidden keys of scores and weights as well.
-        aim: how the open part of the index is drawn (``uniform``).
+        aim: how what is open is drawn: ``uniform``; ``bits`` (sign and exponent more often than mantissa); ``effect``
+            (faults more often that are predicted to move their layer's output). Rows have a ``sampling_weight``.
     """
 
     location: str = "scores"
@@ -158,7 +159,7 @@ class FaultConfig:
             raise
         except ValueError as error:
             raise UsageError(_with_key("fault.bit", str(error))) from error
-        check_choice("fault.aim", self.aim, AIMS)
+        self._check_aim()
         if self.layer_mode is not None:
             check_choice("fault.layer_mode", self.layer_mode, LAYER_MODES)
         if self.layer_mode == "specific" and self.layers is None and self.layer_pattern is None:
@@ -167,6 +168,16 @@ class FaultConfig:
             check_at_least("fault.layers", layer, 0)
         if self.layers == []:
             raise UsageError("fault.layers: got an empty list; leave it out to mean every layer")
+
+    def _check_aim(self) -> None:
+        check_choice("fault.aim", self.aim, AIMS)
+        if self.aim == "effect" and self.kind == "bit_error_rate":
+            raise UsageError("fault.aim: got 'effect', allowed uniform where fault.kind is bit_error_rate")
+        if self.aim == "bits" and not (self.kind in BIT_KINDS and isinstance(self.bit, str | None)):
+            raise UsageError(
+                f"fault.aim: got 'bits', allowed only where a bit is drawn: fault.kind {', '.join(BIT_KINDS)} (got "
+                f"{self.kind}) and fault.bit null or the name of a field (got {self.bit})"
+            )
 
     def layer_list(self) -> list[int] | None:
         """Return the named layers as a list."""
@@ -290,15 +301,50 @@ class RunConfig:
         return self.scope == "full" or (self.full_every is not None and repeat % self.full_every == 0)
 
 
+STOP_RATES = ("harmful", "critical", "nonfinite", "masked", "detected")
+
+
 @dataclass(frozen=True)
 class StopConfig:
-    """When a cell of the grid ends early (not available yet)."""
+    """When a cell of the grid ends before its ``num_runs`` repeats: when a rate is known well enough.
+
+    Attributes:
+        margin: half the width of the rate's interval at which the cell ends (``null``: never before its end).
+        confidence: that the intervals of all looks together hold the rate.
+        rate: ``harmful`` (critical or nonfinite), ``critical``, ``nonfinite``, ``masked``, or ``detected``.
+        minimum: repeats before the first look.
+        growth: how many times more repeats there are at each next look.
+    """
 
     margin: float | None = None
+    confidence: float = 0.95
+    rate: str = "harmful"
+    minimum: int = 64
+    growth: float = 1.5
 
     def __post_init__(self) -> None:
-        if self.margin is not None:
-            raise UsageError("stop.margin: sequential stopping is not available in this version; leave it out")
+        for key, most in (("margin", 0.5), ("confidence", 1)):
+            got = getattr(self, key)
+            if got is not None and not 0 < got < most:
+                raise UsageError(f"stop.{key}: got {got}, allowed a number between 0 and {most}")
+        check_choice("stop.rate", self.rate, STOP_RATES)
+        check_at_least("stop.minimum", self.minimum, 1)
+        if not 1 < self.growth <= 10:
+            raise UsageError(f"stop.growth: got {self.growth}, allowed a number above 1, at most 10")
+
+    def check_with(self, fault: FaultConfig, run: RunConfig) -> None:
+        """Refuse a margin where the rule does not hold, or no run has an outcome."""
+        if self.margin is None:
+            return
+        if fault.aim != "uniform":
+            raise UsageError(
+                f"stop.margin: got {self.margin} with fault.aim {fault.aim!r}, allowed uniform: its interval "
+                "is one for unweighted runs"
+            )
+        if run.scope == "site" and self.rate != "detected":
+            raise UsageError(
+                f"stop.rate: got {self.rate!r} with run.scope 'site', allowed detected: such runs have no outcome"
+            )
 
 
 @dataclass(frozen=True)

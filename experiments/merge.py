@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from experiments.campaign_folder import CampaignFolder
+from experiments.cells import grid_of
 from experiments.csv_file import read_rows, write_lines, write_rows
 from experiments.errors import CheckRefusedError
 from experiments.plan import make_plan
@@ -29,21 +30,29 @@ from experiments.shard_provenance import write_campaign_provenance
 
 @dataclass(frozen=True)
 class Merged:
-    """What a merge found: planned, finished, missing and failed runs (failed ones are missing, with a reason)."""
+    """What a merge found: planned, finished, missing and failed runs (failed ones are missing, with a reason).
+
+    Runs that a stopping rule does not need any more are ``unneeded``, and not missing; ``stops`` says how cells ended.
+    """
 
     planned: int
     finished: int
     missing: tuple[str, ...]
     failed: tuple[str, ...]
+    unneeded: int = 0
+    stops: str | None = None
 
 
 def merge_campaign(folder: CampaignFolder) -> Merged:
     """Write ``runs.csv``, the tables of ``PER_RUN``, ``clean.csv``, ``failures.csv`` and ``provenance.json``.
 
+    With a stopping rule also ``stops.csv``.
+
     Raises:
         CheckRefusedError: a damaged shard, one run with two different results, or shards of different models or data.
     """
-    order = {run.run_id.encode(): run.index for run in make_plan(folder.config()).runs}
+    plan = make_plan(folder.config())
+    order = {run.run_id.encode(): run.index for run in plan.runs}
     places, owner = _find_runs(folder, order)
     finished = {run_id for run_id, index in order.items() if owner[index] >= 0}
     write_lines(folder.file("runs.csv"), columns(ExperimentResult), places.in_order())
@@ -55,8 +64,12 @@ def merge_campaign(folder: CampaignFolder) -> Merged:
     failed = sorted(failures, key=lambda run_id: order.get(run_id.encode(), -1))
     write_rows(folder.file("failures.csv"), columns(FailureRow), (failures[run_id] for run_id in failed))
     write_campaign_provenance(folder)
-    missing = tuple(run_id.decode() for run_id in order if run_id not in finished)
-    return Merged(len(order), len(finished), missing, tuple(failed))
+    grid = grid_of(folder, plan)
+    grid.write(folder, plan)
+    unneeded = grid.unneeded()
+    unfinished = (run_id.decode() for run_id in order if run_id not in finished)
+    missing = tuple(run_id for run_id in unfinished if run_id not in unneeded)
+    return Merged(len(order), len(finished), missing, tuple(failed), len(unneeded), grid.line())
 
 
 def _rows_of(folder: CampaignFolder, suffix: str, row_type: type[Any]) -> Iterable[list[str]]:

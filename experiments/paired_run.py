@@ -25,6 +25,7 @@ from torch import Tensor
 
 from bounds import Detector
 from bounds.certifier import Certifier
+from experiments.aim import EffectAim, draw_by_bits
 from experiments.baseline import Baseline, timed_forward
 from experiments.baseline_rows import BaselineRows
 from experiments.baselines import Baselines
@@ -108,6 +109,7 @@ class PairedRunner:
         self._sizes: dict[tuple[int, int], dict[str, Any]] = {}
         self._fast = BatchRuns(self)
         self._blocks = Blocks(subject, batches, lambda: self.forward)
+        self._effect_aim = EffectAim(subject, batches)
         self._baselines = Baselines(subject, batches, lambda: self.forward, calibration)
         self.monitor = PerformanceMonitor(subject.device)
         self._has_formulas = attention_formula_gap(subject.model) is None
@@ -195,10 +197,10 @@ class PairedRunner:
         random = planned.generator()
         batch_index = int(random.integers(len(self.batches)))
         baseline = known[1] if known else self.baseline(batch_index, config, planned.run_id, model_id)
-        faults = self._draw(config, baseline, random)
+        faults, weight = self._draw(config, baseline, batch_index, random)
         fault_id = digest(model_id, self._baselines.input_ids[batch_index], *(fault.to_json() for fault in faults))[:16]
         first = bool(random.integers(2))
-        return DrawnRun(planned, config, batch_index, baseline, faults, fault_id, first, model_id)
+        return DrawnRun(planned, config, batch_index, baseline, faults, fault_id, first, model_id, weight)
 
     def run(self, planned: PlannedRun, config: ExperimentConfig) -> RunRecord:
         """Execute one run by whole forward passes.
@@ -297,7 +299,7 @@ class PairedRunner:
             device=str(self.subject.device),
             depth=len(self.subject.cores),
         )
-        result = run_row(drawn.planned, drawn.config, setting, measured)
+        result = run_row(drawn.planned, drawn.config, setting, measured, drawn.sampling_weight)
         clean = self._baselines.new_rows()
         propagation = propagation_rows(drawn.planned.run_id, measured.block_changes)
         return RunRecord(result, tuple(measured.detections), drawn.faults, measured.metrics, clean, propagation)
@@ -333,10 +335,20 @@ class PairedRunner:
             self._made_certifier = Certifier(self.subject.model)
         return self._made_certifier
 
-    def _draw(self, config: ExperimentConfig, baseline: Baseline, random: np.random.Generator) -> tuple[Fault, ...]:
-        layers = choose_layers(self.check_layers(config), config.fault.effective_layer_mode(), random)
+    def _draw(
+        self, config: ExperimentConfig, baseline: Baseline, batch_index: int, random: np.random.Generator
+    ) -> tuple[tuple[Fault, ...], float]:
+        """Return the faults and their weight (``fault.aim``)."""
+        candidates, mode = self.check_layers(config), config.fault.effective_layer_mode()
+        layers = choose_layers(candidates, mode, random)
         spec = config.fault.spec()
-        return tuple(draw_fault(spec, baseline.sites[layer, spec.location], random) for layer in layers)
+        sites = [baseline.sites[layer, spec.location] for layer in layers]
+        if config.fault.aim == "bits":
+            return draw_by_bits(spec, sites, random)
+        if config.fault.aim == "effect":
+            possible = candidates if mode == "random" else layers
+            return self._effect_aim.draw(spec, sites, possible, baseline, batch_index, random)
+        return tuple(draw_fault(spec, site, random) for site in sites), 1.0
 
     def _repeat_baseline(self, baseline: Baseline, batch_index: int) -> float:
         evaluation, seconds = timed_forward(self.subject, self.batches[batch_index])

@@ -145,7 +145,7 @@ _OF_CONTEXT = ("model.", "data.")
 _CHECKED_TOGETHER = (
     ("data.num_samples", "data.batch_size"),
     ("fault.layers", "fault.layer_mode", "fault.layer_pattern"),
-    ("model.dtype", "fault.bit", "fault.location", "fault.kind", "fault.rate"),
+    ("model.dtype", "fault.bit", "fault.location", "fault.kind", "fault.rate", "fault.aim"),
     ("run.engine", "run.reuse_baseline", "run.scope", "run.full_every"),
 )
 """Fields that restrict each other."""

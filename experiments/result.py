@@ -6,7 +6,7 @@ A column exists once: as a field of a dataclass here. Its unit is in its name, i
 Cells: a number that does not exist is an empty cell, never 0; floats are written by ``repr`` so that they read back to
 the same bits; ``value_after`` may be ``nan`` or ``inf``; booleans are ``True`` and ``False``.
 
-Public names: ``ExperimentResult``, ``DetectionRow``, ``PropagationRow``, ``CleanRow``, ``FailureRow``,
+Public names: ``ExperimentResult``, ``DetectionRow``, ``PropagationRow``, ``CleanRow``, ``FailureRow``, ``StopRow``,
 ``columns``, ``cell``, ``cells``, ``TABLES``, ``PER_RUN``, ``PROVENANCE``, ``TIMINGS``, ``UNREPEATABLE``.
 """
 
@@ -187,6 +187,20 @@ class FailureRow:
     traceback: str = _column("file with the traceback, below the campaign's folder")
 
 
+@dataclass(frozen=True, kw_only=True)
+class StopRow:
+    """How one cell of the grid ended. The fields are the columns of ``stops.csv``, behind the values of the axes."""
+
+    runs: int = _column("runs at the last look; rows beyond them do not enter")
+    successes: int = _column("those of them that count for stop.rate")
+    estimate: float | None = _column("the rate; all draws count, also those of equal faults")
+    low: float | None = _column("lower limit of the rate, with stop.confidence at all looks together")
+    high: float | None = _column("its upper limit")
+    looks: int = _column("how often the cell was looked at")
+    stopped: bool = _column("whether half the width of the interval is at most stop.margin")
+    method: str = _column("how the limits were computed")
+
+
 PER_RUN: dict[str, type[Any]] = {"detections": DetectionRow, "propagation": PropagationRow}
 """Tables with any number of rows for each run. The name is that of a field of ``RunRecord``, of
 ``shards/NNNN.<name>.csv`` and of ``<name>.csv``. These rows are written in front of the run's own."""
@@ -230,6 +244,7 @@ _FILES: dict[str, tuple[type[Any], str]] = {
     "propagation.csv": (PropagationRow, "one row per propagated run and block, if run.propagation is true"),
     "clean.csv": (CleanRow, "one row per fault-free pass, detector and layer: the false positives"),
     "failures.csv": (FailureRow, "one row per run that raised and was not repeated successfully"),
+    "stops.csv": (StopRow, "with stop.margin: one row per cell of the grid; first the values of the swept fields"),
 }
 
 

@@ -124,7 +124,13 @@ def propagation_rows(run_id: str, changes: Mapping[int, float]) -> tuple[Propaga
     return tuple(PropagationRow(run_id=run_id, layer=number, relative_change=change) for number, change in pairs)
 
 
-def run_row(planned: PlannedRun, config: ExperimentConfig, setting: Setting, measured: Measured) -> ExperimentResult:
+def run_row(
+    planned: PlannedRun,
+    config: ExperimentConfig,
+    setting: Setting,
+    measured: Measured,
+    sampling_weight: float = 1.0,
+) -> ExperimentResult:
     """Return the row of ``runs.csv``; see ``ExperimentResult`` for what each column means."""
     first, metrics = measured.faults[0], measured.metrics
     epsilon = measured.tightest or (None, None, None)
@@ -144,7 +150,7 @@ def run_row(planned: PlannedRun, config: ExperimentConfig, setting: Setting, mea
         **_site_columns(measured.faults, measured.records),
         effective=_effective(measured),
         fault_id=measured.fault_id,
-        sampling_weight=1.0,
+        sampling_weight=sampling_weight,
         **_effect_columns(measured),
         **_detection_columns(measured.detections, first.layer),
         epsilon=epsilon[0],

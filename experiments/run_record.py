@@ -37,6 +37,7 @@ class DrawnRun:
         faults, fault_id: what is injected, and its identity.
         baseline_first: which pass of an uncached pair comes first.
         model_id: fingerprint of the model.
+        sampling_weight: probability of the faults under uniform drawing, divided by the one they were drawn with.
     """
 
     planned: PlannedRun
@@ -47,6 +48,7 @@ class DrawnRun:
     fault_id: str
     baseline_first: bool
     model_id: str
+    sampling_weight: float = 1.0
 
     @property
     def propagates(self) -> bool:

@@ -60,6 +60,8 @@ class CompleteExperimentRunner:
         foreign = [key for key in config.sweep if key.startswith(("model.", "data."))]
         if foreign:
             raise UsageError(f"sweep.{foreign[0]}: model and data are given to the runner and cannot be swept here")
+        if config.stop.margin is not None:
+            raise UsageError("stop.margin: this runner does every run of its plan; leave it out, or use run_sweep.py")
         if family is not None:
             check_choice("family", family, [*FAMILIES, "encoder-decoder"])
         self.config = config

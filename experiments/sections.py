@@ -69,6 +69,7 @@ class Sections:
         check_at_least("num_runs", self.num_runs, 1)
         check_at_least("seed", self.seed, 0)
         self.fault.check_bits_of(self.model.dtype)
+        self.stop.check_with(self.fault, self.run)
 
 
 FIELDS = dataclasses.fields(Sections)
@@ -150,7 +151,7 @@ def build_sections(given: Mapping[str, Any], sweep: Any) -> Sections:
 
 
 def _axis(key: str, values: Any) -> list[Any]:
-    if key in ("name", "output_dir", "num_runs", "detect.record") or key.startswith("slurm."):
+    if key in ("name", "output_dir", "num_runs", "detect.record") or key.startswith(("slurm.", "stop.")):
         raise UsageError(f"sweep.{key}: this field belongs to the campaign as a whole and cannot be swept")
     if key not in known_fields():
         raise UsageError(f"sweep.{key}: no such field{nearest(key, known_fields())}")

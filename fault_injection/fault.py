@@ -6,11 +6,13 @@
 
 Every kind comes down to one rule on bit patterns, ``new = (old & keep) ^ toggle``, on one element or on many.
 
-Public names: ``KINDS``, ``FaultSpec``, ``Fault``, ``Element``, ``draw_fault``.
+Public names: ``KINDS``, ``BIT_KINDS``, ``FaultSpec``, ``Fault``, ``Element``, ``draw_fault``, ``bit_choices``,
+``bit_masks``.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -32,7 +34,7 @@ from fault_injection.names import nearest
 from fault_injection.site import ElementIndex, Site
 
 KINDS = ("bitflip", "stuck_at_0", "stuck_at_1", "zero", "random_value", "bit_error_rate")
-_BIT_KINDS: dict[str, Callable[[tuple[int, ...], torch.dtype], tuple[int, int]]] = {
+BIT_KINDS: dict[str, Callable[[tuple[int, ...], torch.dtype], tuple[int, int]]] = {
     "bitflip": flip_masks,
     "stuck_at_0": clear_masks,
     "stuck_at_1": set_masks,
@@ -80,7 +82,7 @@ class FaultSpec:
             raise ValueError(f"fault.rate: got {self.rate}, allowed: above 0, at most 1")
 
     def _check_bits(self) -> None:
-        if self.bits is not None and self.kind not in _BIT_KINDS:
+        if self.bits is not None and self.kind not in BIT_KINDS:
             raise ValueError(
                 f"fault.bit: kind {self.kind!r} has no use for a bit, got {self.bits}; leave it out (null)"
             )
@@ -181,7 +183,7 @@ def draw_fault(spec: FaultSpec, site: Site, random: np.random.Generator) -> Faul
         keep, toggle = 0, int.from_bytes(random.bytes(8), "little") & layout.all_bits
     else:
         bits = _draw_bits(spec.bits, site.dtype, random)
-        keep, toggle = _BIT_KINDS[spec.kind](bits, site.dtype)
+        keep, toggle = bit_masks(spec.kind, bits, site.dtype)
     return Fault(
         spec.location,
         site.layer,
@@ -200,8 +202,19 @@ def _draw_bits(bits: tuple[int, ...] | str | None, dtype: torch.dtype, random: n
     if isinstance(bits, tuple):
         check_bits(bits, dtype)
         return bits
-    choices = range(float_format(dtype).width) if bits is None else bits_in_field(dtype, bits)
+    choices = bit_choices(bits, dtype)
     return (choices[int(random.integers(len(choices)))],)
+
+
+def bit_choices(bits: str | None, dtype: torch.dtype) -> range:
+    """Return the bits that one is drawn from: those of a field, or all."""
+    return range(float_format(dtype).width) if bits is None else bits_in_field(dtype, bits)
+
+
+@functools.cache
+def bit_masks(kind: str, bits: tuple[int, ...], dtype: torch.dtype) -> tuple[int, int]:
+    """Return ``(keep, toggle)`` of a ``bitflip``, ``stuck_at_0`` or ``stuck_at_1``."""
+    return BIT_KINDS[kind](bits, dtype)
 
 
 def _draw_error_rate(spec: FaultSpec, site: Site, random: np.random.Generator) -> Fault:

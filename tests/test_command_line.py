@@ -179,15 +179,54 @@ def test_plan_size_of_a_population(capsys: pytest.CaptureFixture[str]) -> None:
 def test_plan_size_counts_the_faults_of_a_campaign(
     place: MicroPlace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = place.arguments(tmp_path / "out", "--sweep.fault.location=q,scores")
+    arguments = place.arguments(tmp_path / "out", "--sweep.fault.location=q,scores", "--fault.bit=null")
     assert main(["plan-size", "--margin", "0.01", "--confidence", "0.95", *arguments]) == 0
     said = capsys.readouterr().out
     # 4 windows x 2 layers x 2 heads x 32 bits, of 12 x 8 channels of q, and of 78 visible keys of the scores.
     q, scores = 4 * 2 * 2 * 32 * 12 * 8, 4 * 2 * 2 * 32 * 78
-    assert f"of a population of {q + scores} faults" in said
-    assert f"q        {q:15,} faults" in said
+    assert f"of a population of {q + scores:,} faults" in said
+    assert f"q          0..1 each{q // 64:15,}{32:6}{q // 2:18,}{sample_size(0.01, 0.95, q // 2):10,}" in said
+    assert f"scores           all{scores:39,}{sample_size(0.01, 0.95, scores):10,}" in said
     assert f"{sample_size(0.01, 0.95, q + scores)} runs" in said
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("options", "elements", "bits"), [
+    (["--fault.location=q", "--fault.layers=1", "--sweep.fault.bit=3,30,[3],exponent"], 12 * 8 * 2, 9),
+    (["--fault.location=q", "--fault.layers=1", "--fault.bit=null", "--fault.kind=zero"], 12 * 8 * 2, 1),
+    (["--fault.location=scores", "--sweep.fault.layers=1,[1]", "--fault.bit=sign", "--fault.index.head=0"], 78, 1),
+    (["--fault.location=scores", "--fault.layers=0", "--fault.bit=null", "--fault.include_masked=true"], 288, 32),
+])  # fmt: skip
+def test_plan_size_counts_what_can_be_drawn(
+    place: MicroPlace,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    elements: int,
+    bits: int,
+) -> None:
+    arguments = place.arguments(tmp_path / "out", *options)
+    assert main(["plan-size", "--margin=0.01", "--confidence=0.95", "--rate=0.1", *arguments]) == 0
+    said = capsys.readouterr().out
+    assert f"of a population of {4 * elements * bits:,} faults" in said
+    saved = sample_size(0.01, 0.95, 4 * elements * bits) / sample_size(0.01, 0.95, 4 * elements * bits, 0.1)
+    assert f"expecting 0.1 saves a factor {saved:.3g}" in said
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    (["--sweep.seed=0,1", "--fault.bit=null"], "sweep.seed: faults are counted for one model and data set"),
+    (["--fault.bit=null", "--fault.kind=random_value"], "fault.kind: got 'random_value', allowed bitflip, stuck_at_0"),
+    (["--rate=1.5"], "--rate: got 1.5, allowed a number between 0 and 1"),
+])  # fmt: skip
+def test_plan_size_refuses_what_it_cannot_count(
+    place: MicroPlace, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    arguments = place.arguments(tmp_path / "out", *[text for text in options if not text.startswith("--rate")])
+    rate = [text for text in options if text.startswith("--rate")]
+    assert main(["plan-size", "--margin=0.01", "--confidence=0.95", *rate, *arguments]) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
 
 
 # --------------------------------------------------------------------------------------------- options

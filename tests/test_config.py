@@ -255,7 +255,7 @@ def test_what_belongs_to_the_whole_campaign_cannot_be_swept(key: str) -> None:
         (["--run.full_every", "0", "--run.scope", "site"], "run.full_every: got 0, allowed 1 or more"),
         (["--run.full_every", "4", "--sweep.run.scope", "site,full"], "run.full_every: got 4, allowed null unless"),
         (["--detect.layers", "al"], "detect.layers: got 'al', allowed injected, all; did you mean 'all'"),
-        (["--stop.margin", "0.1"], "stop.margin: "),
+        (["--stop.margin", "0.6"], "stop.margin: got 0.6, allowed a number between 0 and 0.5"),
         (["--sweep.seed", "1.5"], "sweep.seed: got 1.5, allowed int"),
         (["--sweep.seed", "0,true"], "sweep.seed: got True, allowed int"),
         (["--sweep.fault.bit", "0.5"], "sweep.fault.bit: got 0.5"),

@@ -5,7 +5,10 @@ Public name: ``plan_size``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
+
+import torch
 
 from experiments.commands.options import take_value, whole_number
 from experiments.config import ExperimentConfig, load_config
@@ -15,29 +18,37 @@ from experiments.paired_run import PairedRunner
 from experiments.plan import make_plan
 from experiments.provenance import set_determinism
 from experiments.sample_size import sample_size
-from fault_injection import Site
 from fault_injection.bits import float_format
+from fault_injection.candidates import ElementPool
+from fault_injection.fault import BIT_KINDS, bit_choices
 from monitoring import TraceWriter
 
 
 def plan_size(arguments: Sequence[str]) -> int:
-    """Print the sample size for ``--margin`` and ``--confidence``, for a population given or counted on the model."""
+    """Print the sample size for ``--margin`` and ``--confidence``, for a population given or counted on the model.
+
+    ``--rate``: the rate that is expected; without it the worst case, 0.5.
+    """
     options = list(arguments)
     margin, confidence = _number(options, "--margin"), _number(options, "--confidence")
     rate, population = _number(options, "--rate", 0.5), take_value(options, "--population")
+    # What does not fit is refused before a model is loaded.
+    _needed(margin, confidence, None, rate)
     config = load_config(options)
     if population is None:
-        total = _print_population(config)
+        total = _print_population(config, margin, confidence, rate)
     elif not whole_number(population):
         raise UsageError(f"--population: got {population}, allowed a whole number of 1 or more")
     else:
         total = int(population)
-    try:
-        needed, unlimited = sample_size(margin, confidence, total, rate), sample_size(margin, confidence, None, rate)
-    except ValueError as error:
-        raise UsageError(f"--{error}") from error
+    needed, unlimited = _needed(margin, confidence, total, rate), _needed(margin, confidence, None, rate)
     print(f"{needed} runs for a margin of {margin:g} at {confidence:g} confidence, expected rate {rate:g}")
-    print(f"  of a population of {total} faults (sites x bits); {unlimited} if it were unlimited")
+    print(f"  of a population of {total:,} faults; {unlimited} if it were unlimited")
+    if rate != 0.5:
+        worst = _needed(margin, confidence, total, 0.5)
+        print(
+            f"  {worst} if nothing were known of the rate (0.5): expecting {rate:g} saves a factor {worst / needed:.3g}"
+        )
     print("  (Leveugle et al., DATE 2009; per cell of the grid, if each cell is to have this margin)")
     return 0
 
@@ -52,32 +63,64 @@ def _number(options: list[str], name: str, default: float | None = None) -> floa
         raise UsageError(f"{name}: got {text}, allowed a number between 0 and 1") from None
 
 
-def _print_population(config: ExperimentConfig) -> int:
-    """Count the single-bit faults of the campaign's grid: elements that may be hit, times bits, over all batches."""
+def _needed(margin: float, confidence: float, population: int | None, rate: float) -> int:
+    try:
+        return sample_size(margin, confidence, population, rate)
+    except ValueError as error:
+        raise UsageError(f"--{error}") from error
+
+
+def _print_population(config: ExperimentConfig, margin: float, confidence: float, rate: float) -> int:
+    """Print and count the faults of the campaign's grid, over all inputs; layers that are alike share a line."""
+    several = next((key for key in config.sweep if key.startswith(("model.", "data.", "fault.index", "seed"))), None)
+    if several is not None:
+        raise UsageError(f"sweep.{several}: faults are counted for one model and data set; give --{several} one value")
+    if config.fault.kind not in (*BIT_KINDS, "zero"):
+        raise UsageError(
+            f"fault.kind: got {config.fault.kind!r}, allowed {', '.join(BIT_KINDS)} and zero: its faults are not "
+            "places times bits; give --population"
+        )
     set_determinism(config.run.threads)
-    plan = make_plan(config)
-    total = 0
+    plan, total = make_plan(config), 0
     with Contexts(TraceWriter(None)) as contexts:
         pairs = contexts.open(plan.config_of(plan.runs[0]))
+        print(f"{config.model.path}, {len(pairs.batches)} inputs: places x bits = faults")
+        print(f"{'location':10}{'layer':>9}{'places':>15}{'bits':>6}{'faults':>18}{'runs':>10}")
         for location in config.sweep.get("fault.location", [config.fault.location]):
-            count = _faults_at(pairs, config.with_field("fault.location", location))
-            print(f"{location:8} {count:15,} faults per layer set, input and model")
-            total += count
+            counts = list(_layers(pairs, config, location))
+            for (places, bits), group in itertools.groupby(counts, key=lambda count: count[1:]):
+                layers, faults = [count[0] for count in group], places * bits
+                shown = str(layers[0]) if len(layers) == 1 else f"{layers[0]}..{layers[-1]} each"
+                runs = _needed(margin, confidence, faults, rate)
+                print(f"{location:10}{shown:>9}{places:15,}{bits:6}{faults:18,}{runs:10,}")
+            here = sum(places * bits for _, places, bits in counts)
+            total += here
+            if len(counts) > 1:
+                print(f"{location:10}{'all':>9}{'':21}{here:18,}{_needed(margin, confidence, here, rate):10,}")
     return total
 
 
-def _faults_at(pairs: PairedRunner, config: ExperimentConfig) -> int:
-    count = 0
-    for batch_index in range(len(pairs.batches)):
-        sites = pairs.baseline(batch_index, config).sites
-        for layer in pairs.check_layers(config):
-            site = sites[layer, config.fault.location]
-            count += _elements(site, include_masked=config.fault.include_masked) * float_format(site.dtype).width
-    return count
+def _layers(pairs: PairedRunner, config: ExperimentConfig, location: str) -> Iterator[tuple[int, int, int]]:
+    """Yield layer, elements that may be hit in all inputs, and bits."""
+    fault, first = config.fault, config.with_field("sweep", {})
+    asked = config.sweep.get("fault.layers", [fault.layers])
+    layers = {layer for value in asked for layer in pairs.check_layers(first.with_field("fault.layers", value))}
+    for layer in sorted(layers):
+        places = 0
+        for batch_index in range(len(pairs.batches)):
+            site = pairs.baseline(batch_index, first).sites[layer, location]
+            places += len(ElementPool.of(site, fault.index.element(), include_masked=fault.include_masked))
+        yield layer, places, _choices(config, site.dtype)
 
 
-def _elements(site: Site, *, include_masked: bool) -> int:
-    batch, head, row, col = site.extent
-    if site.visible is None or include_masked:
-        return batch * head * row * col
-    return int(site.visible.expand(site.extent).sum())
+def _choices(config: ExperimentConfig, dtype: torch.dtype) -> int:
+    """Return how many faults one element can have: distinct bits, or sets of them."""
+    if config.fault.kind == "zero":
+        return 1
+    width, found = float_format(dtype).width, set[tuple[int, ...]]()
+    for value in config.sweep.get("fault.bit", [config.fault.bit]):
+        if isinstance(value, list):
+            found.add(tuple(sorted(value)))
+        else:
+            found |= {(value,)} if isinstance(value, int) else {(bit,) for bit in bit_choices(value, dtype)}
+    return sum(bits[-1] < width for bits in found)

@@ -12,6 +12,7 @@ from types import FrameType
 
 from experiments.campaign import run_campaign
 from experiments.campaign_folder import CampaignFolder
+from experiments.cells import assigned
 from experiments.commands.listing import print_list
 from experiments.commands.local_launcher import launch_local
 from experiments.commands.options import take_flag, take_value, whole_number
@@ -20,7 +21,7 @@ from experiments.config_sections import check_choice
 from experiments.contexts import check_plan
 from experiments.errors import UsageError
 from experiments.merge import Merged, merge_campaign
-from experiments.plan import Plan, Shard, make_plan, parse_shard, shard_of
+from experiments.plan import Plan, Shard, make_plan, parse_shard
 
 SHOWN_RUNS = 5
 
@@ -72,6 +73,8 @@ def _finish(folder: CampaignFolder, exit_status: int) -> int:
 def print_merged(folder: CampaignFolder, merged: Merged) -> None:
     """Print where the tables are and what is missing from them."""
     print(f"{merged.finished} of {merged.planned} runs in {folder.file('runs.csv')}")
+    if merged.stops:
+        print(f"{merged.unneeded} runs were not needed: {merged.stops}")
     if merged.failed:
         print(f"{len(merged.failed)} runs failed, see {folder.file('failures.csv')}; the same command tries them again")
     waiting = [run_id for run_id in merged.missing if run_id not in set(merged.failed)]
@@ -98,7 +101,7 @@ def _workers(launcher: str | None, workers: str | None, shard: str | None) -> in
 
 def _print_plan(plan: Plan, shard: Shard) -> None:
     check_plan(plan)
-    runs = shard_of(plan, shard)
+    runs = assigned(plan, shard)
     print(
         f"campaign {plan.config.name}: {len(plan.runs)} runs" + (f", {len(runs)} in shard" if shard.count > 1 else "")
     )
@@ -106,7 +109,7 @@ def _print_plan(plan: Plan, shard: Shard) -> None:
         values = plan.config.sweep[key]
         shown = ", ".join(map(str, values[:8])) + (f", ... ({len(values)})" if len(values) > 8 else "")
         print(f"  {key}: {shown}")
-    print(f"  repeats: {plan.config.num_runs}")
+    print(f"  repeats: {'at most ' if plan.config.stop.margin else ''}{plan.config.num_runs}")
     for run in runs[:SHOWN_RUNS]:
         values = ", ".join(f"{key}={value}" for key, value in zip(plan.axes, run.values, strict=True))
         print(f"  {run.run_id} repeat {run.repeat} {values}")
