@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from experiments.analysis.distinct import listed, require_columns
 
 DEFAULT_CLUSTER = ("model", "batch_index", "layer", "index_head")
-"""Columns whose values runs of one cluster share. The campaign is none: two campaigns on one input are not independent."""
+"""What runs of one cluster share. The campaign is not part of it: two campaigns on one input are not independent."""
 
 Floats = NDArray[np.float64]
 
@@ -137,8 +137,8 @@ def grouped_sums(
     pairs, place = np.unique(group.astype(np.int64) * count + unit, return_inverse=True)
     weight = np.ones(len(frame)) if weights is None else weights
     number = values.astype(np.float64)
-    columns = [
-        np.bincount(place, weights=part, minlength=len(pairs))
+    columns: list[Floats] = [
+        np.bincount(place, weights=part, minlength=len(pairs)).astype(np.float64)
         for part in (weight * number, weight, np.ones(len(frame)), weight**2, number)
     ]
     ends = np.searchsorted(pairs // count, np.arange(len(keys) + 1))
