@@ -4,14 +4,14 @@ Sums are taken over each cluster first (pseudo-bulk); everything that follows tr
 unit that was drawn. So a million runs cost one pass, and an interval says how the estimate would vary had other
 inputs, layers and heads been drawn.
 
-    for key, sums in grouped_sums(runs, detected(runs), by=["bit_field"]):
+    for key, sums in Grouping(runs, "bit_field").sums(detected(runs)):
         estimate = ratio(sums)          # estimate.value, estimate.variance, estimate.degrees
 
 Sources: the ratio estimator and its linearised variance between clusters, W. G. Cochran, "Sampling Techniques", 3rd
 ed. 1977, 6.3 and 9A; the delete-one-cluster form, K. M. Wolter, "Introduction to Variance Estimation", 2nd ed. 2007,
 4.2.
 
-Public names: ``DEFAULT_CLUSTER``, ``ClusterSums``, ``Ratio``, ``grouped_sums``, ``ratio``.
+Public names: ``DEFAULT_CLUSTER``, ``ClusterSums``, ``Grouping``, ``Ratio``, ``ratio``.
 """
 
 from __future__ import annotations
@@ -110,41 +110,68 @@ def ratio(sums: ClusterSums) -> Ratio:
     return Ratio(value, variance, sums.effective_clusters - 1)
 
 
-def grouped_sums(
-    frame: pd.DataFrame,
-    values: NDArray[Any],
-    by: str | Sequence[str] | None = None,
-    cluster: Sequence[str] = DEFAULT_CLUSTER,
-    weights: Floats | None = None,
-) -> Iterator[tuple[tuple[Any, ...], ClusterSums]]:
-    """Yield each group's key (its values of ``by``, in order) and the sums of its clusters.
+class Grouping:
+    """Which group and which cluster every row of a table belongs to; found once, for any number of values.
 
     Args:
         frame: one row per run.
-        values: one number per row.
         by: the columns that make groups; groups come sorted. None: one group, even of no rows.
         cluster: the columns that make clusters. An empty cell is a value like any other.
-        weights: one number per row; 1 if left out.
+
+    Attributes:
+        keys: the values of ``by`` of each group.
 
     Raises:
         UsageError: an unknown column.
+
+    >>> frame = pd.DataFrame({"bit": [1, 1, 2], "input": [0, 1, 0]})
+    >>> [(key, sums.hits.tolist()) for key, sums in Grouping(frame, "bit", ["input"]).sums(np.array([1, 0, 1]))]
+    [((1,), [1.0, 0.0]), ((2,), [1.0])]
     """
-    names = listed(by)
-    require_columns(frame, [*names, *cluster])
-    keys, group = _codes(frame, names)
-    _, unit = _codes(frame, list(cluster))
-    count = int(unit.max(initial=0)) + 1
-    pairs, place = np.unique(group.astype(np.int64) * count + unit, return_inverse=True)
-    weight = np.ones(len(frame)) if weights is None else weights
-    number = values.astype(np.float64)
-    columns: list[Floats] = [
-        np.bincount(place, weights=part, minlength=len(pairs)).astype(np.float64)
-        for part in (weight * number, weight, np.ones(len(frame)), weight**2, number)
-    ]
-    ends = np.searchsorted(pairs // count, np.arange(len(keys) + 1))
-    for position, key in enumerate(keys):
-        part = slice(ends[position], ends[position + 1])
-        yield key, ClusterSums(*(column[part] for column in columns))
+
+    def __init__(
+        self, frame: pd.DataFrame, by: str | Sequence[str] | None = None, cluster: Sequence[str] = DEFAULT_CLUSTER
+    ) -> None:
+        names = listed(by)
+        require_columns(frame, [*names, *cluster])
+        self.keys, group = _codes(frame, names)
+        _, unit = _codes(frame, list(cluster))
+        count = int(unit.max(initial=0)) + 1
+        # Clusters are numbered group by group, in the order of their keys: the rows' order changes nothing.
+        pairs, self._place = np.unique(group * count + unit, return_inverse=True)
+        self._count = len(pairs)
+        self._ends = np.searchsorted(pairs // count, np.arange(len(self.keys) + 1))
+        self._group = group
+
+    def rows(self) -> list[NDArray[np.intp]]:
+        """Return the positions of each group's rows."""
+        order = np.argsort(self._group, kind="stable")
+        return np.split(order, np.cumsum(np.bincount(self._group, minlength=len(self.keys)))[:-1])
+
+    def sums(
+        self, values: NDArray[Any], weights: Floats | None = None
+    ) -> Iterator[tuple[tuple[Any, ...], ClusterSums]]:
+        """Yield each group's key and the sums of its clusters.
+
+        Args:
+            values: one number per row.
+            weights: one number per row; 1 if left out.
+        """
+        number = values.astype(np.float64)
+        runs = self._summed(np.ones(len(number)))
+        hits = self._summed(number)
+        if weights is None:
+            totals = ClusterSums(hits, runs, runs, runs, hits)
+        else:
+            totals = ClusterSums(
+                self._summed(weights * number), self._summed(weights), runs, self._summed(weights**2), hits
+            )
+        for position, key in enumerate(self.keys):
+            part = slice(self._ends[position], self._ends[position + 1])
+            yield key, ClusterSums(*(column[part] for column in vars(totals).values()))
+
+    def _summed(self, numbers: Floats) -> Floats:
+        return np.bincount(self._place, weights=numbers, minlength=self._count).astype(np.float64, copy=False)
 
 
 def _codes(frame: pd.DataFrame, names: list[str]) -> tuple[list[tuple[Any, ...]], NDArray[np.int64]]:
