@@ -3,8 +3,8 @@
     python -m benchmarks.interval_coverage --campaigns 2000
 
 A campaign has clusters of runs. Each cluster draws its own probability from a beta distribution around the rate, with
-the intra-cluster correlation as its width (beta-binomial); its runs then follow that. Printed beside: the naive (Wilson)
-limits, which take all runs for independent. Of means: each cluster draws a centre, each run a value around it, both
+the intra-cluster correlation as its width (beta-binomial); its runs then follow that. Printed beside: the naive limits
+(Wilson's), which take all runs for independent. Of means: each cluster draws a centre, each run a value around it, both
 log-normal. 2,000 campaigns know a coverage to half a percentage point (one standard error).
 
 Public names: ``main``, ``RateSetting``, ``MeanSetting``, ``Coverage``, ``rate_coverage``, ``mean_coverage``, ``RATES``,
@@ -67,6 +67,7 @@ RATES = (
     RateSetting(60, 16, 0.2, 0.2, uneven=True),
     RateSetting(30, 16, 0.05, 0.2, uneven=True),
     RateSetting(60, 16, 0.01, 0.1),
+    RateSetting(144, 10, 0.1, 0.1, uneven=True),
 )
 
 MEANS = (MeanSetting(60, 16, 0.5, 0.5), MeanSetting(30, 16, 0.5, 0.5), MeanSetting(15, 4, 0.5, 1.0))

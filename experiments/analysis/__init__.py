@@ -12,7 +12,7 @@ from experiments.analysis.clusters import DEFAULT_CLUSTER
 from experiments.analysis.comparison import compare
 from experiments.analysis.detectors import detector_comparison
 from experiments.analysis.distinct import HARMFUL, distinct_faults, propagated
-from experiments.analysis.intervals import exact_interval, korn_graubard_interval, wilson_interval
+from experiments.analysis.intervals import clustered_interval, exact_interval, wilson_interval
 from experiments.analysis.loading import load_clean, load_detections, load_propagation, load_runs
 from experiments.analysis.means import (
     bound_tightness,
@@ -35,6 +35,7 @@ __all__ = [
     "DEFAULT_CLUSTER",
     "HARMFUL",
     "bound_tightness",
+    "clustered_interval",
     "compare",
     "coverage_of_critical",
     "critical_rate",
@@ -46,7 +47,6 @@ __all__ = [
     "false_positive_rate",
     "hajek",
     "horvitz_thompson",
-    "korn_graubard_interval",
     "load_clean",
     "load_detections",
     "load_propagation",

@@ -9,7 +9,7 @@ inputs, layers and heads been drawn.
 
 Sources: the ratio estimator and its linearised variance between clusters, W. G. Cochran, "Sampling Techniques", 3rd
 ed. 1977, 6.3 and 9A; the delete-one-cluster form, K. M. Wolter, "Introduction to Variance Estimation", 2nd ed. 2007,
-4.2.
+4.2; degrees of freedom from the variance of that variance, W. Pan, M. M. Wall, Statistics in Medicine 21:1429, 2002.
 
 Public names: ``DEFAULT_CLUSTER``, ``ClusterSums``, ``Grouping``, ``Ratio``, ``ratio``.
 """
@@ -93,7 +93,7 @@ def ratio(sums: ClusterSums) -> Ratio:
     >>> ones = np.ones(4)
     >>> sums = ClusterSums(np.array([0.0, 1.0, 1.0, 2.0]), 2 * ones, 2 * ones, 2 * ones, np.array([0.0, 1.0, 1.0, 2.0]))
     >>> estimate = ratio(sums)
-    >>> estimate.value, round(estimate.variance, 6), estimate.degrees
+    >>> estimate.value, round(estimate.variance, 6), round(estimate.degrees, 6)
     (0.5, 0.041667, 3.0)
     """
     # A cluster of weight 0 says nothing and must not count as one.
@@ -107,7 +107,21 @@ def ratio(sums: ClusterSums) -> Ratio:
         return Ratio(value, math.nan, 0.0)
     change = (values - value * weights) / (total - weights)
     variance = (count - 1) / count * float((change**2).sum())
-    return Ratio(value, variance, sums.effective_clusters - 1)
+    return Ratio(value, variance, _degrees(change, sums.effective_clusters))
+
+
+def _degrees(change: Floats, clusters: float) -> float:
+    """Return the degrees of freedom of a variance: how well so many clusters, as skewed as these, can tell it.
+
+    A variance of C normal numbers has C - 1. In general the variance of a sample variance s^2 is
+    s^4 (kurtosis - (C - 3) / (C - 1)) / C, which a chi-squared variable of 2 C / (...) degrees of freedom has.
+    """
+    count, squares = len(change), change**2
+    if not squares.any():
+        return clusters - 1
+    kurtosis = count * float((squares**2).sum()) / float(squares.sum()) ** 2
+    excess = kurtosis - (count - 3) / (count - 1)
+    return max(1.0, min(clusters - 1, 2 * count / excess if excess > 0 else math.inf))
 
 
 class Grouping:

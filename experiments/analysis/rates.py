@@ -43,9 +43,9 @@ from experiments.analysis.distinct import (
     weights_of,
 )
 from experiments.analysis.intervals import (
+    clustered_interval,
     exact_interval,
     exact_limits,
-    korn_graubard_interval,
     wilson_interval,
     wilson_limits,
 )
@@ -59,7 +59,7 @@ RATE_COLUMNS = (
     *("clusters", "method"),
 )
 
-CLUSTERED = "Korn-Graubard over clusters"
+CLUSTERED = "Wilson, effective n of clusters"
 INDEPENDENT = "Wilson"
 NOTHING = "none"
 
@@ -182,7 +182,7 @@ def rate_of(sums: ClusterSums, weighted: bool = False) -> dict[str, Any]:
     >>> sums = ClusterSums(0 * ones, 16 * ones, 16 * ones, 16 * ones, 0 * ones)
     >>> row = rate_of(sums)
     >>> row["n"], row["clusters"], round(row["wilson_high"], 4), round(row["high"], 4), row["method"]
-    (960, 60, 0.004, 0.0596, 'Korn-Graubard over clusters')
+    (960, 60, 0.004, 0.0602, 'Wilson, effective n of clusters')
     """
     successes, n = round(float(sums.hits.sum())), round(float(sums.runs.sum()))
     estimate = ratio(sums)
@@ -200,8 +200,7 @@ def rate_of(sums: ClusterSums, weighted: bool = False) -> dict[str, Any]:
     if n and not weighted and sums.are_singletons:
         printed, method = wilson, INDEPENDENT
     elif method != NOTHING:
-        clusters = sums.effective_clusters
-        printed = korn_graubard_interval(estimate.value, estimate.variance, n, clusters)
+        printed = clustered_interval(estimate.value, estimate.variance, estimate.degrees, n, sums.effective_clusters)
     limits = zip(("", "wilson_", "exact_"), (printed, wilson, exact), strict=True)
     return {
         "successes": successes,
