@@ -1,6 +1,6 @@
 """The table a campaign closes with: by location and bit field, what the faults did and who saw them.
 
-Every rate stands with its n and a 95 % Wilson interval; faults that were drawn twice count once. What detectors saw is
+Every rate stands with its n and a 95 % interval that respects clusters; faults that were drawn twice count once. What detectors saw is
 counted over all runs, outcomes and what was seen of harmful faults over those that have an outcome (``run.scope``).
 
 Public names: ``closing_table``, ``wilson_interval``.
@@ -8,27 +8,22 @@ Public names: ``closing_table``, ``wilson_interval``.
 
 from __future__ import annotations
 
+import numpy as np
 import pandas as pd
-from scipy.stats import binomtest
+from numpy.typing import NDArray
 
 from bounds.suites import SUITES
+from experiments.analysis.intervals import wilson_interval
+from experiments.analysis.rates import rate_table
 from experiments.campaign_folder import CampaignFolder
 from experiments.result import OUTCOMES
 from experiments.watcher import is_oracle
 from fault_injection import LOCATIONS
 from fault_injection.bits import FIELDS
 
+__all__ = ["closing_table", "wilson_interval"]
+
 HARMFUL = ("critical", "nonfinite")
-
-
-def wilson_interval(successes: int, trials: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Return the Wilson score interval of a rate.
-
-    >>> [round(limit, 3) for limit in wilson_interval(0, 100)]
-    [0.0, 0.037]
-    """
-    interval = binomtest(successes, trials).proportion_ci(confidence, method="wilson")
-    return float(interval.low), float(interval.high)
 
 
 def closing_table(folder: CampaignFolder) -> str:
@@ -92,14 +87,14 @@ def _line(location: str, field: str, group: pd.DataFrame) -> str:
     detecting = 1e3 * float((group.bounds_seconds + group.detection_seconds).mean())
     return (
         f"{location:9}{field:10}{len(group):6}{counts[0]:8}{counts[1]:8}{counts[2]:9}{counts[3]:8}"
-        f"  {_rate(int(group.violation_detected.sum()), len(group)):27}{seen:>11}"
+        f"  {_rate(group, group.violation_detected.to_numpy(bool)):27}{seen:>11}"
         f"{1e3 * float(group.injection_seconds.mean()):11.2f}{detecting:11.2f}"
     )
 
 
-def _rate(successes: int, trials: int) -> str:
-    low, high = wilson_interval(successes, trials)
-    return f"{100 * successes / trials:5.1f} % ({100 * low:.1f} - {100 * high:.1f})"
+def _rate(runs: pd.DataFrame, seen: NDArray[np.bool_]) -> str:
+    row = rate_table(runs, seen).iloc[0]
+    return f"{100 * row.rate:5.1f} % ({100 * row.low:.1f} - {100 * row.high:.1f})"
 
 
 def _detector_lines(folder: CampaignFolder, distinct: pd.DataFrame, tolerance: float | None) -> list[str]:
@@ -164,7 +159,7 @@ def _correction_lines(distinct: pd.DataFrame) -> list[str]:
 
 
 def _share(runs: pd.DataFrame, fired: set[str]) -> str:
-    return _rate(int(runs.run_id.isin(fired).sum()), len(runs)) if len(runs) else "-"
+    return _rate(runs, runs.run_id.isin(fired).to_numpy(bool)) if len(runs) else "-"
 
 
 def _times_lines(runs: pd.DataFrame) -> list[str]:
