@@ -1,7 +1,8 @@
 """The table a campaign closes with: by location and bit field, what the faults did and who saw them.
 
-Every rate stands with its n and a 95 % interval that respects clusters; faults that were drawn twice count once. What detectors saw is
-counted over all runs, outcomes and what was seen of harmful faults over those that have an outcome (``run.scope``).
+Every rate stands with its n and a 95 % interval that respects clusters (``experiments.analysis``); faults that were drawn twice
+count once. What detectors saw is counted over all runs, outcomes and what was seen of harmful faults over those that have
+an outcome (``run.scope``).
 
 Public names: ``closing_table``, ``wilson_interval``.
 """
@@ -13,6 +14,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from bounds.suites import SUITES
+from experiments.analysis.distinct import HARMFUL, distinct_faults
 from experiments.analysis.intervals import wilson_interval
 from experiments.analysis.rates import rate_table
 from experiments.campaign_folder import CampaignFolder
@@ -22,8 +24,6 @@ from fault_injection import LOCATIONS
 from fault_injection.bits import FIELDS
 
 __all__ = ["closing_table", "wilson_interval"]
-
-HARMFUL = ("critical", "nonfinite")
 
 
 def closing_table(folder: CampaignFolder) -> str:
@@ -49,9 +49,7 @@ def closing_table(folder: CampaignFolder) -> str:
 def _table(folder: CampaignFolder, runs: pd.DataFrame, tolerance: float | None = None) -> list[str]:
     if runs.empty:
         return ["no finished runs"]
-    # Of a fault that was drawn twice, and propagated once, the outcome is kept.
-    known_first = runs.sort_values("outcome", key=lambda outcome: outcome.isna(), kind="stable")
-    distinct = known_first.drop_duplicates("fault_id").sort_index()
+    distinct = distinct_faults(runs)
     lines = [
         f"{len(runs)} runs, {len(distinct)} distinct faults, {int((~distinct.effective.astype(bool)).sum())} of them "
         "not effective",
