@@ -1,7 +1,8 @@
 """The table a campaign closes with: by location and bit field, what the faults did and who saw them.
 
-Every rate stands with its n and a 95 % Wilson interval; faults that were drawn twice count once. What detectors saw is
-counted over all runs, outcomes and what was seen of harmful faults over those that have an outcome (``run.scope``).
+Every rate stands with its n and a 95 % interval that respects clusters (``experiments.analysis``); faults that were drawn twice
+count once. What detectors saw is counted over all runs, outcomes and what was seen of harmful faults over those that have
+an outcome (``run.scope``).
 
 Public names: ``closing_table``, ``wilson_interval``.
 """
@@ -14,10 +15,14 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import pandas as pd
-from scipy.stats import binomtest
+from numpy.typing import NDArray
 
 from bounds.suites import SUITES
+from experiments.analysis.distinct import HARMFUL, distinct_faults
+from experiments.analysis.intervals import wilson_interval
+from experiments.analysis.rates import rate_table
 from experiments.campaign_folder import CampaignFolder
 from experiments.result import OUTCOMES
 from experiments.watcher import is_oracle
@@ -25,27 +30,18 @@ from experiments.weighted_rate import regression_estimate
 from fault_injection import LOCATIONS
 from fault_injection.bits import FIELDS
 
-HARMFUL = ("critical", "nonfinite")
+__all__ = ["closing_table", "wilson_interval"]
 
 SWEPT = ("detect.tolerance", "detect.detectors")
 """Axes that decide which rows of ``clean.csv`` belong to a table."""
 
 READ_COLUMNS = (
     *("run_id", "fault_id", "location", "bit_field", "effective", "scope", "outcome", "execution"),
+    *("model", "batch_index", "layer", "index_head", "sampling_weight"),
     *("violation_detected", "certificate", "repairs", "miscorrections", "unrepaired"),
     *("baseline_seconds", "injection_seconds", "bounds_seconds", "detection_seconds", "total_seconds"),
 )
 """What of ``runs.csv`` is read; of a million runs the rest would take gigabytes."""
-
-
-def wilson_interval(successes: int, trials: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Return the Wilson score interval of a rate.
-
-    >>> [round(limit, 3) for limit in wilson_interval(0, 100)]
-    [0.0, 0.037]
-    """
-    interval = binomtest(successes, trials).proportion_ci(confidence, method="wilson")
-    return float(interval.low), float(interval.high)
 
 
 def closing_table(folder: CampaignFolder) -> str:
@@ -71,9 +67,7 @@ def closing_table(folder: CampaignFolder) -> str:
 def _table(folder: CampaignFolder, runs: pd.DataFrame, swept: Mapping[str, Any] = MappingProxyType({})) -> list[str]:
     if runs.empty:
         return ["no finished runs"]
-    # Of a fault that was drawn twice, and propagated once, the outcome is kept.
-    known_first = runs.sort_values("outcome", key=lambda outcome: outcome.isna(), kind="stable")
-    distinct = known_first.drop_duplicates("fault_id").sort_index()
+    distinct = distinct_faults(runs)
     lines = [
         f"{len(runs)} runs, {len(distinct)} distinct faults, {int((~distinct.effective.astype(bool)).sum())} of them "
         "not effective",
@@ -123,14 +117,14 @@ def _line(location: str, field: str, group: pd.DataFrame) -> str:
     detecting = 1e3 * float((group.bounds_seconds + group.detection_seconds).mean())
     return (
         f"{location:9}{field:10}{len(group):6}{counts[0]:8}{counts[1]:8}{counts[2]:9}{counts[3]:8}"
-        f"  {_rate(int(group.violation_detected.sum()), len(group)):27}{seen:>11}"
+        f"  {_rate(group, group.violation_detected.to_numpy(bool)):27}{seen:>11}"
         f"{1e3 * float(group.injection_seconds.mean()):11.2f}{detecting:11.2f}"
     )
 
 
-def _rate(successes: int, trials: int) -> str:
-    low, high = wilson_interval(successes, trials)
-    return f"{100 * successes / trials:5.1f} % ({100 * low:.1f} - {100 * high:.1f})"
+def _rate(runs: pd.DataFrame, seen: NDArray[np.bool_]) -> str:
+    row = rate_table(runs, seen).iloc[0]
+    return f"{100 * row.rate:5.1f} % ({100 * row.low:.1f} - {100 * row.high:.1f})"
 
 
 def _detector_lines(folder: CampaignFolder, distinct: pd.DataFrame, swept: Mapping[str, Any]) -> list[str]:
@@ -211,7 +205,7 @@ def _correction_lines(distinct: pd.DataFrame) -> list[str]:
 
 
 def _share(runs: pd.DataFrame, fired: set[str]) -> str:
-    return _rate(int(runs.run_id.isin(fired).sum()), len(runs)) if len(runs) else "-"
+    return _rate(runs, runs.run_id.isin(fired).to_numpy(bool)) if len(runs) else "-"
 
 
 def _times_lines(runs: pd.DataFrame) -> list[str]:

@@ -28,7 +28,17 @@ def table_of(tmp_path: Path, rows: Sequence[dict[str, Any]]) -> list[str]:
         "bounds_seconds": 0.0, "detection_seconds": 0.0, "execution": "plain", "violation_detected": False,
     }  # fmt: skip
     runs = [
-        ExperimentResult(**{"run_id": run.run_id, "repeat": run.repeat, "fault_id": run.run_id, **fixed, **row})
+        ExperimentResult(
+            # Each run on an input of its own, unless the row says otherwise: no two of them tell the same story.
+            **{
+                "run_id": run.run_id,
+                "repeat": run.repeat,
+                "fault_id": run.run_id,
+                "batch_index": run.index,
+                **fixed,
+                **row,
+            }
+        )  # fmt: skip
         for run, row in zip(plan.runs, rows, strict=True)
     ]
     detections = [
@@ -104,3 +114,13 @@ def test_of_a_fault_that_was_propagated_once_the_outcome_counts(tmp_path: Path, 
     assert lines[0].startswith("4 runs, 3 distinct faults")
     assert numbers(lines, "all")[:5] == ["3", "0", "0", "1", "0"]
     assert numbers(lines, "all")[-3] == "0/1"
+
+
+def test_runs_that_share_an_input_and_a_head_widen_the_interval(tmp_path: Path) -> None:
+    rows = [{"outcome": "benign", "batch_index": place // 4, "violation_detected": place < 8} for place in range(16)]
+    line = next(line for line in table_of(tmp_path, rows) if line.startswith("all"))
+    # Four clusters that agree within: not 8 of 16 (28.0 - 72.0) but 2 of 4 and less, for three degrees of freedom.
+    assert "50.0 % (" in line
+    low, high = map(float, line.split("(")[1].split(")")[0].split(" - "))
+    assert low < 15.0
+    assert high > 85.0

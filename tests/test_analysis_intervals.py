@@ -1,0 +1,127 @@
+"""Intervals of one rate against published digits and SciPy; coverage by simulation."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from benchmarks.interval_coverage import MEANS, RATES, main, mean_coverage, rate_coverage
+from experiments import closing_table
+from experiments.analysis.clusters import ClusterSums, ratio
+from experiments.analysis.intervals import (
+    clustered_interval,
+    exact_interval,
+    exact_limits,
+    wilson_interval,
+    wilson_limits,
+)
+from experiments.analysis.rates import rate_of
+
+# Newcombe, Statistics in Medicine 17:857, 1998, table I: score method without correction (3), exact method (5).
+NEWCOMBE = [
+    (81, 263, (0.2553, 0.3662), (0.2527, 0.3676)),
+    (15, 148, (0.0624, 0.1605), (0.0578, 0.1617)),
+    (0, 20, (0.0000, 0.1611), (0.0000, 0.1684)),
+    (1, 29, (0.0061, 0.1718), (0.0009, 0.1776)),
+]
+
+
+@pytest.mark.parametrize(("hits", "n", "wilson", "exact"), NEWCOMBE)
+def test_published_digits(hits: int, n: int, wilson: tuple[float, float], exact: tuple[float, float]) -> None:
+    assert tuple(round(limit, 4) for limit in wilson_interval(hits, n)) == wilson
+    assert tuple(round(limit, 4) for limit in exact_interval(hits, n)) == exact
+
+
+def test_nothing_of_a_thousand() -> None:
+    assert round(wilson_interval(0, 1000)[1], 4) == 0.0038
+
+
+def test_the_closing_table_still_offers_its_interval() -> None:
+    assert closing_table.wilson_interval is wilson_interval
+
+
+@given(n=st.integers(1, 3000), share=st.floats(0, 1), confidence=st.sampled_from([0.8, 0.95, 0.99]))
+def test_limits_for_any_number_of_trials_agree_with_scipy(n: int, share: float, confidence: float) -> None:
+    hits = round(share * n)
+    test = stats.binomtest(hits, n)
+    for method, found in (
+        ("wilson", wilson_limits(hits / n, n, confidence)),
+        ("exact", exact_limits(hits / n, n, confidence)),
+    ):
+        expected = test.proportion_ci(confidence, method)
+        assert found == pytest.approx((expected.low, expected.high), abs=1e-9)
+
+
+def test_no_trials_no_limits() -> None:
+    for found in (wilson_limits(math.nan, 0), exact_limits(math.nan, 0), clustered_interval(0.5, 0.1, 3, 0, 0)):
+        assert all(math.isnan(limit) for limit in found)
+
+
+def test_effective_number_of_trials_by_hand() -> None:
+    """A design effect of 4 and the quantiles of t leave 960 / 4 (t_959 / t_20)^2 trials."""
+    expected = wilson_limits(0.2, 240 * (stats.t.ppf(0.975, 959) / stats.t.ppf(0.975, 20)) ** 2)
+    assert clustered_interval(0.2, 4 * 0.2 * 0.8 / 960, 20, 960, 60) == pytest.approx(expected, abs=1e-12)
+
+
+def test_clusters_that_disagree_less_than_chance_do_not_narrow_the_limits() -> None:
+    assert clustered_interval(0.5, 1e-9, 59, 100, 60) == wilson_limits(0.5, 100)
+    assert clustered_interval(0.5, 0.0, 59, 100, 60) == wilson_limits(0.5, 100)
+
+
+@pytest.mark.parametrize("rate", [0.0, 1.0])
+def test_a_rate_of_nothing_or_all_counts_clusters(rate: float) -> None:
+    found = clustered_interval(rate, 0.0, 59, 960, 60)
+    assert found == pytest.approx(wilson_interval(round(60 * rate), 60))
+    assert found[1] - found[0] > 0.05
+
+
+def test_a_lone_cluster_is_one_trial() -> None:
+    sums = ClusterSums(*(np.array([number]) for number in (3.0, 10.0, 10.0, 10.0, 3.0)))
+    row = rate_of(sums)
+    assert (row["low"], row["high"]) == pytest.approx(wilson_limits(0.3, 1))
+
+
+def test_the_variance_of_a_ratio_is_that_of_leaving_out_one_cluster() -> None:
+    generator = np.random.default_rng(3)
+    sizes = generator.integers(1, 30, 12).astype(float)
+    hits = generator.binomial(sizes.astype(int), 0.3).astype(float)
+    left = np.array([(hits.sum() - y) / (sizes.sum() - n) for y, n in zip(hits, sizes, strict=True)])
+    found = ratio(ClusterSums(hits, sizes, sizes, sizes, hits))
+    expected = 11 / 12 * ((left - hits.sum() / sizes.sum()) ** 2).sum()
+    assert found.value == pytest.approx(hits.sum() / sizes.sum())
+    assert found.variance == pytest.approx(expected, rel=1e-12)
+
+
+def test_skewed_clusters_leave_few_degrees_of_freedom() -> None:
+    ones = np.ones(40)
+    even, skewed = np.tile([0.0, 1.0], 20), np.eye(40)[0]
+    assert ratio(ClusterSums(even, ones, ones, ones, even)).degrees == pytest.approx(39)
+    assert ratio(ClusterSums(skewed, ones, ones, ones, skewed)).degrees < 5
+
+
+def test_the_script_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--campaigns", "5"])
+    lines = capsys.readouterr().out.splitlines()
+    assert "0.0038" in lines[0]
+    assert len(lines) == 5 + len(RATES) + len(MEANS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("setting", RATES[:3], ids=str)
+def test_limits_of_rates_hold_in_95_of_100_campaigns(setting: object) -> None:
+    found = rate_coverage(setting, 2000)  # type: ignore[arg-type]
+    assert 0.935 <= found.printed <= 0.965
+    assert found.naive < 0.75
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("setting", MEANS[:2], ids=str)
+def test_limits_of_means_hold_in_95_of_100_campaigns(setting: object) -> None:
+    found = mean_coverage(setting, 2000)  # type: ignore[arg-type]
+    assert 0.935 <= found.printed <= 0.965
+    assert found.naive < 0.75
