@@ -1,8 +1,8 @@
 """The table a campaign closes with: by location and bit field, what the faults did and who saw them.
 
-Every rate stands with its n and a 95 % interval that respects clusters (``experiments.analysis``); faults that were drawn twice
-count once. What detectors saw is counted over all runs, outcomes and what was seen of harmful faults over those that have
-an outcome (``run.scope``).
+Every rate stands with its n and a 95 % interval that respects clusters (``experiments.analysis``); faults that were
+drawn twice count once. What detectors saw is counted over all runs, outcomes and what was seen of harmful faults over
+those that have an outcome (``run.scope``).
 
 Public names: ``closing_table``, ``wilson_interval``.
 """

@@ -38,7 +38,7 @@ def table_of(tmp_path: Path, rows: Sequence[dict[str, Any]]) -> list[str]:
                 **fixed,
                 **row,
             }
-        )  # fmt: skip
+        )
         for run, row in zip(plan.runs, rows, strict=True)
     ]
     detections = [
