@@ -8,11 +8,7 @@ Public names: ``location_bit_map``, ``layer_head_map``, ``fault_depth_map`` and,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments.analysis import critical_rate, detection_rate
@@ -23,30 +19,29 @@ from experiments.figures.style import new_figure, styled
 from experiments.figures.tensor_format import by_tensor_dtype, mark_fields
 
 _MOST_MODELS = 6
-_DEPTHS = ("early", "mid", "late")
 _CELLS = (
-    " Cells hold the rate in percent and n where both fit; hatched: no fault there. Intervals are not drawn: cells of few "
-    "faults say little. "
+    " Cells hold the rate in percent and n where both fit; hatched: no such fault. A cell of few faults says little: its "
+    "interval is in the table. "
 )
 
 
-def _maps(runs: pd.DataFrame, row: str, column: str, columns: Sequence[Any] | None = None) -> list[RateMap | str]:
-    """Return the map of harm, or why there is none, and that of detection."""
+def _of(runs: pd.DataFrame) -> str:
+    """Return the n of a caption, and why harm is not drawn where it is not."""
+    harm = "" if _harm_is_known(runs) else " No run was propagated to the output, so harm is not known."
+    return f"{_CELLS}{population(runs)}.{harm}"
+
+
+def _maps(runs: pd.DataFrame, row: str, column: str, harm: bool) -> list[RateMap]:
+    """Return the map of harm, where any is known, and that of detection, with the same rows and columns."""
     by = [row, column]
-    harmful: RateMap | str = "harmful: not known, no run was propagated to the output"
-    if len(propagated(runs)):
-        harmful = RateMap.of(
-            critical_rate(runs, by), row, column, title="harmful (critical or not finite)", columns=columns
-        )
-    return [harmful, RateMap.of(detection_rate(runs, by), row, column, title="detected", columns=columns)]
+    found = RateMap.of(detection_rate(runs, by), row, column, title="detected")
+    if not harm:
+        return [found]
+    return [RateMap.of(critical_rate(runs, by), row, column, title="harmful (critical or not finite)", like=found), found]
 
 
-def _draw(figure: Figure, axes: Axes, found: RateMap | str, cell: tuple[float, float], prefix: str = "", room: float = 6.0) -> None:
-    if isinstance(found, str):
-        axes.set_axis_off()
-        axes.text(0.5, 0.5, prefix + found, ha="center", va="center", wrap=True, transform=axes.transAxes)
-        return
-    draw_map(figure, axes, found, cell, prefix, room)
+def _harm_is_known(runs: pd.DataFrame) -> bool:
+    return not propagated(runs).empty
 
 
 @styled
@@ -56,20 +51,19 @@ def location_bit_map(runs: pd.DataFrame) -> Figure:
     Raises:
         NoDataError: no fault has exactly one bit.
     """
+    harm = _harm_is_known(runs)
     shown = [
-        (dtype, rate_map) for dtype, part in by_tensor_dtype(runs) for rate_map in _maps(part, "location", "bit")
+        (dtype, rate_map) for dtype, part in by_tensor_dtype(runs) for rate_map in _maps(part, "location", "bit", harm)
     ]
-    tables = [rate_map.rates for _, rate_map in shown if isinstance(rate_map, RateMap)]
-    cell = cell_size(max(map(len, tables)), max(len(table.columns) for table in tables), 8.3, 0.32)
-    rows = [len(rate_map.rates) if isinstance(rate_map, RateMap) else 1 for _, rate_map in shown]
-    width = max(len(table.columns) for table in tables) * cell[0]
-    figure = new_figure(1.5 + max(3.0, width), 0.3 + sum(0.75 + cell[1] * count for count in rows))
+    rows = [len(rate_map.rates) for _, rate_map in shown]
+    bits = max(len(rate_map.rates.columns) for _, rate_map in shown)
+    cell = cell_size(max(rows), bits, 8.3, 0.32)
+    figure = new_figure(1.5 + max(3.0, bits * cell[0]), 0.3 + sum(0.75 + cell[1] * count for count in rows))
     columns = figure.subplots(len(shown), 1, squeeze=False, height_ratios=rows)[:, 0]
     for axes, (dtype, rate_map) in zip(columns, shown, strict=True):
-        _draw(figure, axes, rate_map, cell, f"{dtype}, ", room=16.0)
-        if isinstance(rate_map, RateMap):
-            mark_fields(axes, dtype, list(rate_map.rates.columns))
-            axes.set(xlabel="bit (0: least significant)", ylabel="location")
+        draw_map(figure, axes, rate_map, cell, f"{dtype}, ", room=16.0)
+        mark_fields(axes, dtype, list(rate_map.rates.columns))
+        axes.set(xlabel="bit (0: least significant)", ylabel="location")
     return figure
 
 
@@ -78,7 +72,7 @@ def location_bit_map_caption(runs: pd.DataFrame) -> str:
     other = int(runs["bit"].isna().sum())
     left_out = f" {other:,} runs of several bits or none are not drawn." if other else ""
     return (
-        f"Rates of harm and of detection by location and flipped bit.{_CELLS}{population(runs)}.{left_out}"
+        f"Rates of harm and of detection by location and flipped bit.{_of(runs)}{left_out}"
     )
 
 
@@ -92,29 +86,27 @@ def layer_head_map(runs: pd.DataFrame) -> Figure:
     known = runs[runs["layer"].notna() & runs["index_head"].notna()]
     need_rows(known, f"none of the {len(runs):,} runs hit an element of one head")
     models = list(known["model"].astype(str).value_counts().index[:_MOST_MODELS])
-    found = [_maps(_integers(known[known["model"].astype(str) == model]), "layer", "index_head") for model in models]
+    whole = known.assign(layer=known["layer"].astype(int), index_head=known["index_head"].astype(int))
+    harm = _harm_is_known(known)
+    found = [_maps(whole[whole["model"].astype(str) == model], "layer", "index_head", harm) for model in models]
     prefixes = [f"{short_name(model)}: " if len(models) > 1 else "" for model in models]
     return _pairs(found, prefixes, "head", "attention layer")
 
 
-def _integers(runs: pd.DataFrame) -> pd.DataFrame:
-    return runs.assign(layer=runs["layer"].astype(int), index_head=runs["index_head"].astype(int))
-
-
-def _pairs(found: list[list[RateMap | str]], prefixes: list[str], xlabel: str, ylabel: str) -> Figure:
+def _pairs(found: list[list[RateMap]], prefixes: list[str], xlabel: str, ylabel: str) -> Figure:
     """Draw harm on the left and detection on the right, a row of axes for each pair."""
-    tables = [rate_map.rates for pair in found for rate_map in pair if isinstance(rate_map, RateMap)]
-    rows, columns = max(len(table) for table in tables), max(len(table.columns) for table in tables)
+    rows = max(len(rate_map.rates) for pair in found for rate_map in pair)
+    columns = max(len(rate_map.rates.columns) for pair in found for rate_map in pair)
     cell = cell_size(rows, columns, 4.0, 0.5)
+    wide = len(found[0])
     figure = new_figure(
-        2.6 + 2 * max(2.4, cell[0] * columns), len(found) * (0.9 + max(0.6, cell[1] * rows))
+        0.4 + wide * (1.2 + max(2.4, cell[0] * columns)), len(found) * (0.9 + max(0.6, cell[1] * rows))
     )
-    grid = figure.subplots(len(found), 2, squeeze=False)
+    grid = figure.subplots(len(found), wide, squeeze=False)
     for line, pair, prefix in zip(grid, found, prefixes, strict=True):
         for axes, rate_map in zip(line, pair, strict=True):
-            _draw(figure, axes, rate_map, cell, prefix)
-            if isinstance(rate_map, RateMap):
-                axes.set(xlabel=xlabel, ylabel=ylabel)
+            draw_map(figure, axes, rate_map, cell, prefix)
+            axes.set(xlabel=xlabel, ylabel=ylabel)
     return figure
 
 
@@ -126,7 +118,7 @@ def layer_head_map_caption(runs: pd.DataFrame) -> str:
     left_out = f" {headless:,} runs that hit no single head are not drawn." if headless else ""
     return (
         "Rates of harm and of detection by the (first) layer and the head that faults hit; for faults in k and v the head "
-        f"is that of keys and values.{_CELLS}{population(runs)}.{left_out}{more}"
+        f"is that of keys and values.{_of(runs)}{left_out}{more}"
     )
 
 
@@ -143,14 +135,13 @@ def fault_depth_map(runs: pd.DataFrame) -> Figure:
     need_rows(known, f"none of the {len(runs):,} runs says how deep its layer is")
     kinds = known["kind"].astype(str)
     types = known["location"].astype(str) + ("" if kinds.nunique() < 2 else " " + kinds)
-    present = [depth for depth in _DEPTHS if (known["layer_depth"] == depth).any()]
     typed = known.assign(fault_type=types, layer_depth=known["layer_depth"].astype(str))
-    return _pairs([_maps(typed, "fault_type", "layer_depth", present)], [""], "third of the layers", "fault")
+    return _pairs([_maps(typed, "fault_type", "layer_depth", _harm_is_known(typed))], [""], "third of the layers", "fault")
 
 
 def fault_depth_map_caption(runs: pd.DataFrame) -> str:
     """Return what the figure shows, and of how many faults."""
     return (
         "Rates of harm and of detection by location (and kind, where there are several) and by the third of the model's "
-        f"attention layers that faults hit.{_CELLS}{population(runs)}."
+        f"attention layers that faults hit.{_of(runs)}"
     )

@@ -10,9 +10,7 @@ Public names: ``RateMap``, ``draw_map``, ``cell_size``, ``cell_font``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -43,15 +41,13 @@ class RateMap:
     counts: pd.DataFrame
 
     @classmethod
-    def of(
-        cls, rates: pd.DataFrame, row: str, column: str, *, title: str, columns: Sequence[Any] | None = None
-    ) -> RateMap:
-        """Arrange the result of a rate function; ``columns``: those to draw, if not those that occur."""
-        index, found = ordered(list(rates[row])), ordered(list(rates[column]))
-        wanted = found if columns is None else list(columns)
-        tables = [rates.pivot(index=row, columns=column, values=name) for name in ("rate", "n")]
-        both = [table.astype(float).reindex(index=index, columns=wanted) for table in tables]
-        return cls(title, both[0], both[1])
+    def of(cls, rates: pd.DataFrame, row: str, column: str, *, title: str, like: RateMap | None = None) -> RateMap:
+        """Arrange the result of a rate function, in the rows and columns of another map if one is given."""
+        index, columns = ordered(list(rates[row])), ordered(list(rates[column]))
+        if like is not None:
+            index, columns = list(like.rates.index), list(like.rates.columns)
+        tables = [rates.pivot(index=row, columns=column, values=name).astype(float) for name in ("rate", "n")]
+        return cls(title, *(table.reindex(index=index, columns=columns) for table in tables))
 
 
 def cell_size(rows: int, columns: int, width: float, height: float) -> tuple[float, float]:
@@ -100,7 +96,7 @@ def draw_map(
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     _print_cells(axes, rate_map, cell, top or 1.0)
-    bar = figure.colorbar(image, ax=axes, fraction=0.03, pad=0.01, aspect=max(6.0, cell[1] * len(rates) / 0.14))
+    bar = figure.colorbar(image, ax=axes, fraction=0.14 / (cell[0] * rates.shape[1]), pad=0.01, aspect=cell[1] * len(rates) / 0.14)
     bar.ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0 if top > 0.08 or not top else 1))
     bar.outline.set_visible(False)  # type: ignore[operator]
 

@@ -65,7 +65,7 @@ class SeriesStyle:
 OUTCOME_STYLES: Mapping[str, SeriesStyle] = MappingProxyType(
     {
         "masked": SeriesStyle("#D0D0D0", "o", ":", ""),
-        "benign": SeriesStyle("#56B4E9", "s", "-", "..."),
+        "benign": SeriesStyle("#56B4E9", "s", "-", "\\\\"),
         "critical": SeriesStyle("#D55E00", "^", "--", "///"),
         "nonfinite": SeriesStyle("#000000", "X", "-.", ""),
     }
@@ -75,7 +75,7 @@ OUTCOME_STYLES: Mapping[str, SeriesStyle] = MappingProxyType(
 SERIES_STYLES = (
     SeriesStyle("#0072B2", "o", "-", ""),
     SeriesStyle("#E69F00", "s", "--", "///"),
-    SeriesStyle("#000000", "^", "-.", "..."),
+    SeriesStyle("#000000", "^", "-.", "--"),
     SeriesStyle("#CC79A7", "D", ":", "xxx"),
     SeriesStyle("#009E73", "v", (0, (5, 1, 1, 1, 1, 1)), "\\\\\\"),  # type: ignore[arg-type]
     SeriesStyle("#D55E00", "P", (0, (8, 2)), "+++"),  # type: ignore[arg-type]
