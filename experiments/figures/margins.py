@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from experiments.analysis import distinct_faults
+from experiments.analysis import distinct_faults, margin_statistics
 from experiments.figures.no_data import need_columns
 from experiments.figures.population import ordered, population
 from experiments.figures.style import OUTCOME_STYLES, SERIES_STYLES, new_figure, percent_axis, styled
@@ -94,25 +94,35 @@ def margin_histogram(faults: pd.DataFrame, bins: MarginBins) -> pd.Series:
     return pd.Series([*counts, len(margins) - len(finite)], names) / max(1, len(margins))
 
 
+def _apart(edges: Floats) -> tuple[float, float, float]:
+    """Return where the bars stand that are no bins of the axis: less, more, and not finite."""
+    reach = 0.06 * (edges[-1] - edges[0])
+    return edges[0] - reach, edges[-1] + reach, edges[-1] + 2.4 * reach
+
+
 def _draw(axes: Axes, bins: MarginBins, faults: pd.DataFrame, outcome: str) -> None:
     shares, edges = margin_histogram(faults, bins), bins.edges
     width = 1 / _PER_DECADE
-    places = [edges[0] - 1.5 * width, *(edges[:-1] + width / 2), edges[-1] + 1.5 * width, edges[-1] + 4.5 * width]
+    less, more, not_finite = _apart(edges)
+    places = [less, *(edges[:-1] + width / 2), more, not_finite]
     style = OUTCOME_STYLES.get(outcome, SERIES_STYLES[0])
     axes.bar(
         places, shares.to_numpy(float), width=width, facecolor=style.colour, hatch=style.hatch, edgecolor="#404040",
         linewidth=0.5,
     )  # fmt: skip
     axes.axvline(0.0, color="black", linewidth=1.2)
-    outside = int((faults["epsilon_margin"] < 0).sum())
-    axes.set_title(f"{outcome}: n = {len(faults):,}, {outside:,} outside the bounds", loc="left", fontsize=8, pad=2)
+    counts = margin_statistics(faults).iloc[0]
+    title = f"{outcome}: n = {len(faults):,}"
+    if counts["outside_n"] > 0:
+        title += f"; outside the bounds: {int(counts['outside']):,} of {int(counts['outside_n']):,} that are known"
+    axes.set_title(title, loc="left", fontsize=8, pad=2)
     axes.set_ylabel("share")
     percent_axis(axes.yaxis, float(shares.max()) or 1.0)
     axes.grid(axis="y")
 
 
 def _label(axes: Axes, bins: MarginBins) -> None:
-    edges, width = bins.edges, 1 / _PER_DECADE
+    less, more, not_finite = _apart(bins.edges)
     exponents = np.arange(round(np.log10(bins.linear)), round(np.log10(bins.largest)) + 1)
     step = max(1, -(-len(exponents) // 5))
     powers = [10.0**exponent for exponent in exponents[::-1][::step]]
@@ -120,8 +130,7 @@ def _label(axes: Axes, bins: MarginBins) -> None:
     names = [f"$-10^{{{round(np.log10(-value))}}}$" if value < 0 else "0" if value == 0 else
              f"$10^{{{round(np.log10(value))}}}$" for value in ticks]  # fmt: skip
     axes.set_xticks(
-        [edges[0] - 1.5 * width, *bins.place(np.array(ticks)), edges[-1] + 1.5 * width, edges[-1] + 4.5 * width],
-        ["less", *names, "more", "not\nfinite"],
+        [less, *bins.place(np.array(ticks)), more, not_finite], ["less", *names, "more", "not\nfinite"]
     )
     axes.set_xlabel("margin of epsilon (units of q·k); negative: outside its bounds")
 

@@ -78,6 +78,8 @@ def _figure(runs: pd.DataFrame, propagation: pd.DataFrame, by: str) -> Figure:
         draw_quantiles(upper, part["distance"], part, OUTCOME_STYLES.get(group, default), line=True)
         upper.set_title(f"{group}\nn = {int(part['n'].max()):,}", fontsize=8)
         upper.grid(axis="y")
+        if not part["changed"].any():
+            upper.text(0.5, 0.5, "none is finite\nand not 0", ha="center", va="center", transform=upper.transAxes)
         entries = draw_shares(lower, part["distance"], part)
         if column:
             upper.tick_params(labelleft=False)
