@@ -40,7 +40,9 @@ def page(written: Sequence[Written]) -> str:
     """Return a Markdown page with the figures, their captions, and the reasons why others are missing."""
     lines = ["# Figures"]
     for entry in written:
-        picture = f"![{entry.title}]({entry.name}.svg)\n\n{entry.caption}" if entry.files else f"Not drawn: {entry.reason}."
+        picture = (
+            f"![{entry.title}]({entry.name}.svg)\n\n{entry.caption}" if entry.files else f"Not drawn: {entry.reason}."
+        )
         lines += ["", f"## {entry.title}", "", picture]
     return "\n".join([*lines, ""])
 

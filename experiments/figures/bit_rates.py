@@ -14,7 +14,15 @@ from matplotlib.figure import Figure
 
 from experiments.analysis import critical_rate, detection_rate
 from experiments.figures.population import population, propagated
-from experiments.figures.style import OUTCOME_STYLES, SERIES_STYLES, error_bars, legend_above, new_figure, percent_axis, styled
+from experiments.figures.style import (
+    OUTCOME_STYLES,
+    SERIES_STYLES,
+    error_bars,
+    legend_above,
+    new_figure,
+    percent_axis,
+    styled,
+)
 from experiments.figures.tensor_format import by_tensor_dtype, mark_fields
 
 _DETECTED, _HARMFUL = SERIES_STYLES[0], OUTCOME_STYLES["critical"]

@@ -57,7 +57,9 @@ def local_change_by_bit(runs: pd.DataFrame) -> Figure:
 def _local_changes(runs: pd.DataFrame) -> pd.DataFrame:
     faults = distinct_faults(runs)
     site = faults[faults["scope"] == "site"]
-    need_rows(site, "every run was propagated to the output (run.scope = full), so the change of the layer is not measured")
+    need_rows(
+        site, "every run was propagated to the output (run.scope = full), so the change of the layer is not measured"
+    )
     return site.assign(change=site["local_change"])
 
 

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments.analysis import detector_comparison
-from experiments.figures.no_data import need_rows
+from experiments.figures.no_data import NoDataError, need_rows
 from experiments.figures.population import population
 from experiments.figures.style import OUTCOME_STYLES, SERIES_STYLES, error_bars, legend_above, new_figure, styled
 from experiments.figures.style import percent_axis as percent
@@ -33,14 +33,14 @@ def detector_recall(runs: pd.DataFrame, clean: pd.DataFrame) -> Figure:
     False positives stand at the right: rows in violation among the rows it checked in fault-free passes.
 
     Raises:
-        NoDataError: no detector looked.
+        NoDataError: no detector looked, or runs differ in a field of ``detect``.
     """
     table = _table(runs, clean)
     places = _places(table)
     figure = new_figure(7.2, 1.0 + 0.2 * (float(places.max()) + 1))
     axes = figure.subplots()
     bars = [_draw(axes, table, places + 0.14, "detected", "of all faults")]
-    if table["harmful_n"].max() > 0:
+    if _harmful(table):
         bars.insert(0, _draw(axes, table, places - 0.14, "recall_critical", "of harmful faults"))
     axes.set_yticks(places, [str(name) for name in table["detector"]])
     axes.set_ylim(float(places.max()) + 0.7, -0.9)
@@ -53,11 +53,19 @@ def detector_recall(runs: pd.DataFrame, clean: pd.DataFrame) -> Figure:
 
 
 def _table(runs: pd.DataFrame, clean: pd.DataFrame) -> pd.DataFrame:
+    for axis in runs.columns:
+        if str(axis).startswith("detect.") and runs[axis].nunique() > 1:
+            raise NoDataError(f"its runs differ in {axis}: the same fault would count once for every value")
     table = detector_comparison(runs, clean)
     need_rows(table, "no detector looked in this campaign")
     order = {kind: place for place, kind in enumerate(_KINDS)}
     kinds = table["kind"].astype(str).map(order).fillna(len(order))
     return table.iloc[np.argsort(kinds, kind="stable")].reset_index(drop=True)
+
+
+def _harmful(table: pd.DataFrame) -> int:
+    """Return how many harmful faults there were; of a detector that applies nowhere the number is empty."""
+    return int(table["harmful_n"].fillna(0).max())
 
 
 def _places(table: pd.DataFrame) -> np.ndarray:
@@ -81,8 +89,9 @@ def _label(axes: Axes, table: pd.DataFrame, places: np.ndarray) -> None:
     end = axes.get_xlim()[1]
     axes.text(end + 0.02, -0.9, "false positives\n/ clean rows", fontsize=7, va="bottom")
     for place, row in zip(places, table.itertuples(index=False), strict=True):
-        known = pd.notna(row.false_positives) and pd.notna(row.clean_rows) and row.clean_rows > 0
-        text = f"{int(row.false_positives):,} / {int(row.clean_rows):,}" if known else "–"
+        text = "not applicable" if pd.isna(row.n) else "–"
+        if pd.notna(row.clean_rows) and row.clean_rows > 0:
+            text = f"{int(row.false_positives):,} / {int(row.clean_rows):,}"
         axes.text(end + 0.02, place, text, fontsize=7, va="center")
     kinds = table["kind"].astype(str)
     for kind, first in zip(kinds, places, strict=True):
@@ -93,7 +102,7 @@ def _label(axes: Axes, table: pd.DataFrame, places: np.ndarray) -> None:
 def detector_recall_caption(runs: pd.DataFrame, clean: pd.DataFrame) -> str:
     """Return what the figure shows, and of how many faults."""
     table = _table(runs, clean)
-    harmful = int(table["harmful_n"].max())
+    harmful = _harmful(table)
     none = " None was harmful." if harmful == 0 else ""
     return (
         "Share of faults that each detector saw, with 95 % intervals: of the harmful ones "

@@ -37,7 +37,10 @@ def _maps(runs: pd.DataFrame, row: str, column: str, harm: bool) -> list[RateMap
     found = RateMap.of(detection_rate(runs, by), row, column, title="detected")
     if not harm:
         return [found]
-    return [RateMap.of(critical_rate(runs, by), row, column, title="harmful (critical or not finite)", like=found), found]
+    return [
+        RateMap.of(critical_rate(runs, by), row, column, title="harmful (critical or not finite)", like=found),
+        found,
+    ]
 
 
 def _harm_is_known(runs: pd.DataFrame) -> bool:
@@ -71,9 +74,7 @@ def location_bit_map_caption(runs: pd.DataFrame) -> str:
     """Return what the figure shows, and of how many faults."""
     other = int(runs["bit"].isna().sum())
     left_out = f" {other:,} runs of several bits or none are not drawn." if other else ""
-    return (
-        f"Rates of harm and of detection by location and flipped bit.{_of(runs)}{left_out}"
-    )
+    return f"Rates of harm and of detection by location and flipped bit.{_of(runs)}{left_out}"
 
 
 @styled
@@ -99,9 +100,7 @@ def _pairs(found: list[list[RateMap]], prefixes: list[str], xlabel: str, ylabel:
     columns = max(len(rate_map.rates.columns) for pair in found for rate_map in pair)
     cell = cell_size(rows, columns, 4.0, 0.5)
     wide = len(found[0])
-    figure = new_figure(
-        0.4 + wide * (1.2 + max(2.4, cell[0] * columns)), len(found) * (0.9 + max(0.6, cell[1] * rows))
-    )
+    figure = new_figure(0.4 + wide * (1.2 + max(2.4, cell[0] * columns)), len(found) * (0.9 + max(0.6, cell[1] * rows)))
     grid = figure.subplots(len(found), wide, squeeze=False)
     for line, pair, prefix in zip(grid, found, prefixes, strict=True):
         for axes, rate_map in zip(line, pair, strict=True):
@@ -136,7 +135,9 @@ def fault_depth_map(runs: pd.DataFrame) -> Figure:
     kinds = known["kind"].astype(str)
     types = known["location"].astype(str) + ("" if kinds.nunique() < 2 else " " + kinds)
     typed = known.assign(fault_type=types, layer_depth=known["layer_depth"].astype(str))
-    return _pairs([_maps(typed, "fault_type", "layer_depth", _harm_is_known(typed))], [""], "third of the layers", "fault")
+    return _pairs(
+        [_maps(typed, "fault_type", "layer_depth", _harm_is_known(typed))], [""], "third of the layers", "fault"
+    )
 
 
 def fault_depth_map_caption(runs: pd.DataFrame) -> str:

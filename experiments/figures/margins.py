@@ -125,13 +125,11 @@ def _label(axes: Axes, bins: MarginBins) -> None:
     less, more, not_finite = _apart(bins.edges)
     exponents = np.arange(round(np.log10(bins.linear)), round(np.log10(bins.largest)) + 1)
     step = max(1, -(-len(exponents) // 5))
-    powers = [10.0**exponent for exponent in exponents[::-1][::step]]
+    powers = [10.0**exponent for exponent in exponents[-2::-step]]  # the outermost would touch what stands apart
     ticks = [*(-value for value in powers), 0.0, *powers[::-1]]
     names = [f"$-10^{{{round(np.log10(-value))}}}$" if value < 0 else "0" if value == 0 else
              f"$10^{{{round(np.log10(value))}}}$" for value in ticks]  # fmt: skip
-    axes.set_xticks(
-        [less, *bins.place(np.array(ticks)), more, not_finite], ["less", *names, "more", "not\nfinite"]
-    )
+    axes.set_xticks([less, *bins.place(np.array(ticks)), more, not_finite], ["less", *names, "more", "not\nfinite"])
     axes.set_xlabel("margin of epsilon (units of q·k); negative: outside its bounds")
 
 

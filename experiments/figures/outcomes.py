@@ -39,8 +39,15 @@ def outcomes_by_location(runs: pd.DataFrame) -> Figure:
         share, style = part["rate"].to_numpy(float), OUTCOME_STYLES[outcome]
         bars.append(
             axes.barh(
-                range(len(locations)), share, left=base, height=0.7, facecolor=style.colour, hatch=style.hatch,
-                edgecolor="#404040", linewidth=0.5, label=outcome,
+                range(len(locations)),
+                share,
+                left=base,
+                height=0.7,
+                facecolor=style.colour,
+                hatch=style.hatch,
+                edgecolor="#404040",
+                linewidth=0.5,
+                label=outcome,
             )  # fmt: skip
         )
         base = base + share

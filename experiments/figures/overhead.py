@@ -47,8 +47,15 @@ def overhead_breakdown(runs: pd.DataFrame) -> Figure:
         milliseconds = 1e3 * rows["mean"].fillna(0.0).to_numpy(float)
         bars.append(
             axes.barh(
-                range(len(groups)), milliseconds, left=base, height=0.7, facecolor=style.colour, hatch=style.hatch,
-                edgecolor="#202020", linewidth=0.5, label=part,
+                range(len(groups)),
+                milliseconds,
+                left=base,
+                height=0.7,
+                facecolor=style.colour,
+                hatch=style.hatch,
+                edgecolor="#202020",
+                linewidth=0.5,
+                label=part,
             )  # fmt: skip
         )
         base = base + milliseconds

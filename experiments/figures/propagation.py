@@ -68,9 +68,7 @@ def _figure(runs: pd.DataFrame, propagation: pd.DataFrame, by: str) -> Figure:
     table = propagation_quantiles(runs, propagation, by)
     groups = ordered(list(table[by]))
     figure = new_figure(max(4.6, 0.8 + 1.9 * len(groups)), 4.2)
-    grid = figure.subplots(
-        2, len(groups), squeeze=False, sharex=True, sharey="row", height_ratios=[3.0, 1.0]
-    )
+    grid = figure.subplots(2, len(groups), squeeze=False, sharex=True, sharey="row", height_ratios=[3.0, 1.0])
     entries = []
     for column, (upper, lower, group) in enumerate(zip(grid[0], grid[1], groups, strict=True)):
         part = table[table[by] == group]

@@ -96,7 +96,9 @@ def draw_map(
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     _print_cells(axes, rate_map, cell, top or 1.0)
-    bar = figure.colorbar(image, ax=axes, fraction=0.14 / (cell[0] * rates.shape[1]), pad=0.01, aspect=cell[1] * len(rates) / 0.14)
+    bar = figure.colorbar(
+        image, ax=axes, fraction=0.14 / (cell[0] * rates.shape[1]), pad=0.01, aspect=cell[1] * len(rates) / 0.14
+    )
     bar.ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0 if top > 0.08 or not top else 1))
     bar.outline.set_visible(False)  # type: ignore[operator]
 
