@@ -17,7 +17,7 @@ LOCATIONS = ("q", "k", "v", "scores", "weights", "out")
 
 
 def synthetic_runs(count: int = 600, seed: int = 0, **fixed: Any) -> pd.DataFrame:
-    """Return runs of a model of 4 layers and 4 heads in the types of ``load_runs``; ``fixed`` replaces whole columns."""
+    """Return runs of a model of 4 layers and 4 heads typed as by ``load_runs``; ``fixed`` replaces whole columns."""
     rng = np.random.default_rng(seed)
     bit = rng.integers(0, 32, count)
     outcome = rng.choice(OUTCOMES, count, p=[0.3, 0.5, 0.15, 0.05]).astype(object)
@@ -28,7 +28,8 @@ def synthetic_runs(count: int = 600, seed: int = 0, **fixed: Any) -> pd.DataFram
     runs = pd.DataFrame(
         {
             "run_id": [f"{i:016x}" for i in range(count)], "fault_id": [f"f{i:x}" for i in range(count)],
-            "campaign": "synthetic", "model": "reference", "dtype": "float32", "batch_index": rng.integers(0, 16, count),
+            "campaign": "synthetic", "model": "reference", "dtype": "float32",
+            "batch_index": rng.integers(0, 16, count),
             "layer": layer, "layer_depth": np.array(["early", "mid", "mid", "late"], object)[layer],
             "location": rng.choice(LOCATIONS, count).astype(object), "kind": "bitflip", "bit": bit,
             "index_head": rng.integers(0, 4, count), "bits_before": "0x3f800000", "sampling_weight": 1.0,
@@ -43,10 +44,8 @@ def synthetic_runs(count: int = 600, seed: int = 0, **fixed: Any) -> pd.DataFram
         }
     )  # fmt: skip
     runs = runs.assign(**fixed)
-    whole = {name: "Int64" for name in ("bit", "index_head", "layer", "batch_index")}
-    repeated = {
-        name: "category" for name in ("campaign", "model", "dtype", "location", "kind", "outcome", "layer_depth")
-    }
+    whole = dict.fromkeys(("bit", "index_head", "layer", "batch_index"), "Int64")
+    repeated = dict.fromkeys(("campaign", "model", "dtype", "location", "kind", "outcome", "layer_depth"), "category")
     return runs.astype(
         {**whole, **repeated, "violation_detected": "boolean", "effective": "boolean", "scope": "category"}
     )
@@ -67,17 +66,9 @@ def synthetic_propagation(runs: pd.DataFrame) -> pd.DataFrame:
     parts = []
     for block in range(4):
         reached = runs[layers <= block]
-        parts.append(
-            pd.DataFrame(
-                {
-                    "run_id": reached["run_id"],
-                    "layer": block,
-                    "campaign": "synthetic",
-                    "relative_change": reached["loss_diff"].abs().to_numpy(float)
-                    * 2.0 ** (block - layers[layers <= block]),
-                }
-            )  # fmt: skip
-        )
+        growth = 2.0 ** (block - layers[layers <= block])
+        change = reached["loss_diff"].abs().to_numpy(float) * growth
+        parts.append(reached[["run_id"]].assign(layer=block, campaign="synthetic", relative_change=change))
     return pd.concat(parts, ignore_index=True).astype({"campaign": "category", "layer": "Int64"})
 
 

@@ -18,7 +18,7 @@ from experiments.figures.__main__ import main, page
 from tests.figure_frames import synthetic_runs, synthetic_tables
 
 SITE = {
-    "scope": "site", "outcome": pd.Series([None], dtype=object).iloc[0], "loss_diff": float("nan"), "local_change": 0.25,
+    "scope": "site", "outcome": None, "loss_diff": float("nan"), "local_change": 0.25,
     "baseline_loss": 1.5,
 }  # fmt: skip
 OF_SITE = {"local_change_by_bit"}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -240,7 +242,7 @@ def test_margins_fall_into_the_bins_that_hold_them():
     edges = bins.edges
     assert edges[0] == -4
     assert edges[-1] == 4
-    for number, (low, high) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
+    for number, (low, high) in enumerate(itertools.pairwise(edges)):
 
         def decades(value):
             return value * 1000 if abs(value) <= 0.001 else np.sign(value) * (1 + np.log10(abs(value) / 0.001))

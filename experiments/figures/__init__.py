@@ -14,6 +14,7 @@ missing (``NoDataError``). Values that are NaN or infinite are drawn as what the
 Public names: those of ``__all__``.
 """
 
+from experiments.figures.bit_rates import rates_by_bit
 from experiments.figures.catalogue import FIGURES, FigureEntry, Written, load_tables, write_figures
 from experiments.figures.change_by_bit import local_change_by_bit, loss_change_by_bit
 from experiments.figures.detectors import detector_recall
@@ -24,7 +25,6 @@ from experiments.figures.no_data import NoDataError
 from experiments.figures.outcomes import outcomes_by_location
 from experiments.figures.overhead import overhead_breakdown
 from experiments.figures.propagation import propagation_by_location, propagation_by_outcome
-from experiments.figures.bit_rates import rates_by_bit
 from experiments.figures.saving import save, svg_text
 
 __all__ = [

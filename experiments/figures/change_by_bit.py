@@ -93,6 +93,6 @@ def _figure(changes: pd.DataFrame, label: str) -> Figure:
 def _caption(what: str, changes: pd.DataFrame, runs: pd.DataFrame) -> str:
     single = changes[changes["bit"].notna()]
     return (
-        f"{what}: {BARS}; dash: largest. Drawn above are the changes that are finite and not 0; the bars below show how "
-        f"many are neither. {len(single):,} faults of one bit are drawn; {population(runs)}."
+        f"{what}: {BARS}; dash: largest. Drawn above are the changes that are finite and not 0; the bars below show "
+        f"how many are neither. {len(single):,} faults of one bit are drawn; {population(runs)}."
     )

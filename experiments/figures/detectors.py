@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 
 from experiments.analysis import detector_comparison
@@ -74,7 +75,7 @@ def _places(table: pd.DataFrame) -> np.ndarray:
     return np.arange(len(table)) + 0.8 * ((kinds != kinds.shift()).cumsum().to_numpy(float) - 1)
 
 
-def _draw(axes: Axes, table: pd.DataFrame, places: np.ndarray, column: str, label: str) -> object:
+def _draw(axes: Axes, table: pd.DataFrame, places: np.ndarray, column: str, label: str) -> ErrorbarContainer:
     style = OUTCOME_STYLES["critical"] if column == "recall_critical" else SERIES_STYLES[0]
     rates = table.rename(columns={f"{column}_low": "lower", f"{column}_high": "upper"})
     return axes.errorbar(
@@ -89,7 +90,7 @@ def _label(axes: Axes, table: pd.DataFrame, places: np.ndarray) -> None:
     end = axes.get_xlim()[1]
     axes.text(end + 0.02, -0.9, "false positives\n/ clean rows", fontsize=7, va="bottom")
     for place, row in zip(places, table.itertuples(index=False), strict=True):
-        text = "not applicable" if pd.isna(row.n) else "–"
+        text = "not applicable" if pd.isna(row.n) else "-"
         if pd.notna(row.clean_rows) and row.clean_rows > 0:
             text = f"{int(row.false_positives):,} / {int(row.clean_rows):,}"
         axes.text(end + 0.02, place, text, fontsize=7, va="center")

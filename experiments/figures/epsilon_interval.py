@@ -102,6 +102,6 @@ def epsilon_bounds_caption(runs: pd.DataFrame) -> str:
     """Return what the figure shows, and of how many faults."""
     return (
         "Epsilon (s@w) of the row of attention that comes closest to its bounds, or leaves them farthest, in the first "
-        f"injected layer; bounds include their tolerance. Left: by layer, {BARS}. Right: where epsilon lies between its "
-        f"bounds; outside, and not finite, in bars of their own. {population(runs)}."
+        f"injected layer; bounds include their tolerance. Left: by layer, {BARS}. Right: where epsilon lies between "
+        f"its bounds; outside, and not finite, in bars of their own. {population(runs)}."
     )

@@ -20,8 +20,8 @@ from experiments.figures.tensor_format import by_tensor_dtype, mark_fields
 
 _MOST_MODELS = 6
 _CELLS = (
-    " Cells hold the rate in percent and n where both fit; hatched: no such fault. A cell of few faults says little: its "
-    "interval is in the table. "
+    " Cells hold the rate in percent and n where both fit; hatched: no such fault. A cell of few faults says little: "
+    "its interval is in the table. "
 )
 
 
@@ -116,8 +116,8 @@ def layer_head_map_caption(runs: pd.DataFrame) -> str:
     headless = int(runs["index_head"].isna().sum())
     left_out = f" {headless:,} runs that hit no single head are not drawn." if headless else ""
     return (
-        "Rates of harm and of detection by the (first) layer and the head that faults hit; for faults in k and v the head "
-        f"is that of keys and values.{_of(runs)}{left_out}{more}"
+        "Rates of harm and of detection by the (first) layer and the head that faults hit; for faults in k and v the "
+        f"head is that of keys and values.{_of(runs)}{left_out}{more}"
     )
 
 
@@ -143,6 +143,6 @@ def fault_depth_map(runs: pd.DataFrame) -> Figure:
 def fault_depth_map_caption(runs: pd.DataFrame) -> str:
     """Return what the figure shows, and of how many faults."""
     return (
-        "Rates of harm and of detection by location (and kind, where there are several) and by the third of the model's "
-        f"attention layers that faults hit.{_of(runs)}"
+        "Rates of harm and of detection by location (and kind, where there are several) and by the third of the "
+        f"model's attention layers that faults hit.{_of(runs)}"
     )

@@ -136,7 +136,7 @@ def _label(axes: Axes, bins: MarginBins) -> None:
 def margin_distribution_caption(runs: pd.DataFrame) -> str:
     """Return what the figure shows, and of how many faults."""
     return (
-        "Smallest distance of epsilon (s@w) from its bounds in the first injected layer, by outcome; the axis is linear "
-        "around 0 and logarithmic beyond. Right of the line rows keep their bounds. Margins that are NaN, or were not "
-        f"computed, are the last bar. {population(runs)}."
+        "Smallest distance of epsilon (s@w) from its bounds in the first injected layer, by outcome; the axis is "
+        "linear around 0 and logarithmic beyond. Right of the line rows keep their bounds. Margins that are NaN, "
+        f"or were not computed, are the last bar. {population(runs)}."
     )

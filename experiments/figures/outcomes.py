@@ -37,19 +37,18 @@ def outcomes_by_location(runs: pd.DataFrame) -> Figure:
     for outcome in OUTCOMES:
         part = rates[rates["outcome"] == outcome].set_index("location").loc[locations]
         share, style = part["rate"].to_numpy(float), OUTCOME_STYLES[outcome]
-        bars.append(
-            axes.barh(
-                range(len(locations)),
-                share,
-                left=base,
-                height=0.7,
-                facecolor=style.colour,
-                hatch=style.hatch,
-                edgecolor="#404040",
-                linewidth=0.5,
-                label=outcome,
-            )  # fmt: skip
-        )
+        bar = axes.barh(
+            range(len(locations)),
+            share,
+            left=base,
+            height=0.7,
+            facecolor=style.colour,
+            hatch=style.hatch,
+            edgecolor="#404040",
+            linewidth=0.5,
+            label=outcome,
+        )  # fmt: skip
+        bars.append(bar)
         base = base + share
     counts = rates.drop_duplicates("location").set_index("location")["n"]
     axes.set_yticks(range(len(locations)), [f"{name} (n = {counts[name]:,})" for name in locations])
@@ -63,7 +62,7 @@ def outcomes_by_location(runs: pd.DataFrame) -> Figure:
 def outcomes_by_location_caption(runs: pd.DataFrame) -> str:
     """Return what the figure shows, and of how many faults."""
     return (
-        "Outcomes by location. Masked: the output is bitwise that without the fault; critical: a most likely token or the "
-        "loss changes; nonfinite: NaN or infinity in output or loss; benign: anything else. "
+        "Outcomes by location. Masked: the output is bitwise that without the fault; critical: a most likely token or "
+        "the loss changes; nonfinite: NaN or infinity in output or loss; benign: anything else. "
         f"{population(runs)}."
     )

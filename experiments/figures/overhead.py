@@ -45,19 +45,18 @@ def overhead_breakdown(runs: pd.DataFrame) -> Figure:
         if not rows["n"].any():
             continue
         milliseconds = 1e3 * rows["mean"].fillna(0.0).to_numpy(float)
-        bars.append(
-            axes.barh(
-                range(len(groups)),
-                milliseconds,
-                left=base,
-                height=0.7,
-                facecolor=style.colour,
-                hatch=style.hatch,
-                edgecolor="#202020",
-                linewidth=0.5,
-                label=part,
-            )  # fmt: skip
-        )
+        bar = axes.barh(
+            range(len(groups)),
+            milliseconds,
+            left=base,
+            height=0.7,
+            facecolor=style.colour,
+            hatch=style.hatch,
+            edgecolor="#202020",
+            linewidth=0.5,
+            label=part,
+        )  # fmt: skip
+        bars.append(bar)
         base = base + milliseconds
     shares = table[table["part"] == "overhead"].set_index("group").loc[groups]
     for place, row in enumerate(shares.itertuples(index=False)):
@@ -72,7 +71,7 @@ def overhead_breakdown(runs: pd.DataFrame) -> Figure:
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.0f} %" if np.isfinite(share) else "–"
+    return f"{100 * share:.0f} %" if np.isfinite(share) else "-"
 
 
 def _table(runs: pd.DataFrame) -> pd.DataFrame:
@@ -92,6 +91,6 @@ def overhead_breakdown_caption(runs: pd.DataFrame) -> str:
     counts = runs["execution"].astype(str).value_counts() if "execution" in runs.columns else {}
     executed = ", ".join(f"{count:,} by {name}" for name, count in counts.items())
     return (
-        "Mean time of the parts of a run; at the right the overhead of detection, (bounds + detection) / injection, with "
-        f"its 95 % interval. All runs count, repeated faults too. {population(runs)}; executed: {executed}."
+        "Mean time of the parts of a run; at the right the overhead of detection, (bounds + detection) / injection, "
+        f"with its 95 % interval. All runs count, repeated faults too. {population(runs)}; executed: {executed}."
     )

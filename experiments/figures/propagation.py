@@ -110,6 +110,6 @@ def _caption(runs: pd.DataFrame, propagation: pd.DataFrame, by: str) -> str:
     measured = int(table.groupby(by)["n"].max().sum())
     return (
         f"Relative L2 change of the residual stream behind each block, by {by}: {BARS}. Above: changes that are finite "
-        "and not 0; below: how many are neither. Far from the fault n falls, since faults in late layers have few blocks "
-        f"behind them. Measured in {measured:,} faults; {population(runs)}."
+        "and not 0; below: how many are neither. Far from the fault n falls, since faults in late layers have few "
+        f"blocks behind them. Measured in {measured:,} faults; {population(runs)}."
     )

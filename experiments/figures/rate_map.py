@@ -100,7 +100,7 @@ def draw_map(
         image, ax=axes, fraction=0.14 / (cell[0] * rates.shape[1]), pad=0.01, aspect=cell[1] * len(rates) / 0.14
     )
     bar.ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0 if top > 0.08 or not top else 1))
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
 
 
 def _print_cells(axes: Axes, rate_map: RateMap, cell: tuple[float, float], top: float) -> None:

@@ -12,11 +12,10 @@ import os
 import uuid
 from pathlib import Path
 
-import matplotlib
 from matplotlib.figure import Figure
 
 from experiments.csv_file import write_text
-from experiments.figures.style import STYLE
+from experiments.figures.style import style_context
 
 _DOTS_PER_INCH = 150
 
@@ -24,7 +23,7 @@ _DOTS_PER_INCH = 150
 def svg_text(figure: Figure) -> str:
     """Return a figure as SVG: vectors, without a date, so that equal figures are equal texts."""
     stream = io.StringIO()
-    with matplotlib.rc_context(dict(STYLE)):
+    with style_context():
         figure.savefig(stream, format="svg", metadata={"Date": None})
     return stream.getvalue()
 
@@ -36,7 +35,7 @@ def save(figure: Figure, path_without_suffix: Path | str) -> tuple[Path, Path]:
     write_text(vector, svg_text(figure))
     temporary = raster.with_name(f".{raster.name}.{uuid.uuid4().hex}.tmp")
     try:
-        with matplotlib.rc_context(dict(STYLE)):
+        with style_context():
             figure.savefig(temporary, format="png", dpi=_DOTS_PER_INCH)
         os.replace(temporary, raster)
     finally:

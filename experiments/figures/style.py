@@ -8,13 +8,14 @@ Colours are those of Okabe and Ito ("Color Universal Design", 2008). No series i
 marker, a line style and a hatch of its own as well.
 
 Public names: ``OUTCOME_STYLES``, ``SERIES_STYLES``, ``SeriesStyle``, ``STYLE``, ``HEAT_COLOURS``, ``new_figure``,
-``styled``, ``percent_axis``, ``legend_above``, ``error_bars``.
+``style_context``, ``styled``, ``percent_axis``, ``legend_above``, ``error_bars``.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, ParamSpec
@@ -22,7 +23,6 @@ from typing import Any, ParamSpec
 import matplotlib
 import numpy as np
 import pandas as pd
-from matplotlib.artist import Artist
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
@@ -83,12 +83,18 @@ SERIES_STYLES = (
 """For series without a meaning of their own, in this order."""
 
 
+def style_context() -> AbstractContextManager[None]:
+    """Return a context in which matplotlib's settings are ``STYLE``; they are what they were when it ends."""
+    settings: Any = dict(STYLE)
+    return matplotlib.rc_context(settings)
+
+
 def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
     """Make a function draw in ``STYLE`` whatever matplotlib's settings are, and leave those as they were."""
 
     @functools.wraps(draw)
     def drawn(*args: P.args, **kwargs: P.kwargs) -> Figure:
-        with matplotlib.rc_context(dict(STYLE)):
+        with style_context():
             return draw(*args, **kwargs)
 
     return drawn
@@ -105,7 +111,7 @@ def percent_axis(axis: Any, top: float = 1.0) -> None:
     axis.axes.set(**{f"{axis.axis_name}lim": (-0.02 * top, 1.04 * top)})
 
 
-def legend_above(figure: Figure, handles: Sequence[Artist], columns: int = 4) -> None:
+def legend_above(figure: Figure, handles: Sequence[Any], columns: int = 4) -> None:
     """Put one legend above all axes: there it covers no data."""
     figure.legend(handles=list(handles), loc="outside upper left", ncols=columns, handlelength=2.6)
 

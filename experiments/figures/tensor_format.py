@@ -3,8 +3,8 @@
     for dtype, runs in by_tensor_dtype(runs):
         mark_fields(axes, dtype)              # bands and names: mantissa, exponent, sign
 
-A tensor need not have the dtype of the model: some architectures compute scores and weights in float32 within a model of
-bfloat16. What a fault hit is told by the width of the bit pattern it found there.
+A tensor need not have the dtype of the model: some architectures compute scores and weights in float32 within a model
+of bfloat16. What a fault hit is told by the width of the bit pattern it found there.
 
 Public names: ``by_tensor_dtype``, ``bits_of``, ``mark_fields``, ``field_spans``.
 """
@@ -66,8 +66,10 @@ def bits_of(dtype: str) -> FloatFormat:
 def field_spans(dtype: str, bits: Sequence[int]) -> list[tuple[str, int, int]]:
     """Return (field, place of its first bit, place of its last) for ascending bits of a dtype.
 
-    >>> field_spans("bfloat16", range(16)), field_spans("float32", [3, 30, 31])
-    ([('mantissa', 0, 6), ('exponent', 7, 14), ('sign', 15, 15)], [('mantissa', 0, 0), ('exponent', 1, 1), ('sign', 2, 2)])
+    >>> field_spans("bfloat16", range(16))
+    [('mantissa', 0, 6), ('exponent', 7, 14), ('sign', 15, 15)]
+    >>> field_spans("float32", [3, 30, 31])
+    [('mantissa', 0, 0), ('exponent', 1, 1), ('sign', 2, 2)]
     """
     fields = [bit_field(getattr(torch, dtype), bit) for bit in bits]
     return [(name, fields.index(name), fields.index(name) + fields.count(name) - 1) for name in dict.fromkeys(fields)]
