@@ -226,3 +226,16 @@ def test_runs_of_several_bits_are_counted_where_they_are_not_drawn():
 def test_pooled_points_of_the_grid_are_named():
     runs = synthetic_runs(100).assign(**{"detect.tolerance": [0.0, 1.0] * 50})
     assert "pooled over 2 values of detect.tolerance" in FIGURES["rates_by_bit"].caption(runs)
+
+
+def test_weighted_draws_are_named():
+    caption = FIGURES["rates_by_bit"].caption(synthetic_runs(100, sampling_weight=[0.5, 1.5] * 50))
+    assert "drawn with unequal probabilities: rates and means are weighted" in caption
+    assert "unequal" not in FIGURES["rates_by_bit"].caption(synthetic_runs(100))
+
+
+def test_detectors_without_outcomes_do_not_claim_that_none_was_harmful():
+    tables = synthetic_tables(60, **SITE)
+    caption = FIGURES["detector_recall"].caption(tables["runs"], tables["clean"])
+    assert "harm is not known" in caption
+    assert "None was harmful" not in caption
