@@ -1,0 +1,129 @@
+"""What counts: each fault once, what harmful and detected mean, and what a run weighs.
+
+    faults = distinct_faults(load_runs("results/default"))
+    propagated(faults)                  # those whose outcome was measured at the model's output
+
+Public names: ``distinct_faults``, ``propagated``, ``harmful``, ``detected``, ``measured``, ``sampling_weights``,
+``is_weighted``, ``require_columns``, ``listed``, ``HARMFUL``, ``MEASURES``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from experiments.errors import UsageError, nearest
+
+HARMFUL = ("critical", "nonfinite")
+"""The outcomes that a detector is for."""
+
+MEASURES = ("detected", "harmful")
+"""What a rate can be of: all distinct faults, or those that were propagated."""
+
+
+def require_columns(frame: pd.DataFrame, names: Iterable[str]) -> None:
+    """Raise ``UsageError`` for the first name that is no column of the frame."""
+    for name in names:
+        if name not in frame.columns:
+            held = ", ".join(map(str, frame.columns))
+            raise UsageError(f"column {name!r}: not in this table, which has {held}{nearest(name, frame.columns)}")
+
+
+def listed(by: str | Sequence[str] | None) -> list[str]:
+    """Return the names to group by as a list; none for one group of everything."""
+    return [by] if isinstance(by, str) else list(by or [])
+
+
+def distinct_faults(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return one row for each distinct fault, in the order of the table.
+
+    A fault that was drawn twice is one experiment, done twice. What tells experiments apart is the campaign, the swept
+    fields of ``detect`` and ``run``, and ``fault_id``. Of the rows of one fault, one that was propagated stays, else
+    one with an outcome, else the first.
+
+    Weighted draws (``sampling_weight`` not 1) are all kept: they are draws with replacement from unequal
+    probabilities, and their estimator counts a fault as often as it was drawn.
+
+    >>> runs = pd.DataFrame({"fault_id": ["a", "a", "b"], "scope": ["site", "full", "site"],
+    ...                      "outcome": [None, "benign", None]})
+    >>> distinct_faults(runs).index.tolist()
+    [1, 2]
+    """
+    require_columns(runs, ["fault_id", "scope", "outcome"])
+    if is_weighted(runs):
+        return runs
+    key = [name for name in runs.columns if name == "campaign" or str(name).startswith(("detect.", "run."))]
+    known = runs["outcome"].notna().to_numpy(bool)
+    preference = np.where(known & (runs["scope"] == "full").to_numpy(bool), 0, np.where(known, 1, 2))
+    order = np.argsort(preference, kind="stable")
+    repeated = runs[[*key, "fault_id"]].iloc[order].duplicated().to_numpy()
+    return runs.iloc[np.sort(order[~repeated])]
+
+
+def propagated(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return the runs whose outcome was measured at the model's output: the only fair sample of outcomes.
+
+    >>> runs = pd.DataFrame({"scope": ["site", "full", "full"], "outcome": ["masked", "benign", None]})
+    >>> propagated(runs).index.tolist()
+    [1]
+    """
+    require_columns(runs, ["scope", "outcome"])
+    return runs[(runs["scope"] == "full").to_numpy(bool) & runs["outcome"].notna().to_numpy(bool)]
+
+
+def harmful(runs: pd.DataFrame) -> NDArray[np.bool_]:
+    """Return for each run whether its outcome is critical or nonfinite.
+
+    >>> harmful(pd.DataFrame({"outcome": ["masked", "critical", None]})).tolist()
+    [False, True, False]
+    """
+    require_columns(runs, ["outcome"])
+    return runs["outcome"].isin(HARMFUL).to_numpy(bool)
+
+
+def detected(runs: pd.DataFrame) -> NDArray[np.bool_]:
+    """Return for each run whether a proved detector fired that sees the faulty pass only.
+
+    >>> detected(pd.DataFrame({"violation_detected": [True, False]})).tolist()
+    [True, False]
+    """
+    require_columns(runs, ["violation_detected"])
+    return runs["violation_detected"].to_numpy(bool)
+
+
+def measured(runs: pd.DataFrame, measure: str) -> tuple[pd.DataFrame, NDArray[np.bool_]]:
+    """Return the distinct faults that a measure is of, and for each whether it is one.
+
+    Raises:
+        UsageError: a measure that is not among ``MEASURES``.
+    """
+    if measure not in MEASURES:
+        raise UsageError(f"measure: got {measure!r}, allowed {', '.join(MEASURES)}{nearest(measure, MEASURES)}")
+    faults = distinct_faults(runs)
+    if measure == "detected":
+        return faults, detected(faults)
+    faults = propagated(faults)
+    return faults, harmful(faults)
+
+
+def sampling_weights(runs: pd.DataFrame) -> NDArray[np.float64]:
+    """Return what each run weighs: ``sampling_weight``, or 1 where a campaign has none.
+
+    Raises:
+        UsageError: weights that are missing in some runs, negative or not finite.
+    """
+    if "sampling_weight" not in runs.columns or runs["sampling_weight"].isna().all():
+        return np.ones(len(runs))
+    weights = runs["sampling_weight"].to_numpy(np.float64, na_value=np.nan)
+    wrong = ~(np.isfinite(weights) & (weights >= 0))
+    if wrong.any():
+        raise UsageError(f"sampling_weight: got {weights[wrong][0]} in {wrong.sum()} runs, allowed numbers from 0 on")
+    return weights
+
+
+def is_weighted(runs: pd.DataFrame) -> bool:
+    """Return whether the faults were drawn with other than uniform probabilities."""
+    return bool((sampling_weights(runs) != 1).any())

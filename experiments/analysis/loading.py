@@ -1,0 +1,201 @@
+"""Read the tables of campaigns, typed by the schema in ``experiments.result``.
+
+    runs = load_runs("results/default")                      # or its runs.csv, or a list of either
+    runs = load_runs(["results/a", "results/b"], columns=["bit", "outcome"])
+
+Text that repeats is a category, integers are ``Int64``, truth values ``boolean``, other numbers float64. An empty cell
+is missing; in text that every row has (``detectors``) it is the empty text. A column ``campaign`` holds the folder's
+name, and swept fields without a column of their own are added from ``plan.csv`` under the name of their axis, such as
+``detect.tolerance``.
+
+Public names: ``load_runs``, ``load_clean``, ``load_detections``, ``load_propagation``.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+from pyarrow import csv as arrow_csv
+
+from experiments import result
+from experiments.analysis.axes import axis_columns, typed_axis
+from experiments.errors import MissingResourceError, UsageError, nearest
+from experiments.result import CleanRow, DetectionRow, ExperimentResult, PropagationRow
+
+Paths = str | Path | Sequence[str | Path]
+
+UNREPEATED = ("run_id", "fault_id", "bits_before", "bits_after")
+"""Text columns with about as many values as rows: no categories."""
+
+
+def load_runs(path: Paths, columns: Sequence[str] | None = None) -> pd.DataFrame:
+    """Return the runs of one or several campaigns.
+
+    Args:
+        path: a campaign's folder, its ``runs.csv``, or a list of either.
+        columns: the columns to read, for speed; all if left out. ``campaign`` and the swept fields without a column
+            come in any case.
+
+    Raises:
+        MissingResourceError: no such file.
+        UsageError: an empty, truncated or damaged file, a missing column, or files of two schemas.
+    """
+    names = None if columns is None else list(dict.fromkeys([*columns, "run_id"]))
+    files = _files(path, "runs.csv")
+    _check_headers(files, ExperimentResult, names)
+    tables = []
+    for campaign, file in files:
+        table = _read(file, campaign, ExperimentResult, names)
+        for axis, texts in axis_columns(file.with_name("plan.csv"), table["run_id"]).items():
+            table = table.append_column(axis, texts)
+        tables.append(table)
+    frame = _frame(tables, ExperimentResult)
+    known = {*result.columns(ExperimentResult), "campaign"}
+    for axis in [name for name in frame.columns if name not in known]:
+        frame[axis] = typed_axis(frame[axis])
+    return frame if columns is None or "run_id" in columns else frame.drop(columns="run_id")
+
+
+def load_clean(path: Paths, columns: Sequence[str] | None = None) -> pd.DataFrame:
+    """Return what detectors said of the fault-free passes; arguments and errors as those of ``load_runs``."""
+    return _load(path, "clean.csv", CleanRow, columns)
+
+
+def load_detections(path: Paths, columns: Sequence[str] | None = None) -> pd.DataFrame:
+    """Return what each detector said of each layer of each run; arguments and errors as those of ``load_runs``."""
+    return _load(path, "detections.csv", DetectionRow, columns)
+
+
+def load_propagation(path: Paths, columns: Sequence[str] | None = None) -> pd.DataFrame:
+    """Return how much each block moved in each run; no rows from a campaign that did not measure it."""
+    return _load(path, "propagation.csv", PropagationRow, columns, optional=True)
+
+
+def _load(
+    path: Paths, name: str, row_type: type[Any], columns: Sequence[str] | None, optional: bool = False
+) -> pd.DataFrame:
+    files = [(campaign, file) for campaign, file in _files(path, name) if not optional or file.is_file()]
+    _check_headers(files, row_type, columns)
+    return _frame([_read(file, campaign, row_type, columns) for campaign, file in files], row_type, columns)
+
+
+def _files(path: Paths, name: str) -> list[tuple[str, Path]]:
+    """Return the files that were asked for, each with the name of its campaign."""
+    given = [Path(path)] if isinstance(path, (str, Path)) else [Path(one) for one in path]
+    if not given:
+        raise UsageError("got an empty list of campaigns, allowed one or more folders")
+    files = []
+    for one in given:
+        if not one.exists():
+            raise MissingResourceError(f"{one}: no such campaign or file")
+        # A campaign may be named by its main table, whichever table of it is asked for.
+        files.append(one / name if one.is_dir() else one.with_name(name) if one.name == "runs.csv" else one)
+    resolved = [file.resolve() for file in files]
+    repeated = [str(file) for file, place in zip(files, resolved, strict=True) if resolved.count(place) > 1]
+    if repeated:
+        raise UsageError(f"{repeated[0]}: given twice; its runs would count double")
+    folders = [place.parent.name for place in resolved]
+    return [
+        (folder if folders.count(folder) == 1 else str(place.parent), file)
+        for folder, place, file in zip(folders, resolved, files, strict=True)
+    ]
+
+
+def _check_headers(files: list[tuple[str, Path]], row_type: type[Any], wanted: Sequence[str] | None) -> None:
+    """Raise unless every file is whole, all have the same columns, and these hold what is asked for."""
+    schema = result.columns(row_type)
+    for name in wanted or ():
+        if name not in schema:
+            raise UsageError(f"columns: got {name!r}, allowed {', '.join(schema)}{nearest(name, schema)}")
+    headers = {file: _header(file) for _, file in files}
+    for file, header in headers.items():
+        first, expected = next(iter(headers.items()))
+        if wanted is None and header != expected:
+            raise UsageError(
+                f"two schemas: only {first} has {_only(expected, header)}, only {file} has {_only(header, expected)}; "
+                "load them apart, or the columns that both have with columns=[...]"
+            )
+        for name in schema if wanted is None else wanted:
+            if name not in header:
+                raise UsageError(
+                    f"{file}: column {name!r} is missing{nearest(name, header)}; the file is from another version: "
+                    "say with columns=[...] which of its columns to read"
+                )
+
+
+def _only(names: list[str], others: list[str]) -> str:
+    return ", ".join(name for name in names if name not in others) or "none or another order"
+
+
+def _header(file: Path) -> list[str]:
+    """Return the columns of a file; raise unless it is there, not empty, and its last line is complete."""
+    if not file.is_file():
+        raise MissingResourceError(f"{file}: not there; run_sweep.py merge {file.parent} makes it from the shards")
+    with file.open("rb") as stream:
+        line = stream.readline()
+        if not line.strip():
+            raise UsageError(f"{file}: is empty, expected a line of column names")
+        stream.seek(-1, os.SEEK_END)
+        if stream.read(1) != b"\n":
+            raise UsageError(f"{file}: its last line is cut off; run_sweep.py merge {file.parent} makes it again")
+    return next(csv.reader([line.decode("utf-8", errors="replace").rstrip("\r\n")]))
+
+
+def _read(file: Path, campaign: str, row_type: type[Any], wanted: Sequence[str] | None) -> pa.Table:
+    options = arrow_csv.ConvertOptions(
+        column_types=_arrow_types(row_type), include_columns=list(wanted or ()), null_values=[""],
+        true_values=["True"], false_values=["False"], strings_can_be_null=False,
+    )  # fmt: skip
+    try:
+        table = arrow_csv.read_csv(file, convert_options=options)
+    except (pa.ArrowInvalid, pa.ArrowKeyError) as error:
+        raise UsageError(f"{file}: is damaged: {str(error).splitlines()[0]}") from error
+    label = pa.DictionaryArray.from_arrays(np.zeros(len(table), np.int32), pa.array([campaign]))
+    return table.append_column("campaign", label)
+
+
+def _arrow_types(row_type: type[Any]) -> dict[str, pa.DataType]:
+    plain = {bool: pa.bool_(), int: pa.int64(), float: pa.float64()}
+    repeated = pa.dictionary(pa.int32(), pa.string())
+    return {
+        name: plain.get(kind, pa.string() if name in UNREPEATED else repeated)
+        for name, (kind, _) in _kinds(row_type).items()
+    }
+
+
+def _kinds(row_type: type[Any]) -> dict[str, tuple[type, bool]]:
+    """Return for each column its type, and whether a cell may be empty."""
+    kinds = {}
+    for name, hint in typing.get_type_hints(row_type).items():
+        parts = typing.get_args(hint) or (hint,)
+        kinds[name] = (parts[0], type(None) in parts)
+    return kinds
+
+
+def _frame(tables: list[pa.Table], row_type: type[Any], wanted: Sequence[str] | None = None) -> pd.DataFrame:
+    """Return tables below one another as one frame."""
+    types = _arrow_types(row_type)
+    if not tables:
+        names = list(wanted or types)
+        empty = pa.table({name: pa.array([], types[name]) for name in names})
+        tables = [empty.append_column("campaign", pa.array([], pa.dictionary(pa.int32(), pa.string())))]
+    table = pa.concat_tables(tables, promote_options="default").unify_dictionaries()
+    for place, name in enumerate(table.column_names):
+        if name in UNREPEATED and _kinds(row_type)[name][1]:
+            table = table.set_column(place, name, pc.if_else(pc.equal(table[name], ""), None, table[name]))
+    mapper = {pa.int64(): pd.Int64Dtype(), pa.bool_(): pd.BooleanDtype()}.get
+    # Column by column, and each freed when it is done: never two copies of everything.
+    frame = table.to_pandas(types_mapper=mapper, split_blocks=True, self_destruct=True)
+    for name, (kind, optional) in _kinds(row_type).items():
+        if optional and kind is str and name in frame.columns and name not in UNREPEATED:
+            frame[name] = frame[name].cat.remove_categories([text for text in frame[name].cat.categories if not text])
+    return frame

@@ -1,0 +1,222 @@
+"""Rates of a campaign, each with its n and the limits between which the truth lies in 95 of 100 campaigns.
+
+    detection_rate(runs, "bit_field")
+    outcome_rates(runs, ["location", "bit_field"])
+
+Every table has the columns of ``by`` and
+
+| column | meaning |
+|---|---|
+| ``successes``, ``n`` | counts of distinct faults |
+| ``rate`` | successes / n; with sampling weights the Hajek estimate |
+| ``low``, ``high`` | the 95 % limits to print; they respect clusters |
+| ``wilson_low``, ``wilson_high`` | Wilson's limits, which take all runs for independent |
+| ``exact_low``, ``exact_high`` | Clopper and Pearson's, which do so too |
+| ``clusters`` | how many groups of runs share input, layer and head |
+| ``method`` | what ``low`` and ``high`` are |
+
+A rate of nothing (n = 0) is NaN, and so are its limits.
+
+Public names: ``detection_rate``, ``outcome_rates``, ``critical_rate``, ``coverage_of_critical``,
+``false_positive_rate``, ``rate_table``, ``rate_of``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from experiments.analysis.clusters import DEFAULT_CLUSTER, ClusterSums, grouped_sums, ratio
+from experiments.analysis.distinct import (
+    detected,
+    distinct_faults,
+    harmful,
+    is_weighted,
+    listed,
+    measured,
+    propagated,
+    require_columns,
+    sampling_weights,
+)
+from experiments.analysis.intervals import (
+    exact_interval,
+    exact_limits,
+    korn_graubard_interval,
+    wilson_interval,
+    wilson_limits,
+)
+from experiments.result import OUTCOMES
+from experiments.watcher import is_oracle
+
+By = str | Sequence[str] | None
+
+CLUSTERED = "Korn-Graubard over clusters"
+INDEPENDENT = "Wilson"
+NOTHING = "none"
+
+
+def detection_rate(runs: pd.DataFrame, by: By = None, *, cluster: Sequence[str] = DEFAULT_CLUSTER) -> pd.DataFrame:
+    """Return the share of distinct faults that a proved detector saw.
+
+    >>> runs = pd.DataFrame({"fault_id": list("abcd"), "scope": "full", "outcome": "benign", "model": "m",
+    ...                      "batch_index": 0, "layer": [0, 1, 2, 3], "index_head": 0,
+    ...                      "violation_detected": [True, True, True, False]})
+    >>> row = detection_rate(runs).iloc[0]
+    >>> int(row.successes), int(row.n), row.method, round(float(row.low), 2), round(float(row.high), 2)
+    (3, 4, 'Wilson', 0.3, 0.95)
+    """
+    faults, seen = measured(runs, "detected")
+    return rate_table(faults, seen, by, cluster)
+
+
+def outcome_rates(runs: pd.DataFrame, by: By = None, *, cluster: Sequence[str] = DEFAULT_CLUSTER) -> pd.DataFrame:
+    """Return the share of each outcome among propagated faults: a row per group and outcome, in column ``outcome``.
+
+    >>> runs = pd.DataFrame({"fault_id": list("abcd"), "scope": "full", "model": "m", "batch_index": 0,
+    ...                      "layer": [0, 1, 2, 3], "index_head": 0, "outcome": ["masked"] * 3 + ["critical"]})
+    >>> outcome_rates(runs)[["outcome", "successes", "n", "rate"]].values.tolist()
+    [['masked', 3, 4, 0.75], ['benign', 0, 4, 0.0], ['critical', 1, 4, 0.25], ['nonfinite', 0, 4, 0.0]]
+    """
+    names = listed(by)
+    faults = propagated(distinct_faults(runs))
+    tables = []
+    for outcome in OUTCOMES:
+        table = rate_table(faults, (faults["outcome"] == outcome).to_numpy(bool), names, cluster)
+        table.insert(len(names), "outcome", outcome)
+        tables.append(table)
+    # Group by group, the four outcomes of each together.
+    order = np.arange(len(OUTCOMES) * len(tables[0])).reshape(len(OUTCOMES), -1).T.ravel()
+    joined = pd.concat(tables, ignore_index=True)
+    return joined.iloc[order].reset_index(drop=True)
+
+
+def critical_rate(runs: pd.DataFrame, by: By = None, *, cluster: Sequence[str] = DEFAULT_CLUSTER) -> pd.DataFrame:
+    """Return the share of harmful outcomes (critical or nonfinite) among propagated faults.
+
+    >>> runs = pd.DataFrame({"fault_id": list("ab"), "scope": "full", "model": "m", "batch_index": 0,
+    ...                      "layer": [0, 1], "index_head": 0, "outcome": ["masked", "nonfinite"]})
+    >>> float(critical_rate(runs).rate.iloc[0])
+    0.5
+    """
+    faults, bad = measured(runs, "harmful")
+    return rate_table(faults, bad, by, cluster)
+
+
+def coverage_of_critical(
+    runs: pd.DataFrame, by: By = None, *, cluster: Sequence[str] = DEFAULT_CLUSTER
+) -> pd.DataFrame:
+    """Return the share of harmful faults that a proved detector saw.
+
+    >>> runs = pd.DataFrame({"fault_id": list("abc"), "scope": "full", "model": "m", "batch_index": 0,
+    ...                      "layer": [0, 1, 2], "index_head": 0, "outcome": ["masked", "nonfinite", "critical"],
+    ...                      "violation_detected": [False, True, False]})
+    >>> coverage_of_critical(runs)[["successes", "n", "rate"]].values.tolist()
+    [[1.0, 2.0, 0.5]]
+    """
+    faults = propagated(distinct_faults(runs))
+    bad = faults[harmful(faults)]
+    return rate_table(bad, detected(bad), by, cluster)
+
+
+def false_positive_rate(clean: pd.DataFrame, by: By = None) -> pd.DataFrame:
+    """Return rows in violation over rows checked, in the fault-free passes; a cluster is one pass.
+
+    Oracles have no false positives to count, as they read the fault-free pass. Detectors whose false positives no
+    theorem rules out count only where ``by`` keeps them apart: with ``detector`` or ``proved``.
+
+    >>> clean = pd.DataFrame({"baseline": ["a", "b"], "detector": "s@w", "proved": True, "applicable": True,
+    ...                       "rows_checked": [600, 400], "violations": 0})
+    >>> row = false_positive_rate(clean).iloc[0]
+    >>> int(row.successes), int(row.n), round(float(row.wilson_high), 4)
+    (0, 1000, 0.0038)
+    """
+    require_columns(clean, ["baseline", "detector", "proved", "applicable", "rows_checked", "violations"])
+    names = listed(by)
+    kept = clean["applicable"].to_numpy(bool) & ~clean["detector"].map(is_oracle).to_numpy(bool)
+    if not {"detector", "proved"} & set(names):
+        kept &= clean["proved"].to_numpy(bool)
+    checked = clean[kept & (clean["rows_checked"].to_numpy(np.int64) > 0)]
+    violations, rows = (checked[name].to_numpy(np.float64) for name in ("violations", "rows_checked"))
+    sums = zip(
+        grouped_sums(checked, violations, names, ["baseline"]),
+        grouped_sums(checked, rows, names, ["baseline"]),
+        strict=True,
+    )
+    found = [
+        (key, rate_of(ClusterSums(hit.hits, all_.hits, all_.hits, all_.hits, hit.hits)))
+        for (key, hit), (_, all_) in sums
+    ]
+    return _table(checked, names, found)
+
+
+def rate_table(
+    frame: pd.DataFrame, hits: NDArray[np.bool_], by: By = None, cluster: Sequence[str] = DEFAULT_CLUSTER
+) -> pd.DataFrame:
+    """Return the share of rows that are hits, for each group.
+
+    Args:
+        frame: one row per run; duplicates are the caller's to drop.
+        hits: for each row whether it counts.
+        by: columns that make groups, or None for one row.
+        cluster: columns that make clusters.
+
+    Raises:
+        UsageError: an unknown column, or a wrong sampling weight.
+    """
+    names = listed(by)
+    weighted = is_weighted(frame)
+    weights = sampling_weights(frame) if weighted else None
+    groups = grouped_sums(frame, hits, names, cluster, weights)
+    return _table(frame, names, [(key, rate_of(sums, weighted)) for key, sums in groups])
+
+
+def rate_of(sums: ClusterSums, weighted: bool = False) -> dict[str, Any]:
+    """Return a row of a table of rates, without its group.
+
+    >>> ones = np.ones(60)
+    >>> sums = ClusterSums(0 * ones, 16 * ones, 16 * ones, 16 * ones, 0 * ones)
+    >>> row = rate_of(sums)
+    >>> row["n"], row["clusters"], round(row["wilson_high"], 4), round(row["high"], 4), row["method"]
+    (960, 60, 0.004, 0.0596, 'Korn-Graubard over clusters')
+    """
+    successes, n = round(float(sums.hits.sum())), round(float(sums.runs.sum()))
+    estimate = ratio(sums)
+    if not n or math.isnan(estimate.value):
+        wilson = exact = printed = (math.nan, math.nan)
+        method = NOTHING
+    elif weighted:
+        # Of weighted counts Wilson's limits take the number of runs of equal weight that would tell as much.
+        wilson = wilson_limits(estimate.value, sums.effective_runs)
+        exact = exact_limits(estimate.value, sums.effective_runs)
+        method = f"weighted (Hajek), {CLUSTERED}"
+    else:
+        wilson, exact = wilson_interval(successes, n), exact_interval(successes, n)
+        method = CLUSTERED
+    if n and not weighted and sums.are_singletons:
+        printed, method = wilson, INDEPENDENT
+    elif method != NOTHING:
+        clusters = sums.effective_clusters
+        printed = korn_graubard_interval(estimate.value, estimate.variance, n, clusters)
+    limits = zip(("", "wilson_", "exact_"), (printed, wilson, exact), strict=True)
+    return {
+        "successes": successes,
+        "n": n,
+        "rate": estimate.value,
+        **{f"{kind}{side}": value for kind, pair in limits for side, value in zip(("low", "high"), pair, strict=True)},
+        "clusters": len(sums.runs),
+        "method": method,
+    }
+
+
+def _table(frame: pd.DataFrame, by: list[str], rows: list[tuple[tuple[Any, ...], dict[str, Any]]]) -> pd.DataFrame:
+    """Return rows as a table, the columns of ``by`` in the types they had."""
+    columns = list(rate_of(ClusterSums(*[np.zeros(0)] * 5)))
+    table = pd.DataFrame([row for _, row in rows], columns=columns)
+    for place, name in enumerate(by):
+        table.insert(place, name, pd.Series([key[place] for key, _ in rows], dtype=frame[name].dtype))
+    return table
