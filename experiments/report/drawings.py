@@ -1,8 +1,8 @@
 """Figures as markup that stands in the page itself.
 
-A figure is inline SVG, or a PNG as a data address where that is shorter. Identifiers inside an SVG get the figure's name in
-front, so that two figures in one page cannot take each other's clipping paths; what points outside the page (document
-type, namespaces, metadata) is left out: an HTML page needs none of it.
+A figure is inline SVG, or a PNG as a data address where that is shorter. Identifiers inside an SVG get the figure's
+name in front, so that two figures in one page cannot take each other's clipping paths; what points outside the page
+(document type, namespaces, metadata) is left out: an HTML page needs none of it.
 
 Public names: ``figure_markup``.
 """
@@ -17,8 +17,10 @@ import matplotlib
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
+from experiments.figures import svg_text
+from experiments.figures.style import STYLE
+
 PNG_DPI = 144
-_NO_METADATA = {"Creator": None, "Date": None, "Format": None, "Type": None}
 
 
 def figure_markup(figure: Figure, name: str, title: str) -> Markup:
@@ -36,19 +38,16 @@ def figure_markup(figure: Figure, name: str, title: str) -> Markup:
 
 
 def _svg(figure: Figure, name: str) -> str:
-    stream = io.StringIO()
-    # A fixed salt: the same figure gives the same text.
-    with matplotlib.rc_context({"svg.hashsalt": name, "svg.fonttype": "path"}):
-        figure.savefig(stream, format="svg", metadata=_NO_METADATA)
-    text = stream.getvalue()
+    text = svg_text(figure)
     text = text[text.index("<svg") :]
     text = re.sub(r"<!--.*?-->\s*|<metadata>.*?</metadata>\s*|<style[^>]*>.*?</style>\s*", "", text, flags=re.DOTALL)
     text = re.sub(r'\s(?:xmlns(?::\w+)?|version)="[^"]*"', "", text, count=3)
-    text = re.sub(r'\bid="', f'id="{name}-', text).replace('xlink:href="#', f'xlink:href="#{name}-')
+    text = text.replace(' id="', f' id="{name}-').replace('xlink:href="#', f'xlink:href="#{name}-')
     return text.replace("url(#", f"url(#{name}-").replace(" xlink:href=", " href=").strip()
 
 
 def _png(figure: Figure) -> str:
     stream = io.BytesIO()
-    figure.savefig(stream, format="png", dpi=PNG_DPI)
+    with matplotlib.rc_context(dict(STYLE)):
+        figure.savefig(stream, format="png", dpi=PNG_DPI, metadata={"Software": None})
     return base64.b64encode(stream.getvalue()).decode("ascii")

@@ -1,13 +1,13 @@
-"""Tables as JSON that may stand inside an HTML page.
+r"""Tables as JSON that may stand inside an HTML page.
 
 Browsers end a script element at ``</script`` wherever it stands, also inside a JSON text, and ``<!--`` changes how they
-look for that end. So ``<``, ``>`` and ``&`` are written as ``\\u003c``, ``\\u003e`` and ``\\u0026``, which JSON reads as
-the same characters.
+look for that end. So ``<``, ``>`` and ``&`` are written as ``\u003c``, ``\u003e`` and ``\u0026``, which JSON reads
+as the same characters.
 
-Public names: ``json_block``, ``table_json``.
+Public names: ``json_block``, ``table_json``, ``plain_value``.
 
->>> json_block({"model": "</script><!--"})
-'{"model":"\\\\u003c/script\\\\u003e\\\\u003c!--"}'
+>>> print(json_block({"model": "</script><!--"}))
+{"model":"\u003c/script\u003e\u003c!--"}
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ _ESCAPED = {ord(character): f"\\u{ord(character):04x}" for character in "<>&\u20
 
 def json_block(value: Any) -> str:
     """Return strict JSON (a number that is none is ``null``) without a character that means something to HTML."""
-    return json.dumps(plain_value(value), separators=(",", ":"), allow_nan=False, ensure_ascii=False).translate(_ESCAPED)
+    text = json.dumps(plain_value(value), separators=(",", ":"), allow_nan=False, ensure_ascii=False)
+    return text.translate(_ESCAPED)
 
 
 def table_json(table: pd.DataFrame) -> dict[str, Any]:

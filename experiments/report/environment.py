@@ -40,7 +40,7 @@ _CONTEXT_NAMES = {
 
 
 def environment_rows(provenance: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return versions, machine, commit and command line; names that this version does not know come last, as they are."""
+    """Return versions, machine, commit and command line; names that this version does not know come as they are."""
     rows = [(_NAMES.get(key, key), _text(value)) for key, value in _ordered(provenance, _NAMES) if not _is_group(key)]
     packages = provenance.get("packages")
     rows += [(name, _text(version)) for name, version in packages.items()] if isinstance(packages, dict) else []
@@ -58,9 +58,7 @@ def context_rows(provenance: Mapping[str, Any]) -> list[list[tuple[str, str]]]:
     contexts = provenance.get("contexts")
     if not isinstance(contexts, dict):
         return []
-    return [
-        [("model and data", key), *_context(facts)] for key, facts in contexts.items() if isinstance(facts, dict)
-    ]
+    return [[("model and data", key), *_context(facts)] for key, facts in contexts.items() if isinstance(facts, dict)]
 
 
 def _context(facts: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -1,4 +1,7 @@
-"""Every figure of the catalogue that this campaign has data for.
+"""Every figure of the catalogue that a campaign has data for.
+
+    drawn, left_out = draw_gallery(inputs, inputs.runs)
+    left_out                          # [("Propagation through depth", "this campaign has no propagation.csv"), ...]
 
 Public names: ``Drawing``, ``draw_gallery``.
 """
@@ -7,8 +10,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import pandas as pd
 from markupsafe import Markup
 
+from experiments.analysis import load_propagation
+from experiments.figures import FIGURES, FigureEntry, NoDataError
+from experiments.report.drawings import figure_markup
 from experiments.report.inputs import ReportInputs
 
 
@@ -22,6 +29,19 @@ class Drawing:
     markup: Markup
 
 
-def draw_gallery(inputs: ReportInputs) -> tuple[list[Drawing], list[tuple[str, str]]]:
-    """Return the drawings, and (title, reason) of each figure that could not be drawn."""
-    return [], []
+def draw_gallery(inputs: ReportInputs, runs: pd.DataFrame) -> tuple[list[Drawing], list[tuple[str, str]]]:
+    """Return the drawings of some runs, and (title, reason) of each figure that this campaign has no data for."""
+    tables = {"runs": runs, "clean": inputs.clean, "propagation": load_propagation(inputs.folder.path)}
+    drawn: list[Drawing] = []
+    left_out: list[tuple[str, str]] = []
+    for name, entry in FIGURES.items():
+        try:
+            drawn.append(_drawing(name, entry, tables))
+        except NoDataError as reason:
+            left_out.append((entry.title, str(reason)))
+    return drawn, left_out
+
+
+def _drawing(name: str, entry: FigureEntry, tables: dict[str, pd.DataFrame]) -> Drawing:
+    figure, caption = entry.make(tables)
+    return Drawing(name, entry.title, caption, figure_markup(figure, name, entry.title))

@@ -1,9 +1,9 @@
 """The rates of groups of runs, side by side: one row per group, for the tables, the JSON block and ``summary.csv``.
 
     groups = Groups.by(points[["fault.location"]])
-    wide_rates(runs, groups)        # fault.location, runs, detected, detected_n, detected_rate, detected_low, ...
+    wide_rates(counted_faults(runs), groups)        # fault.location, runs, detected, detected_n, detected_rate, ...
 
-Public names: ``Groups``, ``wide_rates``, ``MEASURES``.
+Public names: ``Groups``, ``counted_faults``, ``wide_rates``, ``MEASURES``.
 """
 
 from __future__ import annotations
@@ -12,13 +12,20 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from experiments.analysis import coverage_of_critical, critical_rate, detection_rate, outcome_rates
+from experiments.analysis import (
+    DEFAULT_CLUSTER,
+    coverage_of_critical,
+    critical_rate,
+    detection_rate,
+    distinct_faults,
+    outcome_rates,
+)
 from experiments.result import OUTCOMES
 
 MEASURES = ("detected", *OUTCOMES, "harmful", "harmful_detected")
-"""What is counted: faults that proved detectors saw, each outcome, critical or nonfinite ones, and those of them seen."""
+"""What is counted: faults that proved detectors saw, each outcome, harmful ones, and those of them that were seen."""
 
-_GROUP = "group"
+_GROUP, _CLUSTER = "group", "cluster"
 
 
 @dataclass(frozen=True)
@@ -44,20 +51,37 @@ class Groups:
         return cls(labels.reset_index(drop=True), codes)
 
 
-def wide_rates(runs: pd.DataFrame, groups: Groups) -> pd.DataFrame:
+def counted_faults(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return the distinct faults, reduced to what rates need: texts as numbers, and the clusters in one column.
+
+    The rate functions drop duplicates and look for clusters each time they are called; of this table, that is quick.
+    """
+    known = ["fault_id", "scope", "outcome", "violation_detected", "sampling_weight", "campaign", *DEFAULT_CLUSTER]
+    watching = [name for name in runs.columns if str(name).startswith(("detect.", "run."))]
+    faults = distinct_faults(runs[[*known, *watching]])
+    cluster = faults.groupby(list(DEFAULT_CLUSTER), dropna=False, observed=True, sort=False).ngroup()
+    faults = faults.assign(fault_id=pd.factorize(faults["fault_id"])[0], **{_CLUSTER: cluster})
+    return faults.drop(columns=list(DEFAULT_CLUSTER))
+
+
+def wide_rates(faults: pd.DataFrame, groups: Groups) -> pd.DataFrame:
     """Return the labels of each group, ``runs`` (duplicates included), and each measure's count, n, rate and interval.
 
     The columns of a measure ``m`` are ``m`` (how many), ``m_n`` (of how many distinct faults), ``m_rate``, ``m_low``,
     ``m_high`` and ``m_method`` (what the interval is). A rate of nothing (``m_n`` 0) is empty.
+
+    Args:
+        faults: the result of ``counted_faults``.
+        groups: of all runs.
     """
-    frame = runs.assign(**{_GROUP: groups.codes})
+    frame = faults.assign(**{_GROUP: groups.codes.reindex(faults.index)})
     table = groups.labels.assign(runs=groups.codes.value_counts().reindex(groups.labels.index, fill_value=0))
-    outcomes = outcome_rates(frame, _GROUP)
+    outcomes = outcome_rates(frame, _GROUP, cluster=[_CLUSTER])
     rates = {
-        "detected": detection_rate(frame, _GROUP),
+        "detected": detection_rate(frame, _GROUP, cluster=[_CLUSTER]),
         **{outcome: outcomes[outcomes["outcome"] == outcome] for outcome in OUTCOMES},
-        "harmful": critical_rate(frame, _GROUP),
-        "harmful_detected": coverage_of_critical(frame, _GROUP),
+        "harmful": critical_rate(frame, _GROUP, cluster=[_CLUSTER]),
+        "harmful_detected": coverage_of_critical(frame, _GROUP, cluster=[_CLUSTER]),
     }
     columns: dict[str, pd.Series] = {}
     for measure in MEASURES:

@@ -148,7 +148,8 @@ def _text_table(path: Path, needed: list[str]) -> pd.DataFrame:
         table = pd.read_csv(path, dtype=types, keep_default_na=False)
     except (ValueError, UnicodeDecodeError) as error:
         # pandas' own errors of an empty or ragged file are ValueErrors.
-        raise CheckRefusedError(f"{path}: cannot be read ({' '.join(str(error).split())}); the file is damaged") from error
+        reason = " ".join(str(error).split())
+        raise CheckRefusedError(f"{path}: cannot be read ({reason}); the file is damaged") from error
     missing = [name for name in needed if name not in table.columns]
     if missing:
         raise CheckRefusedError(f"{path}: has no column {missing[0]}; it has {', '.join(map(str, table.columns))}")

@@ -53,7 +53,7 @@ def render_page(inputs: ReportInputs, summary: Summary) -> str:
     script = _own_file("sort.js")
     tables = page_tables(inputs, summary)
     settings = setting_list(inputs.settings, inputs.axes, inputs.provenance.get("arguments"))
-    drawn, left_out = draw_gallery(inputs)
+    drawn, left_out = draw_gallery(inputs, summary.chosen)
     contexts = context_rows(inputs.provenance)
     return environment.get_template("page.html").render(
         name=inputs.name,
@@ -62,6 +62,7 @@ def render_page(inputs: ReportInputs, summary: Summary) -> str:
         tables=tables,
         by_location=summary.by_location,
         ranking_verdict=summary.ranking_verdict,
+        focus=summary.focus,
         figures=drawn,
         left_out=left_out,
         commands=_commands(inputs, summary),
@@ -113,6 +114,7 @@ def _numbers(inputs: ReportInputs, summary: Summary, settings: list[Setting]) ->
         "failed": len(inputs.failures),
         "verdict": list(summary.verdict),
         "ranking_verdict": summary.ranking_verdict,
+        "focus": summary.focus,
         **tables,
         "replay": _commands(inputs, summary),
         "stops": None if inputs.stops is None else table_json(inputs.stops),

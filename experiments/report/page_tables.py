@@ -13,7 +13,18 @@ import pandas as pd
 from experiments.report.grouping import MEASURES
 from experiments.report.inputs import ReportInputs
 from experiments.report.summary import MOST_POINTS, Summary
-from experiments.report.tables import Cell, Column, Table, count_cell, number_cell, rate_cell, text_cell
+from experiments.report.tables import (
+    DASH,
+    NOTHING,
+    Cell,
+    Column,
+    Table,
+    count_cell,
+    is_missing,
+    number_cell,
+    rate_cell,
+    text_cell,
+)
 from experiments.report.worst_runs import SHOWN
 
 MOST_ROWS = 300
@@ -102,10 +113,10 @@ def _detectors(table: pd.DataFrame, inputs: ReportInputs) -> Table:
         Column("detector"),
         Column("kind", meaning="proved: a theorem rules out its false positives; oracle: reads the fault-free pass"),
         Column("detected", True, "distinct faults it saw"),
-        Column("of critical", True, "critical or nonfinite faults it saw"),
+        Column("of harmful", True, "critical or nonfinite faults it saw"),
         Column("of effective", True, "faults that changed a bit pattern, and that it saw"),
-        Column("only it", True, "harmful faults that no other detector of its kind saw"),
-        Column("union", True, "share seen by any detector down to this row"),
+        Column("only it", True, "harmful faults that no other detector saw, oracles apart"),
+        Column("union", True, "share of the harmful faults seen by any detector down to this row, oracles apart"),
         Column("false positives", True, "rows of fault-free passes in violation, of those it checked"),
     )
     rows = tuple(
@@ -117,26 +128,23 @@ def _detectors(table: pd.DataFrame, inputs: ReportInputs) -> Table:
 
 
 def _detector_cells(row: Mapping[Any, Any]) -> Iterator[Cell]:
-    n = row["n"]
-    rate = row["detected"] / n if n else None
     yield text_cell(row["detector"])
     yield text_cell(_KINDS.get(row["kind"], row["kind"]))
-    yield rate_cell(row["detected"], n, rate, row["detected_low"], row["detected_high"])
-    for measure, total in (("recall_critical", "harmful_n"), ("recall_effective", None)):
-        of = None if total is None else row[total]
-        share, low, high = row[measure], row[f"{measure}_low"], row[f"{measure}_high"]
-        yield rate_cell(share * of if of else 0, of, share, low, high) if total else _share_cell(share, low, high)
+    yield _share_cell(row, "detected", row["n"])
+    yield _share_cell(row, "recall_critical", row["harmful_n"])
+    yield _share_cell(row, "recall_effective")
     yield count_cell(row["exclusive"])
-    yield number_cell(row["union"])
-    checked = count_cell(row["clean_rows"]).text
+    yield Cell(NOTHING) if is_missing(row["union"]) else Cell(f"{100 * row['union']:.1f} %", row["union"])
     false = count_cell(row["false_positives"])
-    yield Cell(false.text, false.key, "" if false.key is None else f"of {checked} rows")
+    yield Cell(false.text, false.key, "" if false.key is None else f"of {count_cell(row['clean_rows']).text} rows")
 
 
-def _share_cell(share: Any, low: Any, high: Any) -> Cell:
-    from experiments.report.tables import is_missing, rate_text
-
-    return text_cell(None) if is_missing(share) else Cell(rate_text(share, low, high), float(share))
+def _share_cell(row: Mapping[Any, Any], measure: str, n: Any = None) -> Cell:
+    share, low, high = row[measure], row[f"{measure}_low"], row[f"{measure}_high"]
+    if is_missing(share):
+        return Cell(NOTHING)
+    cell = rate_cell(0 if n is None else round(share * n), 1 if n is None else n, share, low, high)
+    return cell if n is not None else Cell(cell.text, cell.key, cell.detail.partition(";")[0])
 
 
 def _ranking(table: pd.DataFrame) -> Table:
@@ -149,7 +157,7 @@ def _ranking(table: pd.DataFrame) -> Table:
         (
             count_cell(row["layer"]), count_cell(row["index_head"]),
             rate_cell(row["successes"], row["n"], row["rate"], row["low"], row["high"]),
-            number_cell(row["p_value"]), number_cell(row["p_adjusted"]), text_cell(row["evidence"]),
+            number_cell(row["p_value"]), number_cell(row["p_adjusted"]), Cell("yes" if row["evidence"] else "no"),
         )
         for row in table.head(MOST_ROWS).to_dict("records")
     )  # fmt: skip
@@ -160,9 +168,7 @@ def _worst(table: pd.DataFrame) -> Table:
     whole = {"layer", "index_head", "index_row", "index_col"}
     sizes = {"value_before", "value_after", "loss_diff", "relative_change", "local_change"}
     shown = [name for name in SHOWN if name not in ("bits_before", "bits_after") and not table[name].isna().all()]
-    columns = tuple(
-        Column(_WORST_HEADINGS.get(name, name.replace("_", " ")), name in whole | sizes) for name in shown
-    )
+    columns = tuple(Column(_WORST_HEADINGS.get(name, name.replace("_", " ")), name in whole | sizes) for name in shown)
 
     def cell(name: str, row: Mapping[Any, Any]) -> Cell:
         value = row[name]
@@ -182,7 +188,34 @@ def _worst(table: pd.DataFrame) -> Table:
 
 
 def _seconds(table: pd.DataFrame) -> Table:
-    return _plain("seconds", "Mean times of a run by part", table, set(table.columns) - {"part", "method"})
+    columns = (
+        Column("part"),
+        Column("runs", True),
+        Column("mean", True),
+        Column("95 % interval of the mean"),
+        Column("median", True),
+    )
+    rows = tuple(
+        (
+            text_cell("overhead: (bounds + detection) / injection" if row["part"] == "overhead" else row["part"]),
+            count_cell(row["n"]), *_time_cells(row),
+        )
+        for row in table.to_dict("records")
+        if row["n"]
+    )  # fmt: skip
+    return Table("seconds", "Time of a run by part", columns, rows)
+
+
+def _time_cells(row: Mapping[Any, Any]) -> tuple[Cell, Cell, Cell]:
+    scale, unit = (100.0, "%") if row["part"] == "overhead" else (1e3, "ms")
+    mean, low, high, median = (
+        NOTHING if is_missing(row[name]) else f"{scale * row[name]:.3g}" for name in ("mean", "low", "high", "median")
+    )
+    return (
+        Cell(f"{mean} {unit}", row["mean"]),
+        Cell(f"{low}{DASH}{high} {unit}"),
+        Cell(f"{median} {unit}", row["median"]),
+    )
 
 
 def _plain(name: str, caption: str, table: pd.DataFrame, numeric: Iterable[str] = ()) -> Table:

@@ -30,7 +30,9 @@ class Setting:
     origin: str
 
 
-def setting_list(settings: Mapping[str, Any], axes: Mapping[str, Sequence[Any]], arguments: Sequence[str] | None) -> list[Setting]:
+def setting_list(
+    settings: Mapping[str, Any], axes: Mapping[str, Sequence[Any]], arguments: Sequence[str] | None
+) -> list[Setting]:
     """Return every field of a configuration.
 
     Args:
@@ -77,7 +79,7 @@ def _text(value: Any) -> str:
 def _axis_text(values: Sequence[Any]) -> str:
     shown = [value if isinstance(value, str) else canonical_json(value) for value in values]
     if len(shown) > 3 and all(type(value) is int for value in values):
-        steps = {after - before for before, after in zip(values, values[1:], strict=False)}
+        steps = {after - before for before, after in itertools.pairwise(values)}
         if len(steps) == 1 and (step := steps.pop()) != 0:
             return f"{values[0]}:{values[-1] + step}" + ("" if step == 1 else f":{step}") + f" ({len(values)} values)"
     return ", ".join(shown[:64]) + (f", ... ({len(shown)} values)" if len(shown) > 64 else "")

@@ -4,8 +4,8 @@
     summary.outcomes                # by location and bit field: counts, rates, intervals
     summary.verdict                 # sentences
 
-Points of the grid that differ in fields of ``detect`` or ``run`` alone look at the same faults, so nothing is ever added up
-over them.
+Points of the grid that differ in fields of ``detect`` or ``run`` alone look at the same faults, so nothing is ever
+added up over them.
 
 Public names: ``Summary``, ``summarize``.
 """
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from experiments.analysis import detector_comparison, false_positive_rate, overhead, rank_cells
-from experiments.report.grouping import Groups, wide_rates
+from experiments.report.grouping import Groups, counted_faults, wide_rates
 from experiments.report.inputs import ReportInputs
 from experiments.report.verdict import verdict_sentences
 from experiments.report.worst_runs import worst_runs
@@ -50,6 +50,8 @@ class Summary:
         seconds: mean times by part of a run.
         execution: runs by engine.
         worst: the runs that did the most harm.
+        focus: what the runs of the ranking, the worst runs and the figures have in common; empty if these are all runs.
+        chosen: those runs.
     """
 
     verdict: tuple[str, ...]
@@ -63,16 +65,19 @@ class Summary:
     seconds: pd.DataFrame
     execution: pd.DataFrame
     worst: pd.DataFrame
+    focus: str
+    chosen: pd.DataFrame
 
 
 def summarize(inputs: ReportInputs) -> Summary:
     """Compute every number of the report."""
-    runs = inputs.runs
+    runs, faults = inputs.runs, counted_faults(inputs.runs)
     watching = Groups.by(inputs.points([axis for axis in inputs.axes if axis.startswith(("detect.", "run."))]))
-    points = _with_false_positives(wide_rates(runs, watching), inputs.clean)
-    outcomes = _outcomes(inputs)
-    grid = _grid(inputs)
-    ranking = rank_cells(runs, ["layer", "index_head"])
+    points = _with_false_positives(wide_rates(faults, watching), inputs.clean)
+    outcomes = _outcomes(inputs, faults)
+    grid = _grid(inputs, faults)
+    chosen, focus = _focus(points, watching, runs)
+    ranking = rank_cells(chosen, ["layer", "index_head"])
     return Summary(
         verdict=tuple(verdict_sentences(inputs, points)),
         points=points,
@@ -84,8 +89,19 @@ def summarize(inputs: ReportInputs) -> Summary:
         ranking_verdict=str(ranking.attrs.get("verdict", "")),
         seconds=overhead(runs),
         execution=runs["execution"].value_counts().rename_axis("execution").reset_index(name="runs"),
-        worst=worst_runs(runs),
+        worst=worst_runs(chosen),
+        focus=focus,
+        chosen=chosen,
     )
+
+
+def _focus(points: pd.DataFrame, watching: Groups, runs: pd.DataFrame) -> tuple[pd.DataFrame, str]:
+    """Return the runs of one point of swept ``detect`` and ``run`` fields, the first with outcomes, and its label."""
+    if len(points) == 1:
+        return runs, ""
+    place = int((points["harmful_n"] > 0).to_numpy().argmax())
+    label = ", ".join(f"{axis} = {value}" for axis, value in watching.labels.iloc[place].items())
+    return runs[watching.codes == place], label
 
 
 def _with_false_positives(points: pd.DataFrame, clean: pd.DataFrame) -> pd.DataFrame:
@@ -103,14 +119,14 @@ def _with_false_positives(points: pd.DataFrame, clean: pd.DataFrame) -> pd.DataF
     return pd.concat([points, added.astype({"false_positives": "int64", "clean_rows": "int64"})], axis=1)
 
 
-def _outcomes(inputs: ReportInputs) -> pd.DataFrame:
+def _outcomes(inputs: ReportInputs, faults: pd.DataFrame) -> pd.DataFrame:
     """Return the rates by location and bit field; models, data and detectors that were swept stay apart."""
     axes = [axis for axis in inputs.axes if not axis.startswith("fault.") and axis != "seed"]
     fields = inputs.runs["bit_field"].astype(object)
     keys = inputs.points(axes).assign(
         location=inputs.runs["location"].astype(object), bit_field=fields.where(fields.notna(), NO_FIELD)
     )
-    table = wide_rates(inputs.runs, Groups.by(keys))
+    table = wide_rates(faults, Groups.by(keys))
     order = {name: place for place, name in enumerate((*LOCATIONS, *FIELDS))}
     places = table[["location", "bit_field"]].map(lambda name: order.get(name, len(order)))
     codes = pd.DataFrame({axis: pd.factorize(table[axis])[0] for axis in axes}, index=table.index)
@@ -118,14 +134,14 @@ def _outcomes(inputs: ReportInputs) -> pd.DataFrame:
     return table.loc[ranks.sort_values(list(ranks.columns), kind="stable").index].reset_index(drop=True)
 
 
-def _grid(inputs: ReportInputs) -> pd.DataFrame | None:
+def _grid(inputs: ReportInputs, faults: pd.DataFrame) -> pd.DataFrame | None:
     """Return the rates of every cell of the grid; nothing where there is no grid, or one of too many cells."""
     cells = Groups.by(inputs.plan)
     if not inputs.axes or len(cells.labels) > MOST_CELLS:
         return None
     codes = pd.Series(cells.codes.to_numpy()[inputs.places], index=inputs.runs.index)
     # Of the plan, not of the runs: a cell all of whose runs are missing has a row too.
-    return wide_rates(inputs.runs, Groups(cells.labels, codes))
+    return wide_rates(faults, Groups(cells.labels, codes))
 
 
 def _detectors(inputs: ReportInputs, watching: Groups) -> pd.DataFrame:

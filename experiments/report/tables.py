@@ -14,7 +14,8 @@ from typing import Any
 
 import pandas as pd
 
-NOTHING = "–"
+DASH = "\N{EN DASH}"
+NOTHING = DASH
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def count_cell(value: Any) -> Cell:
 
 
 def number_cell(value: Any, digits: int = 3) -> Cell:
-    """Return a cell of a number with so many significant digits; ``inf`` is written and sorts last, NaN is no number."""
+    """Return a cell of a number with so many significant digits; ``inf`` is a number here, NaN is none."""
     if is_missing(value):
         return Cell(NOTHING)
     return Cell(f"{float(value):.{digits}g}", float(value))
@@ -107,7 +108,7 @@ def _percents(rate: float, low: Any, high: Any) -> tuple[str, str]:
     if is_missing(low) or is_missing(high):
         return f"{100 * rate:.1f} %", "no interval"
     digits = 1 if high - low >= 0.002 or low == high else 3
-    return f"{100 * rate:.{digits}f} %", f"{100 * low:.{digits}f}–{100 * high:.{digits}f}"
+    return f"{100 * rate:.{digits}f} %", f"{100 * low:.{digits}f}{DASH}{100 * high:.{digits}f}"
 
 
 def _whole(value: Any) -> str:

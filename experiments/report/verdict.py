@@ -22,8 +22,10 @@ def verdict_sentences(inputs: ReportInputs, points: pd.DataFrame) -> Iterator[st
     runs, planned = len(inputs.runs), inputs.planned
     yield _begun(inputs)
     if runs < planned:
-        failed = len(inputs.failures)
-        yield f"The campaign is not complete: {planned - runs:,} of {planned:,} runs are missing, {failed:,} of them failed."
+        yield (
+            f"The campaign is not complete: {planned - runs:,} of {planned:,} runs are missing, "
+            f"{len(inputs.failures):,} of them failed."
+        )
     axes = [name for name in points.columns if name.startswith(("detect.", "run."))]
     records = points.to_dict("records")
     for point in records[:MOST_POINTS]:
@@ -67,9 +69,10 @@ def limit_sentences(inputs: ReportInputs, points: pd.DataFrame) -> Iterator[str]
         "A rate is an average over the faults that this campaign drew: every point of its grid counts alike. It is no "
         "rate per hour of operation, and hardware that favours some bits or locations has another one."
     )
+    models, batches = runs["model"].nunique(), len(runs[["source", "batch_index"]].drop_duplicates())
     yield (
-        f"The faults hit {_several(runs['model'].nunique(), 'model')} on {_several(runs['source'].nunique(), 'source')} of text, "
-        f"{_several(runs[['source', 'batch_index']].drop_duplicates().shape[0], 'batch', 'batches')} in all. Other models and other text are not sampled."
+        f"The faults hit {_several(models, 'model')} on {_several(batches, 'batch', 'batches')} of text. "
+        "Other models and other text are not sampled."
     )
     yield (
         "Intervals are 95 % intervals: of many, some miss. Runs that share an input, a layer and a head are not "
@@ -81,8 +84,8 @@ def limit_sentences(inputs: ReportInputs, points: pd.DataFrame) -> Iterator[str]
     unknown = int((runs["scope"] != "full").sum())
     if unknown:
         yield (
-            f"{unknown:,} runs were not propagated to the output (run.scope = site): rates of outcomes are those of the "
-            "others alone."
+            f"{unknown:,} runs were not propagated to the output (run.scope = site): rates of outcomes are those of "
+            "the others alone."
         )
     weights = runs["sampling_weight"].dropna()
     if len(weights) and (weights != 1).any():
@@ -93,9 +96,9 @@ def limit_sentences(inputs: ReportInputs, points: pd.DataFrame) -> Iterator[str]
         "threshold gives other rates."
     )
     yield (
-        "Detected means that a detector fired whose false positives a theorem rules out. Detectors without a theorem, and "
-        "oracles that read the fault-free pass, are compared and never counted as detection. No false positive in so many "
-        "rows is a check of the theorems and no replacement for them."
+        "Detected means that a detector fired whose false positives a theorem rules out. Detectors without a theorem, "
+        "and oracles that read the fault-free pass, are compared and never counted as detection. No false positive in "
+        "so many rows is a check of the theorems and no replacement for them."
     )
     yield "Times are those of this machine and this engine; the fault-free pass may have been measured once per input."
 

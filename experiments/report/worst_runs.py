@@ -16,15 +16,17 @@ from experiments.analysis import distinct_faults
 
 SHOWN = (
     "run_id", "outcome", "loss_diff", "relative_change", "local_change", "location", "layer", "bits", "index_head",
-    "index_row", "index_col", "value_before", "value_after", "bits_before", "bits_after", "violation_detected", "detectors",
+    "index_row", "index_col", "value_before", "value_after", "bits_before", "bits_after", "violation_detected",
+    "detectors",
 )  # fmt: skip
 
 
 def worst_runs(runs: pd.DataFrame, count: int = 10) -> pd.DataFrame:
     """Return the worst runs of distinct faults: non-finite first, then by the size of what changed.
 
-    What changed is ``loss_diff``, where there is none ``relative_change`` of the output, and where that was not computed
-    (``run.scope``) ``local_change`` in the layer. Runs that changed nothing are left out; equals keep the order of the plan.
+    What changed is ``loss_diff``, where there is none ``relative_change`` of the output, and where that was not
+    computed (``run.scope``) ``local_change`` in the layer. Runs that changed nothing are left out; equals keep the
+    order of the plan.
     """
     sizes = runs[["loss_diff", "relative_change", "local_change"]].astype(float).abs()
     nonfinite = runs["nonfinite"].astype("boolean").fillna(False).astype(bool)
