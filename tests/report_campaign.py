@@ -1,19 +1,22 @@
 """A micro campaign with a report, and a reader of its page.
 
-Public names: ``HOSTILE``, ``Page``, ``make_campaign``, ``copied``.
+Public names: ``HOSTILE``, ``Page``, ``make_campaign``, ``few_figures``, ``copied``.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import pytest
 from micro_campaign import MicroPlace
 
 from experiments.command_line import main
+from experiments.figures import FIGURES
 
 HOSTILE = "<script>alert(1)</script>"
 """What a model is called; as a path it is two folders."""
@@ -22,21 +25,29 @@ VOID = {"meta", "link", "img", "br"}
 
 
 def make_campaign(root: Path) -> Path:
-    """Run a campaign of 48 runs in a model with a hostile name; return its folder."""
-    place = MicroPlace.make(root / HOSTILE)
-    output = root / "output"
+    """Run a campaign of 48 runs in a model with a hostile name; return its folder.
+
+    Paths are relative to ``root``: a model's path is part of what faults are drawn from, so each campaign has the same.
+    """
     more = [
         "--sweep.fault.location", "q,scores,weights", "--sweep.fault.bit", "3,30", "--num_runs", "8",
         "--detect.detectors", "full,epsilon,oracles,competitors", "--stop.margin", "null",
     ]  # fmt: skip
-    assert main(place.arguments(output, *more)) == 0
-    return output / "micro"
+    with contextlib.chdir(root):
+        assert main(MicroPlace.make(Path(HOSTILE)).arguments(Path("output"), *more)) == 0
+    return root / "output" / "micro"
 
 
 def copied(folder: Path, target: Path) -> Path:
     """Return a copy of a campaign that a test may damage."""
     shutil.copytree(folder, target)
     return target
+
+
+def few_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw the first figure of the catalogue alone: drawing all of them takes longer than the rest of a report."""
+    name, entry = next(iter(FIGURES.items()))
+    monkeypatch.setattr("experiments.report.gallery.FIGURES", {name: entry})
 
 
 class Page(HTMLParser):

@@ -6,12 +6,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from report_campaign import copied, make_campaign
+from report_campaign import copied, few_figures, make_campaign
 
 from experiments.command_line import main
 from experiments.csv_file import write_text
 
 Damage = Callable[[Path], object]
+
+
+@pytest.fixture(autouse=True)
+def _few_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    few_figures(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -53,9 +58,9 @@ CASES: dict[str, tuple[Damage, str, int]] = {
     ),
     "damaged provenance": (content("provenance.json", "{"), "provenance.json: is no JSON", 1),
     "provenance of another kind": (content("provenance.json", "[]"), "must hold a mapping, got list", 1),
-    "ragged failures": (content("failures.csv", "run_id,exception,traceback\n1,2,3,4\n1,2\n"), "failures.csv: ", 1),
-    "empty failures": (content("failures.csv", ""), "failures.csv: ", 1),
-    "failures without a reason": (content("failures.csv", "run_id\n"), "failures.csv: has no column exception", 1),
+    "ragged failures": (content("failures.csv", "run_id,exception\n1,2,3\n1,2\n"), "failures.csv: line 2 has 3", 1),
+    "empty failures": (content("failures.csv", ""), "failures.csv: is empty", 1),
+    "ragged stops": (content("stops.csv", "cell,reason\n1\n"), "stops.csv: line 2 has 1 cells, expected 2", 1),
 }  # fmt: skip
 
 

@@ -11,6 +11,7 @@ Public names: ``ReportInputs``, ``read_inputs``.
 
 from __future__ import annotations
 
+import csv
 import json
 from collections import defaultdict
 from collections.abc import Iterable
@@ -25,6 +26,7 @@ from numpy.typing import NDArray
 from experiments.analysis import load_clean, load_runs
 from experiments.campaign_folder import CampaignFolder
 from experiments.config import read_config_file
+from experiments.csv_file import read_rows
 from experiments.errors import CheckRefusedError, MissingResourceError
 from experiments.sections import flatten
 
@@ -90,7 +92,7 @@ def read_inputs(folder: CampaignFolder) -> ReportInputs:
     if runs.empty:
         raise CheckRefusedError(f"{folder.file('runs.csv')}: has no finished runs, there is nothing to report")
     _check_all_merged(folder, runs["run_id"])
-    plan = _text_table(folder.file("plan.csv"), ["run_id", *axes])
+    plan = _plan(folder.file("plan.csv"), list(axes))
     stops = folder.file("stops.csv")
     return ReportInputs(
         folder=folder,
@@ -101,8 +103,8 @@ def read_inputs(folder: CampaignFolder) -> ReportInputs:
         plan=plan[list(axes)],
         places=pd.Index(plan["run_id"]).get_indexer(runs["run_id"]),
         clean=load_clean(folder.path),
-        failures=_text_table(folder.file("failures.csv"), ["run_id", "exception", "traceback"]),
-        stops=_text_table(stops, []) if stops.is_file() else None,
+        failures=_table_of_texts(folder.file("failures.csv")),
+        stops=_table_of_texts(stops) if stops.is_file() else None,
     )
 
 
@@ -141,16 +143,20 @@ def _check_all_merged(folder: CampaignFolder, merged: Iterable[str]) -> None:
         )
 
 
-def _text_table(path: Path, needed: list[str]) -> pd.DataFrame:
-    """Return a table of texts; few distinct ones are stored once."""
-    try:
-        types = defaultdict(lambda: "category", run_id="str")
-        table = pd.read_csv(path, dtype=types, keep_default_na=False)
-    except (ValueError, UnicodeDecodeError) as error:
-        # pandas' own errors of an empty or ragged file are ValueErrors.
-        reason = " ".join(str(error).split())
-        raise CheckRefusedError(f"{path}: cannot be read ({reason}); the file is damaged") from error
-    missing = [name for name in needed if name not in table.columns]
+def _plan(path: Path, axes: list[str]) -> pd.DataFrame:
+    """Return the plan's ids and swept values as texts; few distinct ones are stored once."""
+    types = defaultdict(lambda: "category", run_id="str")
+    plan = pd.read_csv(path, dtype=types, keep_default_na=False)
+    missing = [name for name in axes if name not in plan.columns]
     if missing:
-        raise CheckRefusedError(f"{path}: has no column {missing[0]}; it has {', '.join(map(str, table.columns))}")
-    return table
+        raise CheckRefusedError(f"{path}: has no column {missing[0]}, which config.yaml sweeps")
+    return plan[["run_id", *axes]]
+
+
+def _table_of_texts(path: Path) -> pd.DataFrame:
+    """Return a small table, whatever its columns are."""
+    with path.open(encoding="utf-8", errors="replace", newline="") as stream:
+        header = next(csv.reader(stream), [])
+    if not header:
+        raise CheckRefusedError(f"{path}: is empty; not even its columns are there")
+    return pd.DataFrame(read_rows(path, header), columns=header, dtype=object)

@@ -42,9 +42,13 @@ _MEANINGS = {
 _HEADINGS = {"harmful_detected": "detected of harmful"}
 
 _WORST_HEADINGS = {
-    "run_id": "run", "index_head": "head", "index_row": "row", "index_col": "column", "violation_detected": "seen",
+    "run_id": "run",
+    "index_head": "head",
+    "index_row": "row",
+    "index_col": "column",
     "detectors": "proved detectors that saw it",
-}  # fmt: skip
+}
+_UNSHOWN = ("bits_before", "bits_after", "violation_detected")
 
 _KINDS = {"proved": "proved", "unproved": "no theorem", "oracle": "oracle", "suite": "suite"}
 
@@ -167,7 +171,7 @@ def _ranking(table: pd.DataFrame) -> Table:
 def _worst(table: pd.DataFrame) -> Table:
     whole = {"layer", "index_head", "index_row", "index_col"}
     sizes = {"value_before", "value_after", "loss_diff", "relative_change", "local_change"}
-    shown = [name for name in SHOWN if name not in ("bits_before", "bits_after") and not table[name].isna().all()]
+    shown = [name for name in SHOWN if name not in _UNSHOWN and not table[name].isna().all()]
     columns = tuple(Column(_WORST_HEADINGS.get(name, name.replace("_", " ")), name in whole | sizes) for name in shown)
 
     def cell(name: str, row: Mapping[Any, Any]) -> Cell:
@@ -179,9 +183,9 @@ def _worst(table: pd.DataFrame) -> Table:
             return number_cell(value)
         if name in whole:
             return count_cell(value)
-        if name == "violation_detected":
-            return Cell("yes" if value else "no")
-        return text_cell(value.replace(";", ", ") if isinstance(value, str) else value)
+        if name == "detectors":
+            return Cell(value.replace(";", ", ") if isinstance(value, str) and value else "none")
+        return text_cell(value)
 
     rows = tuple(tuple(cell(name, row) for name in shown) for row in table.to_dict("records"))
     return Table("worst", "The worst runs of distinct faults", columns, rows)
