@@ -9,9 +9,19 @@ Public names: those of ``__all__``.
 """
 
 from experiments.analysis.clusters import DEFAULT_CLUSTER
+from experiments.analysis.comparison import compare
+from experiments.analysis.detectors import detector_comparison
 from experiments.analysis.distinct import HARMFUL, distinct_faults, propagated
-from experiments.analysis.intervals import exact_interval, korn_graubard_interval, wilson_interval
+from experiments.analysis.intervals import clustered_interval, exact_interval, wilson_interval
 from experiments.analysis.loading import load_clean, load_detections, load_propagation, load_runs
+from experiments.analysis.means import (
+    bound_tightness,
+    epsilon_distribution,
+    loss_change,
+    margin_statistics,
+    overhead,
+)
+from experiments.analysis.ranking import rank_cells
 from experiments.analysis.rates import (
     coverage_of_critical,
     critical_rate,
@@ -19,22 +29,33 @@ from experiments.analysis.rates import (
     false_positive_rate,
     outcome_rates,
 )
+from experiments.analysis.weighted import hajek, horvitz_thompson
 
 __all__ = [
     "DEFAULT_CLUSTER",
     "HARMFUL",
+    "bound_tightness",
+    "clustered_interval",
+    "compare",
     "coverage_of_critical",
     "critical_rate",
     "detection_rate",
+    "detector_comparison",
     "distinct_faults",
+    "epsilon_distribution",
     "exact_interval",
     "false_positive_rate",
-    "korn_graubard_interval",
+    "hajek",
+    "horvitz_thompson",
     "load_clean",
     "load_detections",
     "load_propagation",
     "load_runs",
+    "loss_change",
+    "margin_statistics",
     "outcome_rates",
+    "overhead",
     "propagated",
+    "rank_cells",
     "wilson_interval",
 ]

@@ -65,9 +65,7 @@ def typed_axis(values: pd.Series) -> pd.Series:
         return kept.map({"True": True, "False": False}).astype("boolean")
     if not texts or pd.to_numeric(pd.Series(texts, dtype=object), errors="coerce").isna().any():
         return kept
-    whole = all(text.lstrip("-").isdigit() for text in texts)
-    return (
-        kept.astype(object)
-        .map({text: int(text) if whole else float(text) for text in texts})
-        .astype("Int64" if whole else "float64")
-    )
+    kind = "Int64" if all(text.lstrip("-").isdigit() for text in texts) else "float64"
+    numbers = pd.Series([int(text) if kind == "Int64" else float(text) for text in texts], dtype=kind)
+    # By the category's number, not row by row; -1, a missing value, finds nothing.
+    return numbers.reindex(kept.cat.codes).set_axis(values.index)

@@ -4,14 +4,14 @@ Sums are taken over each cluster first (pseudo-bulk); everything that follows tr
 unit that was drawn. So a million runs cost one pass, and an interval says how the estimate would vary had other
 inputs, layers and heads been drawn.
 
-    for key, sums in grouped_sums(runs, detected(runs), by=["bit_field"]):
+    for key, sums in Grouping(runs, "bit_field").sums(detected(runs)):
         estimate = ratio(sums)          # estimate.value, estimate.variance, estimate.degrees
 
 Sources: the ratio estimator and its linearised variance between clusters, W. G. Cochran, "Sampling Techniques", 3rd
 ed. 1977, 6.3 and 9A; the delete-one-cluster form, K. M. Wolter, "Introduction to Variance Estimation", 2nd ed. 2007,
-4.2.
+4.2; degrees of freedom from the variance of that variance, W. Pan, M. M. Wall, Statistics in Medicine 21:1429, 2002.
 
-Public names: ``DEFAULT_CLUSTER``, ``ClusterSums``, ``Ratio``, ``grouped_sums``, ``ratio``.
+Public names: ``DEFAULT_CLUSTER``, ``ClusterSums``, ``Grouping``, ``Ratio``, ``ratio``.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from experiments.analysis.distinct import listed, require_columns
 
 DEFAULT_CLUSTER = ("model", "batch_index", "layer", "index_head")
-"""Columns whose values runs of one cluster share. The campaign is none: two campaigns on one input are not independent."""
+"""What runs of one cluster share. The campaign is not part of it: two campaigns on one input are not independent."""
 
 Floats = NDArray[np.float64]
 
@@ -93,7 +93,7 @@ def ratio(sums: ClusterSums) -> Ratio:
     >>> ones = np.ones(4)
     >>> sums = ClusterSums(np.array([0.0, 1.0, 1.0, 2.0]), 2 * ones, 2 * ones, 2 * ones, np.array([0.0, 1.0, 1.0, 2.0]))
     >>> estimate = ratio(sums)
-    >>> estimate.value, round(estimate.variance, 6), estimate.degrees
+    >>> estimate.value, round(estimate.variance, 6), round(estimate.degrees, 6)
     (0.5, 0.041667, 3.0)
     """
     # A cluster of weight 0 says nothing and must not count as one.
@@ -107,44 +107,85 @@ def ratio(sums: ClusterSums) -> Ratio:
         return Ratio(value, math.nan, 0.0)
     change = (values - value * weights) / (total - weights)
     variance = (count - 1) / count * float((change**2).sum())
-    return Ratio(value, variance, sums.effective_clusters - 1)
+    return Ratio(value, variance, _degrees(change, sums.effective_clusters))
 
 
-def grouped_sums(
-    frame: pd.DataFrame,
-    values: NDArray[Any],
-    by: str | Sequence[str] | None = None,
-    cluster: Sequence[str] = DEFAULT_CLUSTER,
-    weights: Floats | None = None,
-) -> Iterator[tuple[tuple[Any, ...], ClusterSums]]:
-    """Yield each group's key (its values of ``by``, in order) and the sums of its clusters.
+def _degrees(change: Floats, clusters: float) -> float:
+    """Return the degrees of freedom of a variance: how well so many clusters, as skewed as these, can tell it.
+
+    A variance of C normal numbers has C - 1. In general the variance of a sample variance s^2 is
+    s^4 (kurtosis - (C - 3) / (C - 1)) / C, which a chi-squared variable of 2 C / (...) degrees of freedom has.
+    """
+    count, squares = len(change), change**2
+    if not squares.any():
+        return clusters - 1
+    kurtosis = count * float((squares**2).sum()) / float(squares.sum()) ** 2
+    excess = kurtosis - (count - 3) / (count - 1)
+    return max(1.0, min(clusters - 1, 2 * count / excess if excess > 0 else math.inf))
+
+
+class Grouping:
+    """Which group and which cluster every row of a table belongs to; found once, for any number of values.
 
     Args:
         frame: one row per run.
-        values: one number per row.
         by: the columns that make groups; groups come sorted. None: one group, even of no rows.
         cluster: the columns that make clusters. An empty cell is a value like any other.
-        weights: one number per row; 1 if left out.
+
+    Attributes:
+        keys: the values of ``by`` of each group.
 
     Raises:
         UsageError: an unknown column.
+
+    >>> frame = pd.DataFrame({"bit": [1, 1, 2], "input": [0, 1, 0]})
+    >>> [(key, sums.hits.tolist()) for key, sums in Grouping(frame, "bit", ["input"]).sums(np.array([1, 0, 1]))]
+    [((1,), [1.0, 0.0]), ((2,), [1.0])]
     """
-    names = listed(by)
-    require_columns(frame, [*names, *cluster])
-    keys, group = _codes(frame, names)
-    _, unit = _codes(frame, list(cluster))
-    count = int(unit.max(initial=0)) + 1
-    pairs, place = np.unique(group.astype(np.int64) * count + unit, return_inverse=True)
-    weight = np.ones(len(frame)) if weights is None else weights
-    number = values.astype(np.float64)
-    columns = [
-        np.bincount(place, weights=part, minlength=len(pairs))
-        for part in (weight * number, weight, np.ones(len(frame)), weight**2, number)
-    ]
-    ends = np.searchsorted(pairs // count, np.arange(len(keys) + 1))
-    for position, key in enumerate(keys):
-        part = slice(ends[position], ends[position + 1])
-        yield key, ClusterSums(*(column[part] for column in columns))
+
+    def __init__(
+        self, frame: pd.DataFrame, by: str | Sequence[str] | None = None, cluster: Sequence[str] = DEFAULT_CLUSTER
+    ) -> None:
+        names = listed(by)
+        require_columns(frame, [*names, *cluster])
+        self.keys, group = _codes(frame, names)
+        _, unit = _codes(frame, list(cluster))
+        count = int(unit.max(initial=0)) + 1
+        # Clusters are numbered group by group, in the order of their keys: the rows' order changes nothing.
+        pairs, self._place = np.unique(group * count + unit, return_inverse=True)
+        self._count = len(pairs)
+        self._ends = np.searchsorted(pairs // count, np.arange(len(self.keys) + 1))
+        self._group = group
+
+    def rows(self) -> list[NDArray[np.intp]]:
+        """Return the positions of each group's rows."""
+        order = np.argsort(self._group, kind="stable")
+        return np.split(order, np.cumsum(np.bincount(self._group, minlength=len(self.keys)))[:-1])
+
+    def sums(
+        self, values: NDArray[Any], weights: Floats | None = None
+    ) -> Iterator[tuple[tuple[Any, ...], ClusterSums]]:
+        """Yield each group's key and the sums of its clusters.
+
+        Args:
+            values: one number per row.
+            weights: one number per row; 1 if left out.
+        """
+        number = values.astype(np.float64)
+        runs = self._summed(np.ones(len(number)))
+        hits = self._summed(number)
+        if weights is None:
+            totals = ClusterSums(hits, runs, runs, runs, hits)
+        else:
+            totals = ClusterSums(
+                self._summed(weights * number), self._summed(weights), runs, self._summed(weights**2), hits
+            )
+        for position, key in enumerate(self.keys):
+            part = slice(self._ends[position], self._ends[position + 1])
+            yield key, ClusterSums(*(column[part] for column in vars(totals).values()))
+
+    def _summed(self, numbers: Floats) -> Floats:
+        return np.bincount(self._place, weights=numbers, minlength=self._count).astype(np.float64, copy=False)
 
 
 def _codes(frame: pd.DataFrame, names: list[str]) -> tuple[list[tuple[Any, ...]], NDArray[np.int64]]:

@@ -4,7 +4,7 @@
     propagated(faults)                  # those whose outcome was measured at the model's output
 
 Public names: ``distinct_faults``, ``propagated``, ``harmful``, ``detected``, ``measured``, ``sampling_weights``,
-``is_weighted``, ``require_columns``, ``listed``, ``HARMFUL``, ``MEASURES``.
+``weights_of``, ``require_columns``, ``listed``, ``HARMFUL``, ``MEASURES``.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def distinct_faults(runs: pd.DataFrame) -> pd.DataFrame:
     [1, 2]
     """
     require_columns(runs, ["fault_id", "scope", "outcome"])
-    if is_weighted(runs):
+    if weights_of(runs) is not None:
         return runs
     key = [name for name in runs.columns if name == "campaign" or str(name).startswith(("detect.", "run."))]
     known = runs["outcome"].notna().to_numpy(bool)
@@ -124,6 +124,7 @@ def sampling_weights(runs: pd.DataFrame) -> NDArray[np.float64]:
     return weights
 
 
-def is_weighted(runs: pd.DataFrame) -> bool:
-    """Return whether the faults were drawn with other than uniform probabilities."""
-    return bool((sampling_weights(runs) != 1).any())
+def weights_of(runs: pd.DataFrame) -> NDArray[np.float64] | None:
+    """Return what each run weighs, or None if all weigh the same because faults were drawn uniformly."""
+    weights = sampling_weights(runs)
+    return weights if (weights != 1).any() else None

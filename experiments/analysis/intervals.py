@@ -1,4 +1,4 @@
-"""Confidence limits of one rate: Wilson, Clopper-Pearson, and Korn-Graubard for runs that are not independent.
+"""Confidence limits of one rate: Wilson, Clopper-Pearson, and Wilson for runs that are not independent.
 
 >>> [round(limit, 4) for limit in wilson_interval(0, 1000)]
 [0.0, 0.0038]
@@ -6,14 +6,15 @@
 [0.2527, 0.3676]
 
 Runs that share an input, a layer and a head tell partly the same story: 16 of them are worth fewer than 16 independent
-ones. ``korn_graubard_interval`` counts what they are worth, the *effective* number of trials, from the variance
-between clusters, and gives the Clopper-Pearson limits for that number.
+ones. ``clustered_interval`` counts what they are worth, the *effective* number of trials, from the variance between
+clusters, and gives Wilson's limits for that number.
 
-Sources: E. B. Wilson, JASA 22:209, 1927; C. J. Clopper, E. S. Pearson, Biometrika 26:404, 1934; E. L. Korn, B. I.
-Graubard, "Confidence intervals for proportions with small expected number of positive counts estimated from survey
-data", Survey Methodology 24:193, 1998.
+Sources: E. B. Wilson, JASA 22:209, 1927; C. J. Clopper, E. S. Pearson, Biometrika 26:404, 1934. The effective number of
+trials: E. L. Korn, B. I. Graubard, Survey Methodology 24:193, 1998. With Wilson's limits: C. Franco, R. J. A. Little,
+T. A. Louis, E. V. Slud, Journal of Survey Statistics and Methodology 7:334, 2019. How well the limits hold is measured by
+``python -m benchmarks.interval_coverage``.
 
-Public names: ``wilson_interval``, ``exact_interval``, ``wilson_limits``, ``exact_limits``, ``korn_graubard_interval``,
+Public names: ``wilson_interval``, ``exact_interval``, ``wilson_limits``, ``exact_limits``, ``clustered_interval``,
 ``CONFIDENCE``.
 """
 
@@ -80,35 +81,37 @@ def exact_limits(rate: float, trials: float, confidence: float = CONFIDENCE) -> 
     return low, high
 
 
-def korn_graubard_interval(
-    rate: float, variance: float, trials: float, clusters: float, confidence: float = CONFIDENCE
+def clustered_interval(
+    rate: float, variance: float, degrees: float, trials: float, clusters: float, confidence: float = CONFIDENCE
 ) -> Limits:
     """Return the limits of a rate whose trials come in clusters.
 
-    The effective number of trials is ``rate (1 - rate) / variance``, times the squared ratio of the t quantiles for
-    ``trials - 1`` and ``clusters - 1`` degrees of freedom, and at most ``trials``. A rate of 0 or 1 says nothing about
-    the correlation within clusters; each then counts as one trial, which is the worst case. So does a lone cluster.
+    Wilson's, for the effective number of trials: ``rate (1 - rate) / variance``, times the squared ratio of the t
+    quantiles for ``trials - 1`` and for ``degrees`` degrees of freedom, and at most ``trials``. A rate of 0 or 1 says
+    nothing about the correlation within clusters; each then counts as one trial, which is the worst case. So does a
+    lone cluster.
 
     Args:
         rate: the estimated rate.
         variance: of that estimate, between clusters; see ``experiments.analysis.clusters``.
+        degrees: degrees of freedom of that variance.
         trials: how many runs there are.
         clusters: how many clusters there are; if they differ in size, what they are worth: (sum n)^2 / sum n^2.
         confidence: of the interval.
 
     >>> rate, clusters, runs = 0.2, 60, 960
     >>> alone = rate * (1 - rate) / runs
-    >>> [round(limit, 3) for limit in korn_graubard_interval(rate, 4 * alone, runs, clusters)]
-    [0.15, 0.257]
-    >>> [round(limit, 3) for limit in korn_graubard_interval(0.0, 0.0, runs, clusters)]
+    >>> [round(limit, 3) for limit in clustered_interval(rate, 4 * alone, 59, runs, clusters)]
+    [0.153, 0.256]
+    >>> [round(limit, 3) for limit in clustered_interval(0.0, 0.0, 59, runs, clusters)]
     [0.0, 0.06]
     """
     if not trials > 0:
         return math.nan, math.nan
     if not 0 < rate < 1 or not clusters > 1:
-        return exact_limits(rate, min(clusters, trials), confidence)
+        return wilson_limits(rate, min(clusters, trials), confidence)
     if not variance > 0:
-        return exact_limits(rate, trials, confidence)
+        return wilson_limits(rate, trials, confidence)
     tail = (1 + confidence) / 2
-    ratio = float(stdtrit(trials - 1, tail) / stdtrit(clusters - 1, tail))
-    return exact_limits(rate, min(trials, rate * (1 - rate) / variance * ratio**2), confidence)
+    factor = float(stdtrit(trials - 1, tail) / stdtrit(degrees, tail)) ** 2
+    return wilson_limits(rate, min(trials, rate * (1 - rate) / variance * factor), confidence)

@@ -52,13 +52,7 @@ def load_runs(path: Paths, columns: Sequence[str] | None = None) -> pd.DataFrame
     names = None if columns is None else list(dict.fromkeys([*columns, "run_id"]))
     files = _files(path, "runs.csv")
     _check_headers(files, ExperimentResult, names)
-    tables = []
-    for campaign, file in files:
-        table = _read(file, campaign, ExperimentResult, names)
-        for axis, texts in axis_columns(file.with_name("plan.csv"), table["run_id"]).items():
-            table = table.append_column(axis, texts)
-        tables.append(table)
-    frame = _frame(tables, ExperimentResult)
+    frame = _frame([_with_axes(_read(file, campaign, ExperimentResult, names), file) for campaign, file in files])
     known = {*result.columns(ExperimentResult), "campaign"}
     for axis in [name for name in frame.columns if name not in known]:
         frame[axis] = typed_axis(frame[axis])
@@ -85,7 +79,8 @@ def _load(
 ) -> pd.DataFrame:
     files = [(campaign, file) for campaign, file in _files(path, name) if not optional or file.is_file()]
     _check_headers(files, row_type, columns)
-    return _frame([_read(file, campaign, row_type, columns) for campaign, file in files], row_type, columns)
+    tables = [_read(file, campaign, row_type, columns) for campaign, file in files]
+    return _frame(tables or [_empty(row_type, columns)], row_type)
 
 
 def _files(path: Paths, name: str) -> list[tuple[str, Path]]:
@@ -181,21 +176,32 @@ def _kinds(row_type: type[Any]) -> dict[str, tuple[type, bool]]:
     return kinds
 
 
-def _frame(tables: list[pa.Table], row_type: type[Any], wanted: Sequence[str] | None = None) -> pd.DataFrame:
-    """Return tables below one another as one frame."""
-    types = _arrow_types(row_type)
-    if not tables:
-        names = list(wanted or types)
-        empty = pa.table({name: pa.array([], types[name]) for name in names})
-        tables = [empty.append_column("campaign", pa.array([], pa.dictionary(pa.int32(), pa.string())))]
+def _with_axes(table: pa.Table, file: Path) -> pa.Table:
+    for axis, texts in axis_columns(file.with_name("plan.csv"), table["run_id"]).items():
+        table = table.append_column(axis, texts)
+    return table
+
+
+def _empty(row_type: type[Any], wanted: Sequence[str] | None) -> pa.Table:
+    types = {**_arrow_types(row_type), "campaign": pa.dictionary(pa.int32(), pa.string())}
+    names = list(types) if wanted is None else [*wanted, "campaign"]
+    return pa.table({name: pa.array([], types[name]) for name in names})
+
+
+def _frame(tables: list[pa.Table], row_type: type[Any] = ExperimentResult) -> pd.DataFrame:
+    """Return tables below one another as one frame. The list is emptied: there is never a second copy of everything."""
     table = pa.concat_tables(tables, promote_options="default").unify_dictionaries()
+    tables.clear()
+    texts = {name for name, (kind, optional) in _kinds(row_type).items() if optional and kind is str}
     for place, name in enumerate(table.column_names):
-        if name in UNREPEATED and _kinds(row_type)[name][1]:
+        if name in texts and name in UNREPEATED:
             table = table.set_column(place, name, pc.if_else(pc.equal(table[name], ""), None, table[name]))
     mapper = {pa.int64(): pd.Int64Dtype(), pa.bool_(): pd.BooleanDtype()}.get
-    # Column by column, and each freed when it is done: never two copies of everything.
-    frame = table.to_pandas(types_mapper=mapper, split_blocks=True, self_destruct=True)
-    for name, (kind, optional) in _kinds(row_type).items():
-        if optional and kind is str and name in frame.columns and name not in UNREPEATED:
-            frame[name] = frame[name].cat.remove_categories([text for text in frame[name].cat.categories if not text])
+    series = {}
+    for name in table.column_names:
+        series[name] = table[name].to_pandas(types_mapper=mapper)
+        table = table.drop_columns([name])
+    frame = pd.DataFrame(series, copy=False)
+    for name in texts.difference(UNREPEATED).intersection(frame.columns):
+        frame[name] = frame[name].cat.remove_categories([text for text in frame[name].cat.categories if not text])
     return frame

@@ -18,7 +18,7 @@ Every table has the columns of ``by`` and
 A rate of nothing (n = 0) is NaN, and so are its limits.
 
 Public names: ``detection_rate``, ``outcome_rates``, ``critical_rate``, ``coverage_of_critical``,
-``false_positive_rate``, ``rate_table``, ``rate_of``.
+``false_positive_rate``, ``rate_table``, ``rate_of``, ``table_of``, ``RATE_COLUMNS``.
 """
 
 from __future__ import annotations
@@ -31,22 +31,21 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from experiments.analysis.clusters import DEFAULT_CLUSTER, ClusterSums, grouped_sums, ratio
+from experiments.analysis.clusters import DEFAULT_CLUSTER, ClusterSums, Grouping, ratio
 from experiments.analysis.distinct import (
     detected,
     distinct_faults,
     harmful,
-    is_weighted,
     listed,
     measured,
     propagated,
     require_columns,
-    sampling_weights,
+    weights_of,
 )
 from experiments.analysis.intervals import (
+    clustered_interval,
     exact_interval,
     exact_limits,
-    korn_graubard_interval,
     wilson_interval,
     wilson_limits,
 )
@@ -55,7 +54,12 @@ from experiments.watcher import is_oracle
 
 By = str | Sequence[str] | None
 
-CLUSTERED = "Korn-Graubard over clusters"
+RATE_COLUMNS = (
+    *("successes", "n", "rate", "low", "high", "wilson_low", "wilson_high", "exact_low", "exact_high"),
+    *("clusters", "method"),
+)
+
+CLUSTERED = "Wilson, effective n of clusters"
 INDEPENDENT = "Wilson"
 NOTHING = "none"
 
@@ -84,15 +88,16 @@ def outcome_rates(runs: pd.DataFrame, by: By = None, *, cluster: Sequence[str] =
     """
     names = listed(by)
     faults = propagated(distinct_faults(runs))
-    tables = []
+    weights = weights_of(faults)
+    grouping = Grouping(faults, names, cluster)
+    rows = []
     for outcome in OUTCOMES:
-        table = rate_table(faults, (faults["outcome"] == outcome).to_numpy(bool), names, cluster)
-        table.insert(len(names), "outcome", outcome)
-        tables.append(table)
+        sums = grouping.sums((faults["outcome"] == outcome).to_numpy(bool), weights)
+        rows.append([(key, {"outcome": outcome, **rate_of(part, weights is not None)}) for key, part in sums])
     # Group by group, the four outcomes of each together.
-    order = np.arange(len(OUTCOMES) * len(tables[0])).reshape(len(OUTCOMES), -1).T.ravel()
-    joined = pd.concat(tables, ignore_index=True)
-    return joined.iloc[order].reset_index(drop=True)
+    return table_of(
+        faults, names, [row for group in zip(*rows, strict=True) for row in group], ["outcome", *RATE_COLUMNS]
+    )
 
 
 def critical_rate(runs: pd.DataFrame, by: By = None, *, cluster: Sequence[str] = DEFAULT_CLUSTER) -> pd.DataFrame:
@@ -141,17 +146,13 @@ def false_positive_rate(clean: pd.DataFrame, by: By = None) -> pd.DataFrame:
     if not {"detector", "proved"} & set(names):
         kept &= clean["proved"].to_numpy(bool)
     checked = clean[kept & (clean["rows_checked"].to_numpy(np.int64) > 0)]
-    violations, rows = (checked[name].to_numpy(np.float64) for name in ("violations", "rows_checked"))
-    sums = zip(
-        grouped_sums(checked, violations, names, ["baseline"]),
-        grouped_sums(checked, rows, names, ["baseline"]),
-        strict=True,
-    )
+    grouping = Grouping(checked, names, ["baseline"])
+    violations, rows = (grouping.sums(checked[name].to_numpy(np.float64)) for name in ("violations", "rows_checked"))
     found = [
-        (key, rate_of(ClusterSums(hit.hits, all_.hits, all_.hits, all_.hits, hit.hits)))
-        for (key, hit), (_, all_) in sums
+        (key, rate_of(ClusterSums(some.hits, every.hits, every.hits, every.hits, some.hits)))
+        for (key, some), (_, every) in zip(violations, rows, strict=True)
     ]
-    return _table(checked, names, found)
+    return table_of(checked, names, found, RATE_COLUMNS)
 
 
 def rate_table(
@@ -169,10 +170,9 @@ def rate_table(
         UsageError: an unknown column, or a wrong sampling weight.
     """
     names = listed(by)
-    weighted = is_weighted(frame)
-    weights = sampling_weights(frame) if weighted else None
-    groups = grouped_sums(frame, hits, names, cluster, weights)
-    return _table(frame, names, [(key, rate_of(sums, weighted)) for key, sums in groups])
+    weights = weights_of(frame)
+    sums = Grouping(frame, names, cluster).sums(hits, weights)
+    return table_of(frame, names, [(key, rate_of(part, weights is not None)) for key, part in sums], RATE_COLUMNS)
 
 
 def rate_of(sums: ClusterSums, weighted: bool = False) -> dict[str, Any]:
@@ -182,7 +182,7 @@ def rate_of(sums: ClusterSums, weighted: bool = False) -> dict[str, Any]:
     >>> sums = ClusterSums(0 * ones, 16 * ones, 16 * ones, 16 * ones, 0 * ones)
     >>> row = rate_of(sums)
     >>> row["n"], row["clusters"], round(row["wilson_high"], 4), round(row["high"], 4), row["method"]
-    (960, 60, 0.004, 0.0596, 'Korn-Graubard over clusters')
+    (960, 60, 0.004, 0.0602, 'Wilson, effective n of clusters')
     """
     successes, n = round(float(sums.hits.sum())), round(float(sums.runs.sum()))
     estimate = ratio(sums)
@@ -200,8 +200,7 @@ def rate_of(sums: ClusterSums, weighted: bool = False) -> dict[str, Any]:
     if n and not weighted and sums.are_singletons:
         printed, method = wilson, INDEPENDENT
     elif method != NOTHING:
-        clusters = sums.effective_clusters
-        printed = korn_graubard_interval(estimate.value, estimate.variance, n, clusters)
+        printed = clustered_interval(estimate.value, estimate.variance, estimate.degrees, n, sums.effective_clusters)
     limits = zip(("", "wilson_", "exact_"), (printed, wilson, exact), strict=True)
     return {
         "successes": successes,
@@ -213,10 +212,11 @@ def rate_of(sums: ClusterSums, weighted: bool = False) -> dict[str, Any]:
     }
 
 
-def _table(frame: pd.DataFrame, by: list[str], rows: list[tuple[tuple[Any, ...], dict[str, Any]]]) -> pd.DataFrame:
-    """Return rows as a table, the columns of ``by`` in the types they had."""
-    columns = list(rate_of(ClusterSums(*[np.zeros(0)] * 5)))
-    table = pd.DataFrame([row for _, row in rows], columns=columns)
+def table_of(
+    frame: pd.DataFrame, by: list[str], rows: list[tuple[tuple[Any, ...], dict[str, Any]]], columns: Sequence[str]
+) -> pd.DataFrame:
+    """Return rows as a table, the columns of ``by`` first and in the types they have in ``frame``."""
+    table = pd.DataFrame([row for _, row in rows], columns=list(columns))
     for place, name in enumerate(by):
         table.insert(place, name, pd.Series([key[place] for key, _ in rows], dtype=frame[name].dtype))
     return table

@@ -1,0 +1,203 @@
+"""Which detector sees what: all of them on the same faults, from ``runs.csv`` alone.
+
+    detector_comparison(load_runs("results/default"), load_clean("results/default"))
+
+``runs.csv`` says who fired; who looked without firing is in ``clean.csv``, with the false positives.
+
+Public names: ``detector_comparison``, ``fired``, ``Lookers``, ``looked``, ``DETECTOR_COLUMNS``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from bounds import get_detector, list_detectors
+from bounds.suites import SUITES
+from experiments.analysis.clusters import DEFAULT_CLUSTER, Grouping
+from experiments.analysis.distinct import distinct_faults, harmful, propagated, require_columns, weights_of
+from experiments.analysis.rates import rate_of
+from experiments.errors import UsageError
+from experiments.watcher import is_oracle
+
+DETECTOR_COLUMNS = (
+    *("detector", "kind", "n", "detected", "detected_low", "detected_high", "harmful_n"),
+    *("recall_critical", "recall_critical_low", "recall_critical_high"),
+    *("recall_effective", "recall_effective_low", "recall_effective_high"),
+    *("exclusive", "union", "false_positives", "clean_rows", "cost"),
+)
+
+COUNTS = ("n", "harmful_n", "exclusive", "false_positives", "clean_rows")
+
+KINDS = {"detectors": "proved", "unproved_detectors": "unproved", "oracle_detectors": "oracle"}
+"""By column of ``runs.csv``, the kind of the detectors it names; also the order of the rows."""
+
+Hits = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Lookers:
+    """The detectors of a campaign: by name their kind, and those that apply to no layer of it."""
+
+    kinds: dict[str, str]
+    inapplicable: frozenset[str]
+
+
+def detector_comparison(
+    runs: pd.DataFrame, clean: pd.DataFrame | None = None, *, cluster: Sequence[str] = DEFAULT_CLUSTER
+) -> pd.DataFrame:
+    """Return a row for each detector, and for each suite whose members all looked.
+
+    | column | meaning |
+    |---|---|
+    | ``kind`` | ``proved``, ``unproved``, ``oracle`` or ``suite`` |
+    | ``n``, ``detected`` | distinct faults, and the share of them it saw |
+    | ``harmful_n``, ``recall_critical`` | propagated faults with a harmful outcome, and the share it saw |
+    | ``recall_effective`` | the share it saw of the faults that changed a bit pattern |
+    | ``exclusive`` | harmful faults that no other detector (oracles apart) saw |
+    | ``union`` | share of the harmful faults that it or one in a row above saw; of oracles and suites NaN |
+    | ``false_positives``, ``clean_rows`` | rows in violation and rows checked, in the fault-free passes |
+    | ``cost`` | extra work per row of n keys and d channels, as the detector states it |
+
+    ``..._low`` and ``..._high`` are 95 % limits that respect clusters. Of a detector that applies nowhere all numbers
+    are empty.
+
+    Args:
+        runs: of campaigns whose detectors looked at every fault.
+        clean: their ``clean.csv``; without it there are only detectors that fired, and no false positives.
+        cluster: columns that make clusters.
+
+    Raises:
+        UsageError: an unknown column, or runs that differ in a field of ``detect``: the same fault would count for
+            several settings.
+    """
+    require_columns(runs, [*KINDS, "effective", *cluster])
+    _check_one_setting(runs)
+    faults = distinct_faults(runs)
+    clean = _same_tolerance(faults, clean)
+    lookers = looked(faults, clean)
+    seen = fired(faults, lookers.kinds)
+    subsets = {
+        "detected": np.ones(len(faults), bool),
+        "recall_critical": harmful(faults) & faults.index.isin(propagated(faults).index),
+        "recall_effective": faults["effective"].to_numpy(bool),
+    }
+    shares = {name: _Shares(faults[rows], rows, cluster) for name, rows in subsets.items()}
+    bad = subsets["recall_critical"]
+    online = [name for name, kind in lookers.kinds.items() if kind != "oracle"]
+    count = sum((seen[name].astype(np.int64) for name in online), np.zeros(len(faults), np.int64))
+    rows, above = [], np.zeros(len(faults), bool)
+    for name, kind in lookers.kinds.items():
+        row: dict[str, Any] = {"detector": name, "kind": kind, "cost": _cost(name), **_false(clean, [name])}
+        if name not in lookers.inapplicable:
+            others = count - seen[name] if kind != "oracle" else count
+            row |= _row(seen[name], shares) | {"exclusive": int((bad & seen[name] & (others == 0)).sum())}
+            if kind != "oracle":
+                above |= seen[name]
+                row["union"] = shares["recall_critical"].of(above)["rate"]
+        rows.append(row)
+    for suite, members in SUITES.items():
+        if len(members) > 1 and set(members) <= set(lookers.kinds):
+            by_suite = np.logical_or.reduce([seen[name] for name in members])
+            rows.append({"detector": suite, "kind": "suite", **_row(by_suite, shares), **_false(clean, members)})
+    table = pd.DataFrame(rows, columns=list(DETECTOR_COLUMNS))
+    return table.astype(dict.fromkeys(COUNTS, "Int64")).fillna({"cost": ""})
+
+
+def looked(runs: pd.DataFrame, clean: pd.DataFrame | None = None) -> Lookers:
+    """Return the detectors of a campaign: proved ones first, then unproved, then oracles, each in the suites' order.
+
+    >>> runs = pd.DataFrame({"detectors": ["finite;s@w", ""], "unproved_detectors": ["", "ranger"],
+    ...                      "oracle_detectors": ["", ""]})
+    >>> looked(runs).kinds
+    {'finite': 'proved', 's@w': 'proved', 'ranger': 'unproved'}
+    """
+    kinds = {name: kind for column, kind in KINDS.items() for name in _names(runs[column])}
+    inapplicable: set[str] = set()
+    if clean is not None:
+        require_columns(clean, ["detector", "proved", "applicable"])
+        told = clean.groupby("detector", observed=True)[["proved", "applicable"]].any()
+        for name, proved, applicable in told.itertuples():
+            kinds[name] = "oracle" if is_oracle(name) else "proved" if proved else "unproved"
+            if not applicable:
+                inapplicable.add(name)
+    order = {name: place for place, name in enumerate(dict.fromkeys(one for suite in SUITES.values() for one in suite))}
+    rank = list(KINDS.values())
+    ordered = sorted(kinds, key=lambda name: (rank.index(kinds[name]), order.get(name, len(order)), name))
+    return Lookers({name: kinds[name] for name in ordered}, frozenset(inapplicable))
+
+
+def fired(runs: pd.DataFrame, names: Iterable[str]) -> dict[str, Hits]:
+    """Return for each detector in which runs it fired.
+
+    >>> runs = pd.DataFrame({"detectors": ["finite;s@w", ""], "unproved_detectors": ["", "ranger"],
+    ...                      "oracle_detectors": ["", ""]})
+    >>> {name: hits.tolist() for name, hits in fired(runs, ["s@w", "ranger", "KV"]).items()}
+    {'s@w': [True, False], 'ranger': [False, True], 'KV': [False, False]}
+    """
+    found = {name: np.zeros(len(runs), bool) for name in names}
+    for column in KINDS:
+        # A campaign of a million runs has few different lists of detectors.
+        codes, lists = pd.factorize(runs[column].astype(object).fillna(""))
+        members = [set(str(text).split(";")) for text in lists]
+        for name in found.keys() & set().union(*members):
+            found[name] |= np.array([name in one for one in members])[codes]
+    return found
+
+
+class _Shares:
+    """Rates over one subset of the faults, for any detector."""
+
+    def __init__(self, faults: pd.DataFrame, rows: Hits, cluster: Sequence[str]) -> None:
+        self._rows, self._weights = rows, weights_of(faults)
+        self._grouping = Grouping(faults, None, cluster)
+
+    def of(self, seen: Hits) -> dict[str, Any]:
+        [(_, sums)] = self._grouping.sums(seen[self._rows], self._weights)
+        return rate_of(sums, self._weights is not None)
+
+
+def _row(seen: Hits, shares: dict[str, _Shares]) -> dict[str, Any]:
+    row: dict[str, Any] = {}
+    for name, share in shares.items():
+        rate = share.of(seen)
+        row |= {name: rate["rate"], f"{name}_low": rate["low"], f"{name}_high": rate["high"]}
+        row |= {{"detected": "n", "recall_critical": "harmful_n"}.get(name, "effective_n"): rate["n"]}
+    return row
+
+
+def _false(clean: pd.DataFrame | None, names: Sequence[str]) -> dict[str, float]:
+    """Return false positives and the rows in which there could have been any; NaN where it is not known."""
+    if clean is None or any(map(is_oracle, names)):
+        return {"false_positives": math.nan, "clean_rows": math.nan}
+    own = clean[clean["detector"].isin(names).to_numpy(bool) & clean["applicable"].to_numpy(bool)]
+    return {"false_positives": int(own["violations"].sum()), "clean_rows": int(own["rows_checked"].sum())}
+
+
+def _cost(name: str) -> str:
+    return get_detector(name).cost if name in list_detectors() else ""
+
+
+def _names(column: pd.Series) -> list[str]:
+    lists = column.astype(object).fillna("").unique()
+    return sorted({name for text in lists for name in str(text).split(";") if name})
+
+
+def _check_one_setting(runs: pd.DataFrame) -> None:
+    for axis in [name for name in runs.columns if str(name).startswith("detect.")]:
+        values = runs[axis].dropna().unique()
+        if len(values) > 1:
+            given = ", ".join(map(str, values[:4]))
+            raise UsageError(f"{axis}: got runs with {given}, allowed runs of one value; select them before comparing")
+
+
+def _same_tolerance(runs: pd.DataFrame, clean: pd.DataFrame | None) -> pd.DataFrame | None:
+    if clean is None or "detect.tolerance" not in runs.columns or "tolerance" not in clean.columns:
+        return clean
+    return clean[clean["tolerance"].isin(runs["detect.tolerance"].dropna().unique())]

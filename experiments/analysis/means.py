@@ -1,0 +1,200 @@
+"""Means of a campaign, each with its n, its median and the limits of a bootstrap over clusters.
+
+    epsilon_distribution(runs, "bit_field")
+    overhead(runs)
+
+Every table has the columns of ``by`` and ``n, mean, median, low, high, clusters, method``; ``low`` and ``high`` are the
+95 % limits of the mean. Values that are missing or not finite are left out: ``n`` counts the others. Sampling weights
+count, if there are any, as they do in rates.
+
+Public names: ``epsilon_distribution``, ``margin_statistics``, ``bound_tightness``, ``loss_change``, ``overhead``,
+``mean_table``, ``MEAN_COLUMNS``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from experiments.analysis.clusters import DEFAULT_CLUSTER, ClusterSums, Grouping, ratio
+from experiments.analysis.distinct import distinct_faults, listed, propagated, require_columns, weights_of
+from experiments.analysis.rates import By, rate_table, table_of
+from experiments.analysis.resampling import bootstrap_limits, ratio_influence
+
+MEAN_COLUMNS = ("n", "mean", "median", "low", "high", "clusters", "method")
+
+PARTS = ("injection", "bounds", "detection", "correction")
+"""The parts of a run that are timed; ``overhead`` is (bounds + detection) / injection."""
+
+Floats = NDArray[np.float64]
+
+
+def epsilon_distribution(
+    runs: pd.DataFrame, by: By = None, *, cluster: Sequence[str] = DEFAULT_CLUSTER
+) -> pd.DataFrame:
+    """Return the mean of ``epsilon``: of the row of the first injected layer that is nearest to its bounds.
+
+    >>> runs = pd.DataFrame({"fault_id": list("abc"), "scope": "full", "outcome": "benign", "model": "m",
+    ...                      "batch_index": [0, 1, 2], "layer": 0, "index_head": 0, "epsilon": [1.0, 2.0, 6.0]})
+    >>> epsilon_distribution(runs)[["n", "mean", "median", "method"]].values.tolist()
+    [[3, 3.0, 2.0, 't over clusters']]
+    """
+    faults = distinct_faults(runs)
+    return mean_table(faults, _numbers(faults, "epsilon"), by, cluster)
+
+
+def margin_statistics(runs: pd.DataFrame, by: By = None, *, cluster: Sequence[str] = DEFAULT_CLUSTER) -> pd.DataFrame:
+    """Return the mean of ``epsilon_margin``, and how often it is negative: epsilon outside its bounds.
+
+    Further columns: ``outside``, ``outside_n``, ``share_outside``, ``outside_low``, ``outside_high``. A margin that is
+    -inf counts as outside, though it enters no mean.
+    """
+    faults = distinct_faults(runs)
+    margin = _numbers(faults, "epsilon_margin")
+    table = mean_table(faults, margin, by, cluster)
+    known = ~np.isnan(margin)
+    outside = rate_table(faults[known], margin[known] < 0, by, cluster)
+    names = listed(by)
+    outside = outside.rename(
+        columns={"successes": "outside", "n": "outside_n", "rate": "share_outside", "low": "outside_low",
+                 "high": "outside_high"}
+    )  # fmt: skip
+    added = outside[[*names, "outside", "outside_n", "share_outside", "outside_low", "outside_high"]]
+    return table.merge(added, on=names, how="left") if names else table.join(added)
+
+
+def bound_tightness(runs: pd.DataFrame, by: By = None, *, cluster: Sequence[str] = DEFAULT_CLUSTER) -> pd.DataFrame:
+    """Return how far the bounds lie from epsilon: column ``quantity`` is one of the two ratios below; 1 is tight.
+
+    ``upper_over_epsilon`` is ``epsilon_upper / epsilon``, ``epsilon_over_lower`` is ``epsilon / epsilon_lower``; a run
+    whose denominator is not positive has no ratio.
+    """
+    faults = distinct_faults(runs)
+    epsilon, lower, upper = (_numbers(faults, name) for name in ("epsilon", "epsilon_lower", "epsilon_upper"))
+    ratios = {"upper_over_epsilon": _quotient(upper, epsilon), "epsilon_over_lower": _quotient(epsilon, lower)}
+    return _stacked(faults, ratios, "quantity", by, cluster)
+
+
+def loss_change(runs: pd.DataFrame, by: By = None, *, cluster: Sequence[str] = DEFAULT_CLUSTER) -> pd.DataFrame:
+    """Return the mean of ``loss_diff`` of propagated faults, nats.
+
+    A further column ``nonfinite`` counts the faults that made the loss NaN or infinite and are in no mean.
+    """
+    faults = propagated(distinct_faults(runs))
+    change = _numbers(faults, "loss_diff")
+    table = mean_table(faults, change, by, cluster)
+    lost = ~np.isfinite(change) & (faults["outcome"] == "nonfinite").to_numpy(bool)
+    sums = Grouping(faults, by, cluster).sums(lost)
+    return table.assign(nonfinite=[round(float(part.hits.sum())) for _, part in sums])
+
+
+def overhead(runs: pd.DataFrame, by: By = None, *, cluster: Sequence[str] = DEFAULT_CLUSTER) -> pd.DataFrame:
+    """Return the seconds of each part of a run, and the overhead of detection; column ``part`` says which.
+
+    The ``mean`` of ``overhead`` is the ratio of sums, (bounds + detection) / injection, its ``median`` that of the
+    runs' own ratios. All runs count, repeated faults too, and none is weighted: this is what the campaign took.
+    """
+    names = [f"{part}_seconds" for part in PARTS]
+    injection, bounds, detection, _ = seconds = [_numbers(runs, name) for name in names]
+    plain = runs.drop(columns="sampling_weight", errors="ignore")
+    table = _stacked(plain, dict(zip(PARTS, seconds, strict=True)), "part", by, cluster)
+    last = mean_table(plain, bounds + detection, by, cluster, injection)
+    last.insert(len(listed(by)), "part", "overhead")
+    return _interleaved([table, last], len(PARTS))
+
+
+def mean_table(
+    frame: pd.DataFrame,
+    values: Floats,
+    by: By = None,
+    cluster: Sequence[str] = DEFAULT_CLUSTER,
+    denominators: Floats | None = None,
+) -> pd.DataFrame:
+    """Return the mean of values in each group, or the ratio of their sum to that of ``denominators``.
+
+    Args:
+        frame: one row per run; duplicates are the caller's to drop.
+        values: one number for each; what is not finite is left out.
+        by: columns that make groups, or None for one row.
+        cluster: columns that make clusters.
+        denominators: one number for each, 1 if left out; the median is then that of the quotients.
+
+    Raises:
+        UsageError: an unknown column, or a wrong sampling weight.
+    """
+    names = listed(by)
+    grouping = Grouping(frame, names, cluster)
+    below = np.ones(len(values)) if denominators is None else denominators
+    finite = np.isfinite(values) & np.isfinite(below)
+    given = weights_of(frame)
+    weights = np.where(finite, 1.0 if given is None else given, 0.0)
+    above = grouping.sums(np.where(finite, values, 0.0), weights)
+    counted = grouping.sums(np.where(finite, below, 0.0), weights)
+    kept = grouping.sums(finite)
+    quotients = values if denominators is None else _quotient(values, below)
+    medians = [_median(quotients[rows], weights[rows]) for rows in grouping.rows()]
+    found = [
+        (key, _mean_row(part, some.values, int(every.hits.sum()), median, every.hits > 0))
+        for (key, part), (_, some), (_, every), median in zip(above, counted, kept, medians, strict=True)
+    ]
+    return table_of(frame, names, found, MEAN_COLUMNS)
+
+
+def _mean_row(above: ClusterSums, below: Floats, n: int, median: float, held: NDArray[np.bool_]) -> dict[str, Any]:
+    sums = ClusterSums(above.values[held], below[held], above.runs[held], above.squares[held], above.hits[held])
+    mean = ratio(sums).value
+    limits = bootstrap_limits(mean, ratio_influence(sums))
+    return {
+        "n": n,
+        "mean": mean,
+        "median": median,
+        "low": limits.low,
+        "high": limits.high,
+        "clusters": int(held.sum()),
+        "method": limits.method,
+    }
+
+
+def _median(values: Floats, weights: Floats) -> float:
+    """Return the median; of weighted values the middle between the first and the last at which half the weight is."""
+    kept = np.isfinite(values) & (weights > 0)
+    if not kept.any():
+        return math.nan
+    order = np.argsort(values[kept], kind="stable")
+    ordered, share = values[kept][order], np.cumsum(weights[kept][order])
+    half = share[-1] / 2
+    first, last = np.searchsorted(share, half), np.searchsorted(share, half, side="right")
+    return float(ordered[first] + ordered[min(last, len(ordered) - 1)]) / 2
+
+
+def _stacked(
+    frame: pd.DataFrame, values: dict[str, Floats], column: str, by: By, cluster: Sequence[str]
+) -> pd.DataFrame:
+    tables = []
+    for name, numbers in values.items():
+        table = mean_table(frame, numbers, by, cluster)
+        table.insert(len(listed(by)), column, name)
+        tables.append(table)
+    return _interleaved(tables, 1)
+
+
+def _interleaved(tables: list[pd.DataFrame], rows: int) -> pd.DataFrame:
+    """Return tables as one: what all say of the first group, then of the second; the first has ``rows`` for each."""
+    order = [np.arange(len(table)) // (rows if place == 0 else 1) for place, table in enumerate(tables)]
+    joined = pd.concat(tables, ignore_index=True)
+    return joined.iloc[np.argsort(np.concatenate(order), kind="stable")].reset_index(drop=True)
+
+
+def _quotient(above: Floats, below: Floats) -> Floats:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(below > 0, above / below, np.nan)
+
+
+def _numbers(frame: pd.DataFrame, name: str) -> Floats:
+    require_columns(frame, [name])
+    return frame[name].to_numpy(np.float64, na_value=np.nan)

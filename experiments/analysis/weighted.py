@@ -1,0 +1,70 @@
+"""Estimates from draws that were not uniform: each value weighs as much as it was too rarely drawn.
+
+    estimate, variance = hajek(values, runs["sampling_weight"])
+
+Draws are independent and with replacement, from probabilities q instead of the p of the population that is meant; the
+weight of a draw is p / q. Both estimators are of the population's mean.
+
+Sources: M. H. Hansen, W. N. Hurwitz, Annals of Mathematical Statistics 14:333, 1943 (draws with replacement); D. G.
+Horvitz, D. J. Thompson, JASA 47:663, 1952; J. Hajek, comment in Foundations of Statistical Inference, 1971; variances:
+C.-E. Sarndal, B. Swensson, J. Wretman, "Model Assisted Survey Sampling", 1992, 2.9 and 5.6-5.7.
+
+Public names: ``horvitz_thompson``, ``hajek``.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from experiments.errors import UsageError
+
+
+def horvitz_thompson(values: ArrayLike, weights: ArrayLike) -> tuple[float, float]:
+    """Return the mean of weight times value, and its variance. Unbiased.
+
+    Args:
+        values: one number for each draw.
+        weights: p / q of each draw; their expectation is 1.
+
+    Raises:
+        UsageError: lengths that differ, no draw, or weights that are negative or not finite.
+
+    >>> horvitz_thompson([0.0, 1.0, 1.0, 0.0], [1.0, 1.0, 1.0, 1.0])
+    (0.5, 0.08333333333333333)
+    """
+    value, weight = _checked(values, weights)
+    terms = value * weight
+    return float(terms.mean()), _variance_of_mean(terms)
+
+
+def hajek(values: ArrayLike, weights: ArrayLike) -> tuple[float, float]:
+    """Return the sum of weight times value over the sum of weights, and its linearised variance.
+
+    Almost unbiased, and steadier than ``horvitz_thompson`` where values do not grow with their probability: a constant
+    is estimated without error. Arguments and errors as there.
+
+    >>> hajek([3.0, 3.0, 3.0], [0.5, 1.0, 4.0])
+    (3.0, 0.0)
+    """
+    value, weight = _checked(values, weights)
+    if not weight.any():
+        raise UsageError("sampling_weight: all are 0, allowed at least one positive")
+    estimate = float((value * weight).sum() / weight.sum())
+    return estimate, _variance_of_mean((value - estimate) * weight / weight.mean())
+
+
+def _variance_of_mean(terms: NDArray[np.float64]) -> float:
+    return float(terms.var(ddof=1)) / len(terms) if len(terms) > 1 else math.nan
+
+
+def _checked(values: ArrayLike, weights: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    value, weight = np.asarray(values, np.float64), np.asarray(weights, np.float64)
+    if value.shape != weight.shape or value.ndim != 1 or not len(value):
+        raise UsageError(f"values and weights: got shapes {value.shape} and {weight.shape}, allowed (n,) twice, n > 0")
+    wrong = ~(np.isfinite(weight) & (weight >= 0))
+    if wrong.any():
+        raise UsageError(f"sampling_weight: got {weight[wrong][0]}, allowed numbers from 0 on")
+    return value, weight

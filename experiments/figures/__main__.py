@@ -1,0 +1,51 @@
+"""Write all figures of a campaign: ``python -m experiments.figures results/NAME [--out DIR]``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from experiments.csv_file import write_text
+from experiments.errors import CheckRefusedError, MissingResourceError, UsageError
+from experiments.figures.catalogue import Written, load_tables, write_figures
+
+_PAGE = "figures.md"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write the figures and a page with their captions; return the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m experiments.figures", description=__doc__, allow_abbrev=False)
+    parser.add_argument("campaign", nargs="+", type=Path, help="folder of a campaign, or of several that are pooled")
+    parser.add_argument("--out", type=Path, help="where to write (default: figures/ in the first campaign's folder)")
+    options = parser.parse_args(arguments)
+    out: Path = options.out or options.campaign[0] / "figures"
+    try:
+        if out.exists() and not out.is_dir():
+            raise UsageError(f"--out: got {out}, which is a file; allowed a folder")
+        written = []
+        for entry in write_figures(load_tables(options.campaign), out):
+            written.append(entry)
+            print(f"{entry.name:26}{entry.reason or ', '.join(path.name for path in entry.files)}", flush=True)
+        write_text(out / _PAGE, page(written))
+    except (UsageError, MissingResourceError, CheckRefusedError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_status
+    print(f"{sum(bool(entry.files) for entry in written)} of {len(written)} figures and {_PAGE} in {out}")
+    return 0
+
+
+def page(written: Sequence[Written]) -> str:
+    """Return a Markdown page with the figures, their captions, and the reasons why others are missing."""
+    lines = ["# Figures"]
+    for entry in written:
+        picture = (
+            f"![{entry.title}]({entry.name}.svg)\n\n{entry.caption}" if entry.files else f"Not drawn: {entry.reason}."
+        )
+        lines += ["", f"## {entry.title}", "", picture]
+    return "\n".join([*lines, ""])
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,112 @@
+"""Detectors side by side: what share of harmful faults each saw, of all faults, and at what price in false positives.
+
+    detector_recall(runs, load_clean(folder))
+
+Public names: ``detector_recall``, ``detector_recall_caption``.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.container import ErrorbarContainer
+from matplotlib.figure import Figure
+
+from experiments.analysis import detector_comparison
+from experiments.figures.no_data import NoDataError, need_rows
+from experiments.figures.population import population
+from experiments.figures.style import OUTCOME_STYLES, SERIES_STYLES, error_bars, legend_above, new_figure, styled
+from experiments.figures.style import percent_axis as percent
+
+_KINDS = {
+    "suite": "suites",
+    "proved": "proved",
+    "unproved": "without a proof",
+    "oracle": "read the fault-free\npass (no detectors)",
+}
+
+
+@styled
+def detector_recall(runs: pd.DataFrame, clean: pd.DataFrame) -> Figure:
+    """Draw the recall of harmful faults and the share of all faults that each detector saw, with intervals.
+
+    False positives stand at the right: rows in violation among the rows it checked in fault-free passes.
+
+    Raises:
+        NoDataError: no detector looked, or runs differ in a field of ``detect``.
+    """
+    table = _table(runs, clean)
+    places = _places(table)
+    figure = new_figure(7.2, 1.0 + 0.2 * (float(places.max()) + 1))
+    axes = figure.subplots()
+    bars = [_draw(axes, table, places + 0.14, "detected", "of all faults")]
+    if _harmful(table):
+        bars.insert(0, _draw(axes, table, places - 0.14, "recall_critical", "of harmful faults"))
+    axes.set_yticks(places, [str(name) for name in table["detector"]])
+    axes.set_ylim(float(places.max()) + 0.7, -0.9)
+    percent(axes.xaxis)
+    axes.set_xlabel("share that the detector saw")
+    axes.grid(axis="x")
+    _label(axes, table, places)
+    legend_above(figure, bars)
+    return figure
+
+
+def _table(runs: pd.DataFrame, clean: pd.DataFrame) -> pd.DataFrame:
+    for axis in runs.columns:
+        if str(axis).startswith("detect.") and runs[axis].nunique() > 1:
+            raise NoDataError(f"its runs differ in {axis}: the same fault would count once for every value")
+    table = detector_comparison(runs, clean)
+    need_rows(table, "no detector looked in this campaign")
+    order = {kind: place for place, kind in enumerate(_KINDS)}
+    kinds = table["kind"].astype(str).map(order).fillna(len(order))
+    return table.iloc[np.argsort(kinds, kind="stable")].reset_index(drop=True)
+
+
+def _harmful(table: pd.DataFrame) -> int:
+    """Return how many harmful faults there were; of a detector that applies nowhere the number is empty."""
+    return int(table["harmful_n"].fillna(0).max())
+
+
+def _places(table: pd.DataFrame) -> np.ndarray:
+    """Return the heights of the rows, with a gap between kinds."""
+    kinds = table["kind"].astype(str)
+    return np.arange(len(table)) + 0.8 * ((kinds != kinds.shift()).cumsum().to_numpy(float) - 1)
+
+
+def _draw(axes: Axes, table: pd.DataFrame, places: np.ndarray, column: str, label: str) -> ErrorbarContainer:
+    style = OUTCOME_STYLES["critical"] if column == "recall_critical" else SERIES_STYLES[0]
+    rates = table.rename(columns={f"{column}_low": "lower", f"{column}_high": "upper"})
+    return axes.errorbar(
+        table[column].to_numpy(float), places, xerr=error_bars(rates, column, "lower", "upper"), label=label,
+        fmt=style.marker, color=style.colour, markersize=4.5, linewidth=1.0, capsize=1.5,
+        markerfacecolor="white" if column == "recall_critical" else style.colour,
+    )  # fmt: skip
+
+
+def _label(axes: Axes, table: pd.DataFrame, places: np.ndarray) -> None:
+    """Write false positives at the right, and the kinds above their rows."""
+    end = axes.get_xlim()[1]
+    axes.text(end + 0.02, -0.9, "false positives\n/ clean rows", fontsize=7, va="bottom")
+    for place, row in zip(places, table.itertuples(index=False), strict=True):
+        text = "not applicable" if pd.isna(row.n) else "-"
+        if pd.notna(row.clean_rows) and row.clean_rows > 0:
+            text = f"{int(row.false_positives):,} / {int(row.clean_rows):,}"
+        axes.text(end + 0.02, place, text, fontsize=7, va="center")
+    kinds = table["kind"].astype(str)
+    for kind, first in zip(kinds, places, strict=True):
+        if kind in _KINDS and first == places[(kinds == kind).to_numpy()][0]:
+            axes.text(0.01, first - 0.55, _KINDS[kind].replace("\n", " "), fontsize=7, style="italic", va="center")
+
+
+def detector_recall_caption(runs: pd.DataFrame, clean: pd.DataFrame) -> str:
+    """Return what the figure shows, and of how many faults."""
+    table = _table(runs, clean)
+    harmful = _harmful(table)
+    none = " None was harmful." if harmful == 0 else ""
+    return (
+        "Share of faults that each detector saw, with 95 % intervals: of the harmful ones "
+        f"(critical or not finite, n = {harmful:,}) and of all. The same faults under every detector. False positives: "
+        f"rows in violation in fault-free passes, of the rows checked there. {population(runs)}.{none}"
+    )
