@@ -119,9 +119,10 @@ def main() -> None:
     start = time.perf_counter()
     subprocess.run([sys.executable, str(ROOT / "run_sweep.py"), "report", str(folder.path)], check=True)
     seconds = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    peak, processor = used.ru_maxrss / 1024, used.ru_utime + used.ru_stime
     page = folder.file("report.html").stat().st_size / 1e6
-    print(f"{seconds:.1f} s, peak {peak:.0f} MB, report.html {page:.1f} MB")
+    print(f"{seconds:.1f} s ({processor:.1f} s of processor time), peak {peak:.0f} MB, report.html {page:.1f} MB")
 
 
 if __name__ == "__main__":

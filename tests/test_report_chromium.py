@@ -1,4 +1,4 @@
-"""The report in a browser: nothing asked for, nothing complained of, tables that sort, a hostile name that is a text."""
+"""The report in a browser: silent, self-contained, with tables that sort, and a hostile name that is a text."""
 
 from __future__ import annotations
 

@@ -199,7 +199,9 @@ def _frame(tables: list[pa.Table], row_type: type[Any] = ExperimentResult) -> pd
     mapper = {pa.int64(): pd.Int64Dtype(), pa.bool_(): pd.BooleanDtype()}.get
     series = {}
     for name in table.column_names:
-        series[name] = table[name].to_pandas(types_mapper=mapper)
+        column = table[name].to_pandas(types_mapper=mapper)
+        # One chunk is handed over as it is, and nobody could write to it.
+        series[name] = column.copy() if table[name].num_chunks == 1 else column
         table = table.drop_columns([name])
     frame = pd.DataFrame(series, copy=False)
     for name in texts.difference(UNREPEATED).intersection(frame.columns):

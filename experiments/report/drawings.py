@@ -13,12 +13,11 @@ import base64
 import io
 import re
 
-import matplotlib
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from experiments.figures import svg_text
-from experiments.figures.style import STYLE
+from experiments.figures.style import style_context
 
 CSS_DPI = 96  # what an inch is to a browser
 PNG_DPI = 144
@@ -53,6 +52,6 @@ def _svg(figure: Figure, name: str) -> str:
 
 def _png(figure: Figure) -> str:
     stream = io.BytesIO()
-    with matplotlib.rc_context(dict(STYLE)):
+    with style_context():
         figure.savefig(stream, format="png", dpi=PNG_DPI, metadata={"Software": None})
     return base64.b64encode(stream.getvalue()).decode("ascii")

@@ -31,7 +31,7 @@ class Drawing:
 
 def draw_gallery(inputs: ReportInputs, runs: pd.DataFrame) -> tuple[list[Drawing], list[tuple[str, str]]]:
     """Return the drawings of some runs, and (title, reason) of each figure that this campaign has no data for."""
-    tables = {"runs": runs, "clean": inputs.clean, "propagation": load_propagation(inputs.folder.path)}
+    tables = {"runs": _slim(runs), "clean": inputs.clean, "propagation": load_propagation(inputs.folder.path)}
     drawn: list[Drawing] = []
     left_out: list[tuple[str, str]] = []
     for name, entry in FIGURES.items():
@@ -40,6 +40,11 @@ def draw_gallery(inputs: ReportInputs, runs: pd.DataFrame) -> tuple[list[Drawing
         except NoDataError as reason:
             left_out.append((entry.title, str(reason)))
     return drawn, left_out
+
+
+def _slim(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return the runs with their faults as numbers: figures drop duplicates again and again, and texts are slow."""
+    return runs.drop(columns=["run_id", "bits_after"]).assign(fault_id=pd.factorize(runs["fault_id"])[0])
 
 
 def _drawing(name: str, entry: FigureEntry, tables: dict[str, pd.DataFrame]) -> Drawing:
