@@ -40,7 +40,7 @@ function sorted(rows, column, sign) {
 
 // What is folded away on the screen is printed.
 addEventListener("beforeprint", () => {
-  for (const details of document.querySelectorAll("details:not([open])")) {
+  for (const details of document.querySelectorAll("details:not([open], .cells)")) {
     details.open = true;
     details.dataset.closed = "";
   }
