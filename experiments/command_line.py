@@ -20,6 +20,7 @@ usage: run_sweep.py [--config FILE] [--<field> VALUE ...] [--sweep.<field> VALUE
        run_sweep.py status results/NAME            done, failed and missing runs
        run_sweep.py merge results/NAME             make the tables from the shards
        run_sweep.py export results/NAME [--table T] [--output FILE]     a merged table as Parquet
+       run_sweep.py report results/NAME            one HTML page, report.html, and summary.csv
        run_sweep.py trace results/NAME             where the time went, from the trace
        run_sweep.py plan-size --margin E --confidence C [--population N | campaign options]
 
@@ -105,8 +106,11 @@ def _find(name: str) -> Callable[[Sequence[str]], int]:
         "plan-size": plan_size.plan_size,
     }
     if name == "report":
-        raise UsageError("report: the HTML report is not available in this version; read runs.csv with pandas")
+        # Imported here: drawing is slow to load, and no other command draws.
+        from experiments.commands.report import report
+
+        return report
     if name not in commands:
-        allowed = ", ".join(sorted(commands))
-        raise UsageError(f"{name}: no such command, allowed {allowed}{nearest(name, commands)}")
+        allowed = sorted([*commands, "report"])
+        raise UsageError(f"{name}: no such command, allowed {', '.join(allowed)}{nearest(name, allowed)}")
     return commands[name]

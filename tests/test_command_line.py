@@ -47,7 +47,7 @@ def test_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_help_names_every_command_and_option() -> None:
-    commands = ("replay", "status", "merge", "trace", "plan-size")
+    commands = ("replay", "status", "merge", "report", "trace", "plan-size")
     options = ("config", "sweep.", "dry-run", "list", "shard", "launcher", "workers", "overwrite")
     for word in (*commands, *(f"--{option}" for option in options), "Exit status"):
         assert word in HELP

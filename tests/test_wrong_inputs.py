@@ -265,11 +265,12 @@ def test_overwriting_a_folder_that_is_no_campaign_keeps_its_files(place: MicroPl
     [
         (
             ["staus", "results/x"],
-            "staus: no such command, allowed merge, plan-size, replay, status, trace; did you mean",
+            "staus: no such command, allowed merge, plan-size, replay, report, status, trace; did you mean",
             USAGE,
         ),
         (["run"], "run: no such command", USAGE),
-        (["report", "x"], "report: ", USAGE),
+        (["report", "nowhere"], "nowhere: no campaign here", MISSING),
+        (["report"], "report: needs one campaign folder", USAGE),
         (["status"], "status: needs one campaign folder", USAGE),
         (["status", "a", "b"], "status: needs one campaign folder", USAGE),
         (["status", "nowhere"], "nowhere: no campaign here", MISSING),

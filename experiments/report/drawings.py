@@ -1,0 +1,57 @@
+"""Figures as markup that stands in the page itself.
+
+A figure is inline SVG, or a PNG as a data address where that is shorter. Identifiers inside an SVG get the figure's
+name in front, so that two figures in one page cannot take each other's clipping paths, and those that nothing refers to
+are left out; so is what points outside the page (document type, namespaces, metadata), which HTML needs none of.
+
+Public names: ``figure_markup``.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+
+from markupsafe import Markup
+from matplotlib.figure import Figure
+
+from experiments.figures import svg_text
+from experiments.figures.style import style_context
+
+CSS_DPI = 96  # what an inch is to a browser
+PNG_DPI = 144
+
+
+def figure_markup(figure: Figure, name: str, title: str) -> Markup:
+    """Return a figure as HTML.
+
+    Args:
+        figure: drawn and left as it is.
+        name: an identifier that no other figure of the page has.
+        title: what screen readers say instead.
+    """
+    svg, png = _svg(figure, name), _png(figure)
+    if len(svg) <= len(png):
+        return Markup('<div class="drawing" role="img" aria-label="{}">{}</div>').format(title, Markup(svg))
+    width, height = (round(CSS_DPI * inches) for inches in figure.get_size_inches())
+    image = Markup('<img class="drawing" alt="{}" width="{}" height="{}" src="data:image/png;base64,{}">')
+    return image.format(title, width, height, png)
+
+
+def _svg(figure: Figure, name: str) -> str:
+    text = svg_text(figure)
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<!--.*?-->\s*|<metadata>.*?</metadata>\s*|<style[^>]*>.*?</style>\s*", "", text, flags=re.DOTALL)
+    text = re.sub(r'\s(?:xmlns(?::\w+)?|version)="[^"]*"', "", text, count=3)
+    used = set(re.findall(r'(?:xlink:href="#|url\(#)([^")]+)', text))
+    text = re.sub(r'\sid="([^"]*)"', lambda found: f' id="{name}-{found[1]}"' if found[1] in used else "", text)
+    text = text.replace('xlink:href="#', f'xlink:href="#{name}-').replace("url(#", f"url(#{name}-")
+    return text.replace(" xlink:href=", " href=").strip()
+
+
+def _png(figure: Figure) -> str:
+    stream = io.BytesIO()
+    with style_context():
+        figure.savefig(stream, format="png", dpi=PNG_DPI, metadata={"Software": None})
+    return base64.b64encode(stream.getvalue()).decode("ascii")

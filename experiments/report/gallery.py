@@ -1,0 +1,52 @@
+"""Every figure of the catalogue that a campaign has data for.
+
+    drawn, left_out = draw_gallery(inputs, inputs.runs)
+    left_out                          # [("Propagation through depth", "this campaign has no propagation.csv"), ...]
+
+Public names: ``Drawing``, ``draw_gallery``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pandas as pd
+from markupsafe import Markup
+
+from experiments.analysis import load_propagation
+from experiments.figures import FIGURES, FigureEntry, NoDataError
+from experiments.report.drawings import figure_markup
+from experiments.report.inputs import ReportInputs
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A figure in the page."""
+
+    name: str
+    title: str
+    caption: str
+    markup: Markup
+
+
+def draw_gallery(inputs: ReportInputs, runs: pd.DataFrame) -> tuple[list[Drawing], list[tuple[str, str]]]:
+    """Return the drawings of some runs, and (title, reason) of each figure that this campaign has no data for."""
+    tables = {"runs": _slim(runs), "clean": inputs.clean, "propagation": load_propagation(inputs.folder.path)}
+    drawn: list[Drawing] = []
+    left_out: list[tuple[str, str]] = []
+    for name, entry in FIGURES.items():
+        try:
+            drawn.append(_drawing(name, entry, tables))
+        except NoDataError as reason:
+            left_out.append((entry.title, str(reason)))
+    return drawn, left_out
+
+
+def _slim(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return the runs with their faults as numbers: figures drop duplicates again and again, and texts are slow."""
+    return runs.drop(columns=["run_id", "bits_after"]).assign(fault_id=pd.factorize(runs["fault_id"])[0])
+
+
+def _drawing(name: str, entry: FigureEntry, tables: dict[str, pd.DataFrame]) -> Drawing:
+    figure, caption = entry.make(tables)
+    return Drawing(name, entry.title, caption, figure_markup(figure, name, entry.title))

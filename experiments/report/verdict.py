@@ -1,0 +1,107 @@
+"""What the numbers say, in words, and what they do not say.
+
+Public names: ``verdict_sentences``, ``limit_sentences``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pandas as pd
+
+from experiments.report.inputs import ReportInputs
+from experiments.report.tables import rate_text
+
+MOST_POINTS = 6
+"""Most points of swept ``detect`` and ``run`` fields that the verdict speaks of; a table has the others."""
+
+
+def verdict_sentences(inputs: ReportInputs, points: pd.DataFrame) -> Iterator[str]:
+    """Yield the verdict: runs, distinct faults, harm, what was seen of it, false positives."""
+    runs, planned = len(inputs.runs), inputs.planned
+    yield _begun(inputs)
+    if runs < planned:
+        yield (
+            f"The campaign is not complete: {planned - runs:,} of {planned:,} runs are missing, "
+            f"{len(inputs.failures):,} of them failed."
+        )
+    axes = [name for name in points.columns if name.startswith(("detect.", "run."))]
+    records = points.to_dict("records")
+    for point in records[:MOST_POINTS]:
+        where = ", ".join(f"{axis} = {point[axis]}" for axis in axes)
+        yield from _of_point(point, f"With {where}: " if where else "")
+    if len(records) > MOST_POINTS:
+        yield f"{len(records) - MOST_POINTS} more points of {', '.join(axes)} stand in the table below."
+
+
+def _begun(inputs: ReportInputs) -> str:
+    models = inputs.runs["model"].dropna().unique()
+    name = f"the model {models[0]}" if len(models) == 1 else f"{len(models)} models"
+    return f"{_several(len(inputs.runs), 'run')} in {name}."
+
+
+def _of_point(point: dict[str, Any], where: str) -> Iterator[str]:
+    faults, known = point["detected_n"], point["harmful_n"]
+    effects = f"{faults:,} distinct faults, {known:,} of them with a known outcome"
+    if known:
+        harm = rate_text(point["harmful_rate"], point["harmful_low"], point["harmful_high"])
+        yield f"{where}{effects}: {point['harmful']:,} were harmful (critical or nonfinite), {harm}."
+    else:
+        yield f"{where}{effects}; nothing is known of harm."
+    harmful = point["harmful_detected_n"]
+    if harmful:
+        seen = rate_text(*(point[f"harmful_detected_{part}"] for part in ("rate", "low", "high")))
+        yield f"Proved detectors saw {point['harmful_detected']:,} of {harmful:,} harmful faults, {seen}."
+    elif known:
+        yield "With no harmful fault, nothing can be said of how many of them are seen."
+    rows, false = point["clean_rows"], point["false_positives"]
+    if rows:
+        yield f"They raised {false:,} false positives in {rows:,} rows of fault-free passes."
+    else:
+        yield "No row of a fault-free pass was checked, so nothing is known of false positives."
+
+
+def limit_sentences(inputs: ReportInputs, points: pd.DataFrame) -> Iterator[str]:
+    """Yield what a reader must not read into the numbers."""
+    runs = inputs.runs
+    yield (
+        "A rate is an average over the faults that this campaign drew: every point of its grid counts alike. It is no "
+        "rate per hour of operation, and hardware that favours some bits or locations has another one."
+    )
+    models, batches = runs["model"].nunique(), len(runs[["source", "batch_index"]].drop_duplicates())
+    yield (
+        f"The faults hit {_several(models, 'model')} on {_several(batches, 'batch', 'batches')} of text. "
+        "Other models and other text are not sampled."
+    )
+    yield (
+        "Intervals are 95 % intervals: of many, some miss. Runs that share an input, a layer and a head are not "
+        "independent, and the intervals allow for that; the columns that end in _method name what each one is."
+    )
+    duplicates = len(runs) - int(points["detected_n"].sum())
+    if duplicates:
+        yield f"{duplicates:,} runs repeat a fault that was drawn before; rates count each fault once."
+    unknown = int((runs["scope"] != "full").sum())
+    if unknown:
+        yield (
+            f"{unknown:,} runs were not propagated to the output (run.scope = site): rates of outcomes are those of "
+            "the others alone."
+        )
+    weights = runs["sampling_weight"].dropna()
+    if len(weights) and (weights != 1).any():
+        yield "Faults were not drawn uniformly; rates weight each by its probability under uniform drawing."
+    critical = inputs.settings.get("detect.critical_loss")
+    yield (
+        f"Critical means that a most likely token changed or the loss moved by more than {critical} nats; another "
+        "threshold gives other rates."
+    )
+    yield (
+        "Detected means that a detector fired whose false positives a theorem rules out. Detectors without a theorem, "
+        "and oracles that read the fault-free pass, are compared and never counted as detection. No false positive in "
+        "so many rows is a check of the theorems and no replacement for them."
+    )
+    yield "Times are those of this machine and this engine; the fault-free pass may have been measured once per input."
+
+
+def _several(count: int, noun: str, plural: str = "") -> str:
+    return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
