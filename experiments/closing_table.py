@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -20,6 +20,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from bounds.suites import SUITES
+from experiments.analysis.detectors import fired
 from experiments.analysis.distinct import HARMFUL, distinct_faults
 from experiments.analysis.intervals import wilson_interval
 from experiments.analysis.rates import rate_table
@@ -38,7 +39,16 @@ SWEPT = ("detect.tolerance", "detect.detectors")
 READ_COLUMNS = (
     *("run_id", "fault_id", "location", "bit_field", "effective", "scope", "outcome", "execution"),
     *("model", "batch_index", "layer", "index_head", "sampling_weight"),
-    *("violation_detected", "certificate", "repairs", "miscorrections", "unrepaired"),
+    *(
+        "violation_detected",
+        "detectors",
+        "unproved_detectors",
+        "oracle_detectors",
+        "certificate",
+        "repairs",
+        "miscorrections",
+        "unrepaired",
+    ),
     *("baseline_seconds", "injection_seconds", "bounds_seconds", "detection_seconds", "total_seconds"),
 )
 """What of ``runs.csv`` is read; of a million runs the rest would take gigabytes."""
@@ -129,61 +139,53 @@ def _rate(runs: pd.DataFrame, seen: NDArray[np.bool_]) -> str:
 
 def _detector_lines(folder: CampaignFolder, distinct: pd.DataFrame, swept: Mapping[str, Any]) -> list[str]:
     """Return a line for each detector: what it saw, and its false positives on the fault-free passes."""
-    columns = ["run_id", "detector", "proved", "applicable", "violations"]
-    detections = pd.read_csv(folder.file("detections.csv"), usecols=columns, dtype={"run_id": str})
-    detections = detections[detections.run_id.isin(distinct.run_id)]
+    config = folder.config().detect
     clean = pd.read_csv(folder.file("clean.csv"))
     if "detect.tolerance" in swept:
         clean = clean[clean.tolerance == swept["detect.tolerance"]]
-    config = folder.config().detect
-    if config.record == "fired":
-        names = dataclasses.replace(config, detectors=swept.get("detect.detectors", config.detectors)).names()
-        detections = pd.concat([_silent_rows(clean, names)[columns], detections])
-    known = set(detections.detector)
+    names = dataclasses.replace(config, detectors=swept.get("detect.detectors", config.detectors)).names()
+    # An oracle does not judge fault-free passes; it looks where the detector does whose bounds it takes from there.
+    judge = {name: name.removeprefix("oracle_") if is_oracle(name) else name for name in names}
+    applying = set(clean[clean.applicable.astype(bool)].detector)
+    known = [name for name in names if judge[name] in set(clean.detector)]
     clean = clean[clean.detector.isin(known)]
-    harmful = distinct[distinct.outcome.isin(HARMFUL)]
+    hits = fired(distinct, known)
+    harmful = distinct.outcome.isin(HARMFUL).to_numpy(bool)
+
+    def shares(seen: NDArray[np.bool_]) -> str:
+        both = ((distinct, seen), (distinct[harmful], seen[harmful]))
+        return "".join(f"{_rate(faults, of) if len(faults) else '-':27}" for faults, of in both)
+
     lines = [f"{'detector':18}{'detected':27}{'of harmful':27}{'false positives':>16}{'in clean rows':>15}"]
     for suite, members in SUITES.items():
-        if len(members) > 1 and set(members) <= known:
-            fired = set(detections[(detections.violations > 0) & detections.detector.isin(members)].run_id)
-            silent = known & set(members) - set(detections[detections.applicable].detector)
+        if len(members) > 1 and set(members) <= set(known):
+            silent = [name for name in members if judge[name] not in applying]
             note = f"  ({len(silent)} of its {len(members)} do not apply)" if silent else ""
-            lines.append(f"{'suite ' + suite:18}{_share(distinct, fired):27}{_share(harmful, fired):27}{note}")
-    for detector, rows in detections.groupby("detector", sort=False):
-        fired = set(rows[rows.violations > 0].run_id)
-        own = clean[(clean.detector == detector) & clean.applicable.astype(bool)]
-        oracle = is_oracle(str(detector))
-        note = "  (reads the fault-free pass: no detector)" if oracle else ""
-        if not rows.proved.all():
-            note = "  (no theorem rules out false positives)"
-        false, checked = ("-", "-") if oracle else (str(int(own.violations.sum())), f"{int(own.rows_checked.sum()):,}")
-        if not rows.applicable.any():
-            lines.append(f"{detector:18}{'not applicable':27}")
-            continue
-        lines.append(
-            f"{detector:18}{_share(distinct, fired):27}{_share(harmful, fired):27}{false:>16}{checked:>15}{note}"
-        )
+            lines.append(f"{'suite ' + suite:18}{shares(np.any([hits[name] for name in members], axis=0))}{note}")
+    unproved = set(clean[~clean.proved.astype(bool)].detector)
+    for name in known:
+        own = clean[(clean.detector == name) & clean.applicable.astype(bool)]
+        false, checked = str(int(own.violations.sum())), f"{int(own.rows_checked.sum()):,}"
+        note = "  (no theorem rules out false positives)" if name in unproved else ""
+        if is_oracle(name):
+            false, checked, note = "-", "-", "  (reads the fault-free pass: no detector)"
+        if judge[name] in applying:
+            lines.append(f"{name:18}{shares(hits[name])}{false:>16}{checked:>15}{note}")
+        else:
+            lines.append(f"{name:18}{'not applicable':27}")
+    return [*lines, *_clean_lines(clean)]
+
+
+def _clean_lines(clean: pd.DataFrame) -> list[str]:
+    """Return which detectors do not apply and why, and the false positives of those that are proved."""
     online = clean[clean.applicable.astype(bool) & clean.proved.astype(bool) & ~clean.detector.map(is_oracle)]
     total, rows_checked = int(online.violations.sum()), int(online.rows_checked.sum())
     skipped = clean[~clean.applicable.astype(bool)].groupby("detector").reason.first()
     return [
-        *lines,
         *(f"not applicable: {detector}: {reason}" for detector, reason in skipped.items()),
         f"false positives: {total} violations in {rows_checked:,} rows checked by all proved detectors together, on "
         f"{clean.baseline.nunique()} fault-free passes",
     ]
-
-
-def _silent_rows(clean: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
-    """Return rows without violations of all who looked, in the order of their names.
-
-    Where only those who fired are recorded, the fault-free passes say who looked; an oracle looks where the detector
-    does whose bounds it takes from there.
-    """
-    oracles = clean.assign(detector=[f"oracle_{name}" for name in clean.detector])
-    looked = pd.concat([clean, oracles[~oracles.detector.isin(clean.detector)]])
-    looked = looked[looked.detector.isin(names)].assign(run_id="", violations=0)
-    return looked.sort_values("detector", key=lambda detector: detector.map(names.index), kind="stable")
 
 
 def _correction_lines(distinct: pd.DataFrame) -> list[str]:
@@ -202,10 +204,6 @@ def _correction_lines(distinct: pd.DataFrame) -> list[str]:
             f"output by at most {100 * certified.median():.2g} % of its length (median)"
         )
     return lines
-
-
-def _share(runs: pd.DataFrame, fired: set[str]) -> str:
-    return _rate(runs, runs.run_id.isin(fired).to_numpy(bool)) if len(runs) else "-"
 
 
 def _times_lines(runs: pd.DataFrame) -> list[str]:

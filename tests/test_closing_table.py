@@ -35,6 +35,7 @@ def table_of(tmp_path: Path, rows: Sequence[dict[str, Any]]) -> list[str]:
                 "repeat": run.repeat,
                 "fault_id": run.run_id,
                 "batch_index": run.index,
+                "detectors": "s@w" if row["violation_detected"] else "",
                 **fixed,
                 **row,
             }
