@@ -14,7 +14,7 @@ from experiments.config import ExperimentConfig
 from experiments.csv_file import write_rows
 from experiments.merge import merge_campaign
 from experiments.plan import make_plan
-from experiments.result import CleanRow, DetectionRow, ExperimentResult, cells, columns
+from experiments.result import CleanRow, ExperimentResult, cells, columns
 
 
 def table_of(tmp_path: Path, rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -35,26 +35,18 @@ def table_of(tmp_path: Path, rows: Sequence[dict[str, Any]]) -> list[str]:
                 "repeat": run.repeat,
                 "fault_id": run.run_id,
                 "batch_index": run.index,
-                "detectors": "s@w" if row["violation_detected"] else "",
+                "detectors": "s@w" if row.get("violation_detected") else "",
                 **fixed,
                 **row,
             }
         )
         for run, row in zip(plan.runs, rows, strict=True)
     ]
-    detections = [
-        DetectionRow(
-            run_id=run.run_id, detector="s@w", online=True, proved=True, layer=0, applicable=True, rows_checked=4,
-            violations=int(run.violation_detected),
-        )
-        for run in runs
-    ]  # fmt: skip
     clean = CleanRow(
         baseline="b", detector="s@w", tolerance=0.0, layer=0, proved=True, applicable=True, rows_checked=4, violations=0
     )
     for name, row_type, found in (
-        ("0001", ExperimentResult, runs), ("0001.detections", DetectionRow, detections),
-        ("0001.clean", CleanRow, [clean]),
+        ("0001", ExperimentResult, runs), ("0001.clean", CleanRow, [clean]),
     ):  # fmt: skip
         write_rows(folder.shards / f"{name}.csv", columns(row_type), map(cells, found))
     merge_campaign(folder)
