@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from experiments.analysis import detector_comparison
 from experiments.figures.no_data import NoDataError, need_rows
-from experiments.figures.population import population
+from experiments.figures.population import population, propagated
 from experiments.figures.style import OUTCOME_STYLES, SERIES_STYLES, error_bars, legend_above, new_figure, styled
 from experiments.figures.style import percent_axis as percent
 
@@ -104,7 +104,9 @@ def detector_recall_caption(runs: pd.DataFrame, clean: pd.DataFrame) -> str:
     """Return what the figure shows, and of how many faults."""
     table = _table(runs, clean)
     harmful = _harmful(table)
-    none = " None was harmful." if harmful == 0 else ""
+    none = "" if harmful else " None was harmful."
+    if propagated(runs).empty:
+        none = " No run was propagated to the output, so harm is not known."
     return (
         "Share of faults that each detector saw, with 95 % intervals: of the harmful ones "
         f"(critical or not finite, n = {harmful:,}) and of all. The same faults under every detector. False positives: "

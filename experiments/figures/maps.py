@@ -20,8 +20,7 @@ from experiments.figures.tensor_format import by_tensor_dtype, mark_fields
 
 _MOST_MODELS = 6
 _CELLS = (
-    " Cells hold the rate in percent and n where both fit; hatched: no such fault. A cell of few faults says little: "
-    "its interval is in the table. "
+    " Cells hold the rate in percent and n where both fit; hatched: no such fault. A cell of few faults says little. "
 )
 
 

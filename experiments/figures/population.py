@@ -40,6 +40,11 @@ def population(runs: pd.DataFrame) -> str:
     # Points of the grid that differ in detectors or in execution look at the same faults: each counts on its own.
     axes = [name for name in faults.columns if name.startswith(("detect.", "run.")) and faults[name].nunique() > 1]
     clauses += [f"pooled over {faults[name].nunique()} values of {name}" for name in axes]
+    weights = faults["sampling_weight"].dropna() if "sampling_weight" in faults.columns else pd.Series(dtype=float)
+    if (weights != 1).any():
+        clauses.append(
+            "drawn with unequal probabilities: rates and means are weighted, quantiles and histograms are not"
+        )
     return "; ".join(clauses)
 
 
