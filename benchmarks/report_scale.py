@@ -9,11 +9,12 @@ process of its own. Prints seconds, peak resident memory and sizes.
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
-import resource
 import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -114,12 +115,16 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True)
     arguments = parser.parse_args()
     folder = CampaignFolder(arguments.folder)
-    total = make_campaign(folder, arguments.runs)
+    # In a process of its own: what it takes would count as memory of the children that this one starts.
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        total = pool.submit(make_campaign, folder, arguments.runs).result()
     print(f"{total:,} runs, runs.csv {folder.file('runs.csv').stat().st_size / 1e6:.0f} MB")
     start = time.perf_counter()
-    subprocess.run([sys.executable, str(ROOT / "run_sweep.py"), "report", str(folder.path)], check=True)
+    report = subprocess.Popen([sys.executable, str(ROOT / "run_sweep.py"), "report", str(folder.path)])
+    _, status, used = os.wait4(report.pid, 0)
     seconds = time.perf_counter() - start
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    if status:
+        raise SystemExit(f"the report ended with status {os.waitstatus_to_exitcode(status)}")
     peak, processor = used.ru_maxrss / 1024, used.ru_utime + used.ru_stime
     page = folder.file("report.html").stat().st_size / 1e6
     print(f"{seconds:.1f} s ({processor:.1f} s of processor time), peak {peak:.0f} MB, report.html {page:.1f} MB")

@@ -299,7 +299,8 @@ def test_points_of_detect_are_never_added_up(tmp_path: Path) -> None:
     assert points["detected"][0] > points["detected"][1]
     assert page.numbers["focus"] == "detect.tolerance = 0.0"
     assert "Of the runs with detect.tolerance = 0.0" in page.text
-    assert frame(page.numbers["worst"])["run_id"].is_unique
+    plan = pd.read_csv(folder / "plan.csv")
+    assert set(frame(page.numbers["worst"])["run_id"]) <= set(plan.run_id[plan["detect.tolerance"] == 0.0])
     clean = pd.read_csv(folder / "clean.csv")
     own = clean[clean.applicable & clean.proved & ~clean.detector.str.startswith("oracle_")]
     assert list(points["clean_rows"]) == [own.rows_checked[own.tolerance == t].sum() for t in (0.0, 1e9)]
