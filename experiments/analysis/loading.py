@@ -8,7 +8,7 @@ is missing; in text that every row has (``detectors``) it is the empty text. A c
 name, and swept fields without a column of their own are added from ``plan.csv`` under the name of their axis, such as
 ``detect.tolerance``.
 
-Public names: ``load_runs``, ``load_clean``, ``load_detections``, ``load_propagation``.
+Public names: ``load_runs``, ``load_clean``, ``load_detections``, ``load_propagation``, ``check_table``.
 """
 
 from __future__ import annotations
@@ -72,6 +72,11 @@ def load_detections(path: Paths, columns: Sequence[str] | None = None) -> pd.Dat
 def load_propagation(path: Paths, columns: Sequence[str] | None = None) -> pd.DataFrame:
     """Return how much each block moved in each run; no rows from a campaign that did not measure it."""
     return _load(path, "propagation.csv", PropagationRow, columns, optional=True)
+
+
+def check_table(file: Path, row_type: type[Any]) -> None:
+    """Raise ``UsageError`` or ``MissingResourceError`` unless a file is a whole table with the columns of its rows."""
+    _check_headers([("", file)], row_type, None)
 
 
 def _load(

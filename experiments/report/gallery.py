@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import pandas as pd
 from markupsafe import Markup
 
-from experiments.analysis import load_propagation
 from experiments.figures import FIGURES, FigureEntry, NoDataError
 from experiments.report.drawings import figure_markup
+from experiments.report.followed import followed
 from experiments.report.inputs import ReportInputs
 
 
@@ -31,12 +32,14 @@ class Drawing:
 
 def draw_gallery(inputs: ReportInputs, runs: pd.DataFrame) -> tuple[list[Drawing], list[tuple[str, str]]]:
     """Return the drawings of some runs, and (title, reason) of each figure that this campaign has no data for."""
-    tables = {"runs": _slim(runs), "clean": inputs.clean, "propagation": load_propagation(inputs.folder.path)}
+    propagation, step = followed(inputs.folder, runs)
+    tables = {"runs": _slim(runs), "clean": inputs.clean, "propagation": propagation}
     drawn: list[Drawing] = []
     left_out: list[tuple[str, str]] = []
     for name, entry in FIGURES.items():
         try:
-            drawn.append(_drawing(name, entry, tables))
+            note = f" Of every {step}th run of the table." if step > 1 and "propagation" in entry.needs else ""
+            drawn.append(_drawing(name, entry, tables, note))
         except NoDataError as reason:
             left_out.append((entry.title, str(reason)))
     return drawn, left_out
@@ -44,9 +47,10 @@ def draw_gallery(inputs: ReportInputs, runs: pd.DataFrame) -> tuple[list[Drawing
 
 def _slim(runs: pd.DataFrame) -> pd.DataFrame:
     """Return the runs with their faults as numbers: figures drop duplicates again and again, and texts are slow."""
-    return runs.drop(columns=["run_id", "bits_after"]).assign(fault_id=pd.factorize(runs["fault_id"])[0])
+    numbers = {"run_id": np.arange(len(runs)), "fault_id": pd.factorize(runs["fault_id"])[0]}
+    return runs.drop(columns="bits_after").assign(**numbers)
 
 
-def _drawing(name: str, entry: FigureEntry, tables: dict[str, pd.DataFrame]) -> Drawing:
+def _drawing(name: str, entry: FigureEntry, tables: dict[str, pd.DataFrame], note: str) -> Drawing:
     figure, caption = entry.make(tables)
-    return Drawing(name, entry.title, caption, figure_markup(figure, name, entry.title))
+    return Drawing(name, entry.title, caption + note, figure_markup(figure, name, entry.title))
