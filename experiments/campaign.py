@@ -29,10 +29,11 @@ from experiments.contexts import Contexts, check_plan, check_runs, context_key
 from experiments.csv_file import CsvFile, read_rows, write_text
 from experiments.errors import CheckRefusedError, MissingResourceError, UsageError
 from experiments.paired_run import PairedRunner
-from experiments.plan import Plan, PlannedRun, Shard, canonical_json, context_values, make_plan, shard_of
+from experiments.plan import Plan, PlannedRun, canonical_json, context_values, make_plan
 from experiments.provenance import environment_facts, set_determinism
 from experiments.result import CleanRow, DetectionRow, ExperimentResult, FailureRow, cells, columns
 from experiments.run_record import RunRecord
+from experiments.shards import Shard, shard_of
 from experiments.writer_lock import WriterLock
 from monitoring import TraceWriter
 

@@ -161,7 +161,7 @@ class PairedRunner:
 
     def batch_index(self, planned: PlannedRun) -> int:
         """Return which batch a run uses."""
-        return int(planned.generator().integers(len(self.batches)))
+        return planned.batch_index(len(self.batches))
 
     def draw(
         self, planned: PlannedRun, config: ExperimentConfig, known: tuple[str, Baseline] | None = None

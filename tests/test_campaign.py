@@ -27,7 +27,7 @@ from experiments.config import ExperimentConfig, load_config
 from experiments.csv_file import CsvFile, read_rows
 from experiments.errors import CheckRefusedError, MissingResourceError, UsageError
 from experiments.paired_run import PairedRunner
-from experiments.plan import Shard, make_plan, shard_of
+from experiments.plan import make_plan
 from experiments.result import (
     UNREPEATABLE,
     CleanRow,
@@ -36,6 +36,7 @@ from experiments.result import (
     FailureRow,
     columns,
 )
+from experiments.shards import Shard, shard_of
 
 FORK = multiprocessing.get_context("fork")
 TABLES = {"runs": ExperimentResult, "detections": DetectionRow, "clean": CleanRow, "failures": FailureRow}

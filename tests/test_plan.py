@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from experiments import plan as plan_module
 from experiments.config import DetectConfig, ExperimentConfig, RunConfig, load_config
 from experiments.errors import UsageError
-from experiments.plan import Shard, canonical_json, context_values, make_plan, parse_shard, shard_of
+from experiments.plan import canonical_json, context_values, make_plan
+from experiments.shards import Shard, parse_shard, shard_of
 
 
 def ids(config: ExperimentConfig) -> list[str]:

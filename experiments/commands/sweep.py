@@ -21,7 +21,8 @@ from experiments.config_sections import check_choice
 from experiments.contexts import check_plan
 from experiments.errors import UsageError
 from experiments.merge import Merged, merge_campaign
-from experiments.plan import Plan, Shard, make_plan, parse_shard, shard_of
+from experiments.plan import Plan, make_plan
+from experiments.shards import Shard, parse_shard, shard_of
 
 SHOWN_RUNS = 5
 
