@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ UNBOUND = ("output_dir", "slurm.", "run.engine", "run.batch_runs")
 _OWN_ENTRIES = {
     *("config.yaml", "provenance.json", "plan.csv", "shards", "trace", "logs"),
     *("runs.csv", "detections.csv", "clean.csv", "failures.csv", "summary.csv", "report.html"),
+    *("missing.csv", "run.sbatch", "merge.sbatch", "submission.json"),
 }
 """What a campaign writes; nothing else is ever removed."""
 
@@ -126,6 +128,15 @@ class CampaignFolder:
         if self.path.exists():
             self.shards.mkdir(exist_ok=True)
             self.clear(self.shards / "none.lock")
+
+    def detach(self, stem: str) -> None:
+        """Replace the files of a shard by copies: a worker that is cut off elsewhere may still write to the old ones."""
+        names = (f"{stem}.csv", f"{stem}.detections.csv", f"{stem}.clean.csv", f"{stem}.failures.csv")
+        for path in (*(self.shards / name for name in names), self.file("trace") / f"{stem}.jsonl"):
+            if path.is_file():
+                copy = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+                shutil.copyfile(path, copy)
+                os.replace(copy, path)
 
     def begin(self, config: ExperimentConfig, plan: Plan) -> None:
         """Write ``config.yaml`` and ``plan.csv`` unless they are there."""

@@ -9,7 +9,7 @@ shards, so a campaign begun with 16 workers can be finished with 4.
 
 Runs of one input share its fault-free pass, its recording and the passes of the fast engine, so a shard gets runs of
 few inputs: within a model, runs are put in the order of data set and input, and cut where the expected cost
-(``run_cost``) has reached the next n-th part. How models compare is not known from the configuration, so each of them is
+(``run_cost``) has reached the next n-th part. How models compare is not known from the configuration, so each is
 cut on its own.
 
 Public names: ``Shard``, ``parse_shard``, ``shard_of``, ``shard_numbers``.
@@ -87,7 +87,7 @@ def _execution_order(plan: Plan) -> NDArray[np.int64]:
     data = classes_of(plan, "data.")
     batches = [config.num_samples // config.batch_size for config in (plan.config_of(run).data for run in data.first)]
     inputs = [run.batch_index(batches[kind]) for run, kind in zip(plan.runs, data.number.tolist(), strict=True)]
-    return np.lexsort((inputs, classes_of(plan, "seed", "model.", "data.").number))
+    return np.lexsort((np.array(inputs, np.int64), classes_of(plan, "seed", "model.", "data.").number))
 
 
 def _cut(plan: Plan, order: NDArray[np.int64], count: int) -> NDArray[np.int64]:
