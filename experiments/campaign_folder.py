@@ -130,7 +130,7 @@ class CampaignFolder:
             self.clear(self.shards / "none.lock")
 
     def detach(self, stem: str) -> None:
-        """Replace the files of a shard by copies: a worker that is cut off elsewhere may still write to the old ones."""
+        """Replace the files of a shard by copies: a worker cut off elsewhere may still write to the old ones."""
         names = (f"{stem}.csv", f"{stem}.detections.csv", f"{stem}.clean.csv", f"{stem}.failures.csv")
         for path in (*(self.shards / name for name in names), self.file("trace") / f"{stem}.jsonl"):
             if path.is_file():

@@ -19,7 +19,7 @@ SHOWN = 40
 
 
 def status(arguments: Sequence[str]) -> int:
-    """Print how many runs are done, failed and missing, the rate and the expected end; exit status 0 if none is missing.
+    """Print how many runs are done, failed and missing, the rate and the expected end; exit status 0 if all are done.
 
     A run counts as done when its row is on disk, in whichever shard.
     """
@@ -51,7 +51,7 @@ def _odd(state: ShardState) -> bool:
 
 
 def _expectation(states: Sequence[ShardState]) -> str | None:
-    """Return the rate, and when the last shard will have ended if all that is left goes on at it; None without a rate."""
+    """Return the rate, and when all will be done if it stays the same; None without a rate."""
     rates = [(state, state.rate) for state in states if state.rate is not None]
     total = sum(rate for _, rate in rates)
     if not total:
