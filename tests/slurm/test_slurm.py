@@ -23,9 +23,9 @@ from micro_campaign import ROOT, MicroPlace, numbers, table
 from test_writer_lock import write_holder
 
 from experiments.command_line import main
+from experiments.csv_file import read_rows
 from experiments.errors import CheckRefusedError
 from experiments.result import ExperimentResult, columns
-from experiments.csv_file import read_rows
 from experiments.writer_lock import WriterLock
 
 pytestmark = pytest.mark.slurm
@@ -302,9 +302,7 @@ def test_the_lock_of_a_job_on_another_node_is_free_when_slurm_says_so(setting: S
 # --------------------------------------------------------------------------------------------- all of it together
 
 
-def test_five_hundred_runs_with_a_task_killed_one_requeued_and_some_preempted(
-    setting: Setting, tmp_path: Path
-) -> None:
+def test_five_hundred_runs_with_a_task_killed_one_requeued_and_some_preempted(setting: Setting, tmp_path: Path) -> None:
     more = ["--num_runs=50", "--sweep.fault.location", "q,v,scores,weights,out"]
     assert main(setting.arguments(tmp_path / "whole", *more)) == 0
     full = Setting(setting.cluster, setting.place, tmp_path / "whole" / "micro")
