@@ -5,12 +5,16 @@ Public names: ``Cluster``, ``within``, ``DETECTOR``.
 
 from __future__ import annotations
 
+import json
 import os
+import signal
 import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
 
 HERE = Path(__file__).parent
 
@@ -87,9 +91,14 @@ class Cluster:
 
     def process(self, folder: Path, shard: int) -> int:
         """Return the process that holds a shard."""
-        import json
-
         return int(json.loads((folder / "shards" / f"{shard:04d}.lock").read_text())["pid"])
+
+    def lose(self, node: str, worker: int) -> None:
+        """Let a node die with the worker on it: daemon, the step's own process, and the worker itself."""
+        daemon = int((self.folder / "run" / f"slurmd.{node}.pid").read_text())
+        for pid in (daemon, psutil.Process(worker).ppid(), worker):
+            os.kill(pid, signal.SIGKILL)
+        run("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
 
     @staticmethod
     def start(folder: Path) -> Cluster:

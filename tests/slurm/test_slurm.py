@@ -170,13 +170,16 @@ def test_a_node_that_goes_down_loses_no_run(setting: Setting, tmp_path: Path) ->
     job = setting.submit(tmp_path, 1)
     setting.wait_rows(tmp_path, 1, 2)
     node = run("squeue", "-h", "-r", "-j", f"{job}_1", "-o", "%N")
+    before = setting.rows(tmp_path, 1)
+    setting.cluster.lose(node, setting.cluster.process(tmp_path / "micro", 1))
+    setting.slow(False)
     try:
-        run("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
-        setting.cluster.wait_state(f"{job}_1", "PENDING", "RUNNING")
-        setting.slow(False)
         assert set(setting.cluster.wait_for(job).values()) == {"COMPLETED"}
     finally:
-        run("scontrol", "update", f"nodename={node}", "state=resume")
+        Cluster.start(setting.cluster.folder)
+    session = json.loads((tmp_path / "micro/shards/0001.session.json").read_text())
+    assert session["restarts"] == 1
+    assert before <= session["before"] < 60
     setting.merge_ended(tmp_path)
     setting.same(tmp_path)
 
