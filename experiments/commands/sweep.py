@@ -12,7 +12,6 @@ from collections.abc import Sequence
 
 from experiments.campaign import run_campaign
 from experiments.campaign_folder import CampaignFolder
-from experiments.closing_table import closing_table
 from experiments.commands.listing import print_list
 from experiments.commands.local_launcher import launch_local
 from experiments.commands.options import take_flag, take_value, whole_number
@@ -105,6 +104,9 @@ def _grace(text: str) -> float:
 def _finish(folder: CampaignFolder, exit_status: int) -> int:
     if not folder.config_file.is_file():
         return exit_status
+    # Imported here: pandas is a third of what a worker or a dry run would hold beside torch.
+    from experiments.closing_table import closing_table
+
     merged = merge_campaign(folder)
     print(closing_table(folder))
     print_merged(folder, merged)

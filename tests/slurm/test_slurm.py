@@ -47,6 +47,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         yield cluster
     finally:
         cluster.stop()
+        os.environ.pop("SLURM_CONF", None)
 
 
 @pytest.fixture(autouse=True)
