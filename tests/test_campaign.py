@@ -584,7 +584,7 @@ def test_a_run_that_raises_stops_no_other_and_is_tried_again(
     assert set(begun) == bad
     assert len(table(folder / "failures.csv")) == 2
     assert main(["status", str(folder)]) == 1
-    assert "22 of 24 runs done, 2 failed, 0 not tried" in capsys.readouterr().out
+    assert "22 of 24 runs done, 2 failed, 0 missing" in capsys.readouterr().out
     assert main(place.arguments(tmp_path)) == 0
     same_tables(folder, whole)
 
