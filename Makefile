@@ -3,6 +3,7 @@
 #   make sweep      the default campaign: 768 faults in the built-in model, about a minute
 #   make test       the default tests
 #   make test-all   the slow ones too
+#   make test-slurm on a real Slurm: see tests/slurm/start.sh
 #   make quality    lint, format and types
 #   make style      format and fix what can be fixed
 
@@ -12,7 +13,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 PYTEST_ARGS ?=
 
-.PHONY: sweep test test-all quality style reference clean
+.PHONY: sweep test test-all test-slurm quality style reference clean
 
 sweep: $(VENV)/.installed
 	$(BIN)/python run_sweep.py
@@ -21,7 +22,10 @@ test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 test-all: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m "slow or not slow" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not slurm" $(PYTEST_ARGS)
+
+test-slurm: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m slurm tests/slurm $(PYTEST_ARGS)
 
 quality: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -31,9 +31,10 @@ from experiments.command_line import main as run_sweep
 from experiments.config import ExperimentConfig
 from experiments.csv_file import write_lines
 from experiments.merge import merge_campaign
-from experiments.plan import Shard, make_plan, shard_of
+from experiments.plan import make_plan
 from experiments.result import CleanRow, DetectionRow, ExperimentResult, cells, columns
 from experiments.row_lines import encoded
+from experiments.shards import Shard, shard_of
 from monitoring.memory import ResidentPeak, resident_bytes
 
 LOCATIONS = ["q", "k", "v", "scores", "weights", "out"]

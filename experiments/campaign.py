@@ -1,12 +1,13 @@
 """Run a campaign, or one shard of it, exactly once each run, however often it is stopped.
 
     status = run_campaign(config, shard=Shard(1, 1), overwrite=False, arguments=sys.argv[1:])
+    status = run_campaign(..., stopping=stop.requested)      # leaves between two passes when that is true
 
 Runs of one model and one data set are handed over together, in windows, and come back in any order. Rows are appended
 as they come: first what the detectors said and how far the fault got, then the run's own row, which makes it count. A
 run that raises is recorded with its traceback and does not stop the others; it is tried again the next time.
 
-Public names: ``run_campaign``, ``CampaignStatus``.
+Public names: ``run_campaign``, ``CampaignStatus``, ``Progress``.
 """
 
 from __future__ import annotations
@@ -18,22 +19,24 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from tqdm import tqdm
 
 from experiments.campaign_folder import CampaignFolder
-from experiments.cells import Cells, assigned, grid_of
+from experiments.cells import Cells, grid_of
 from experiments.config import ExperimentConfig
 from experiments.contexts import Contexts, check_plan, check_runs, context_key
 from experiments.csv_file import CsvFile, read_keys, read_rows, write_text
 from experiments.errors import CheckRefusedError, MissingResourceError, UsageError
 from experiments.paired_run import PairedRunner
-from experiments.plan import Plan, PlannedRun, Shard, context_values, make_plan
+from experiments.plan import Plan, PlannedRun, context_values, make_plan
 from experiments.provenance import environment_facts, set_determinism
 from experiments.result import PER_RUN, CleanRow, ExperimentResult, FailureRow, cells, columns
 from experiments.run_record import RunRecord
+from experiments.session import Session
 from experiments.shard_provenance import ShardProvenance
+from experiments.shards import Shard, shard_of
+from experiments.tally import Tally
 from experiments.writer_lock import WriterLock
 from monitoring import TraceWriter
 
@@ -46,19 +49,26 @@ WINDOW = 4096
 
 @dataclass(frozen=True)
 class CampaignStatus:
-    """How a shard ended: runs done before, done now, and failed now."""
+    """How a shard ended: runs done before, done now, and failed now; and whether it was stopped before its end."""
 
     folder: CampaignFolder
     before: int
     done: int
     failed: int
     seconds: float
+    stopped: bool = False
 
 
 def run_campaign(
-    config: ExperimentConfig, *, shard: Shard, overwrite: bool, arguments: Sequence[str]
+    config: ExperimentConfig,
+    *,
+    shard: Shard,
+    overwrite: bool,
+    arguments: Sequence[str],
+    stopping: Callable[[], bool] = lambda: False,
+    quiet: bool = False,
 ) -> CampaignStatus:
-    """Run what is missing of a shard.
+    """Run what is missing of a shard, until ``stopping`` is true; ``quiet``: without a progress bar.
 
     Nothing is written before the plan, the model, the data and the two checks have been accepted.
 
@@ -74,21 +84,27 @@ def run_campaign(
     set_determinism(config.run.threads)
     with Contexts(TraceWriter(None)) as contexts, _locked(folder, shard) as lock:
         finished = set() if overwrite else folder.finished_runs()
-        mine = assigned(plan, shard)
+        mine = shard_of(plan, shard)
         grid = Cells(plan, mine, {}) if overwrite else grid_of(folder, plan, mine)
         done = finished | grid.unneeded()
         todo = [run for run in mine if run.run_id not in done]
         before = sum(run.run_id in finished for run in mine)
         if not todo:
+            if folder.config_file.is_file():
+                Session.begin(folder, shard, len(mine), len(mine)).end(folder, "done", 0, 0)
             return CampaignStatus(folder, before, 0, 0, 0.0)
         first = plan.config_of(todo[0])
         check_runs(contexts.open(first), _same_context(plan, todo, context_key(first)))
         if overwrite:
-            folder.clear(lock)
+            folder.clear(lock.path)
+        if lock.from_elsewhere:
+            folder.detach(shard.file_name)
         folder.begin(config, plan)
         provenance = ShardProvenance(folder, shard, environment_facts(arguments))
         provenance.note(contexts.facts)
-        return _execute(folder, plan, shard, todo, contexts, provenance, before, grid)
+        tally = Tally(folder, lock, Session.begin(folder, shard, len(mine), before))
+        with tally:
+            return _execute(tally, plan, todo, contexts, provenance, grid, stopping, quiet=quiet)
 
 
 def _same_context(plan: Plan, runs: Iterable[PlannedRun], key: str) -> Iterator[ExperimentConfig]:
@@ -104,12 +120,12 @@ def _same_context(plan: Plan, runs: Iterable[PlannedRun], key: str) -> Iterator[
 
 
 @contextlib.contextmanager
-def _locked(folder: CampaignFolder, shard: Shard) -> Iterator[Path]:
+def _locked(folder: CampaignFolder, shard: Shard) -> Iterator[WriterLock]:
     lock = folder.shards / f"{shard.file_name}.lock"
     made = [path for path in (folder.shards, *folder.shards.parents) if not path.exists()]
     try:
-        with WriterLock(lock):
-            yield lock
+        with WriterLock(lock) as held:
+            yield held
     finally:
         # A refusal leaves no empty folders behind.
         for path in made:
@@ -118,43 +134,52 @@ def _locked(folder: CampaignFolder, shard: Shard) -> Iterator[Path]:
 
 
 def _execute(
-    folder: CampaignFolder,
+    tally: Tally,
     plan: Plan,
-    shard: Shard,
     todo: list[PlannedRun],
     contexts: Contexts,
     provenance: ShardProvenance,
-    before: int,
     grid: Cells,
+    stopping: Callable[[], bool],
+    *,
+    quiet: bool,
 ) -> CampaignStatus:
-    start, done, failed = time.perf_counter(), 0, 0
+    folder, shard = tally.folder, tally.shard
     with contextlib.ExitStack() as stack:
         contexts.use_trace(stack.enter_context(TraceWriter(folder.file("trace") / f"{shard.file_name}.jsonl")))
         files = stack.enter_context(ShardFiles(folder, shard, record=plan.config.detect.record))
-        progress = stack.enter_context(Progress(before, len(todo)))
+        progress = stack.enter_context(Progress(tally.session.before, len(todo), quiet=quiet))
 
         def opened(config: ExperimentConfig) -> PairedRunner:
             known = len(contexts.facts)
             pairs = contexts.open(config)
+            pairs.stopping = stopping
             if len(contexts.facts) > known:
                 check_runs(pairs, _same_context(plan, todo, context_key(config)))
             provenance.note(contexts.facts)
             return pairs
 
         for window in _windows(plan, todo, grid):
-            for run, record in _records(opened, window):
+            if stopping():
+                break
+            for run, record in _records(opened, window, stopping):
+                tally.check()
                 if isinstance(record, Exception):
-                    failed += 1
+                    tally.failed += 1
                     grid.note(run, None)
                     files.append_failure(run, record)
                     logger.error("run %s failed: %s: %s", run.run_id, type(record).__name__, record)
                 else:
-                    done += 1
+                    tally.done += 1
                     files.append(record)
                     grid.note(run, record.result)
                 progress.advance()
             provenance.note(contexts.facts)
-    return CampaignStatus(folder, before, done, failed, time.perf_counter() - start)
+        unneeded = grid.unneeded()
+        needed = sum(run.run_id not in unneeded for run in todo)
+        tally.stopped = stopping() and tally.done + tally.failed < needed
+    seconds = time.time() - tally.session.begun
+    return CampaignStatus(folder, tally.session.before, tally.done, tally.failed, seconds, tally.stopped)
 
 
 def _windows(
@@ -168,7 +193,9 @@ def _windows(
 
 
 def _records(
-    opened: Callable[[ExperimentConfig], PairedRunner], window: Sequence[tuple[PlannedRun, ExperimentConfig]]
+    opened: Callable[[ExperimentConfig], PairedRunner],
+    window: Sequence[tuple[PlannedRun, ExperimentConfig]],
+    stopping: Callable[[], bool],
 ) -> Iterator[tuple[PlannedRun, RunRecord | Exception]]:
     """Yield each run of a window with its record; with the error where it, or what all of them need, raised."""
     waiting = {run.run_id: run for run, _ in window}
@@ -176,7 +203,7 @@ def _records(
         for run, record in opened(window[0][1]).run_many(window):
             del waiting[run.run_id]
             yield run, record
-        if waiting:
+        if waiting and not stopping():
             raise RuntimeError(f"{len(waiting)} of {len(window)} runs were handed over and not executed")
     except (UsageError, MissingResourceError, CheckRefusedError):
         raise
@@ -238,12 +265,13 @@ class ShardFiles:
 
 
 class Progress:
-    """One bar on a terminal, a log line now and then elsewhere."""
+    """One bar on a terminal, a log line now and then elsewhere; nothing if it is to be quiet."""
 
-    def __init__(self, before: int, runs: int) -> None:
+    def __init__(self, before: int, runs: int, *, quiet: bool = False) -> None:
+        self._quiet = quiet
         self._before, self._runs, self._number = before, runs, 0
         self._start = self._last = time.perf_counter()
-        self._bar = tqdm(total=before + runs, initial=before, unit="run", disable=None, dynamic_ncols=True)
+        self._bar = tqdm(total=before + runs, initial=before, unit="run", disable=quiet or None, dynamic_ncols=True)
 
     def __enter__(self) -> Progress:
         return self
@@ -251,12 +279,12 @@ class Progress:
     def __exit__(self, *details: object) -> None:
         self._bar.close()
 
-    def advance(self) -> None:
-        """Count one run."""
-        self._number += 1
-        self._bar.update()
+    def advance(self, runs: int = 1) -> None:
+        """Count runs that were done."""
+        self._number += runs
+        self._bar.update(runs)
         now = time.perf_counter()
-        if self._bar.disable and now - self._last >= LOG_EVERY_SECONDS:
+        if self._bar.disable and not self._quiet and now - self._last >= LOG_EVERY_SECONDS:
             self._last = now
             rate = self._number / (now - self._start)
             logger.info("%d of %d runs, %.1f runs/s", self._before + self._number, self._before + self._runs, rate)

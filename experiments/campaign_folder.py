@@ -12,6 +12,7 @@ import dataclasses
 import os
 import re
 import shutil
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ UNBOUND = ("output_dir", "slurm.", "run.engine", "run.batch_runs")
 
 _OWN_ENTRIES = {
     *("config.yaml", "provenance.json", "plan.csv", "shards", "trace", "logs"),
-    *("stops.csv", "summary.csv", "report.html"),
+    *("missing.csv", "run.sbatch", "merge.sbatch", "submission.json", "stops.csv", "summary.csv", "report.html"),
     *(f"{table}.{form}" for table in TABLES for form in ("csv", "parquet")),
 }
 """What a campaign writes; nothing else is ever removed."""
@@ -126,6 +127,15 @@ class CampaignFolder:
         if self.path.exists():
             self.shards.mkdir(exist_ok=True)
             self.clear(self.shards / "none.lock")
+
+    def detach(self, stem: str) -> None:
+        """Replace the files of a shard by copies: a worker cut off elsewhere may still write to the old ones."""
+        names = (f"{stem}.csv", f"{stem}.detections.csv", f"{stem}.clean.csv", f"{stem}.failures.csv")
+        for path in (*(self.shards / name for name in names), self.file("trace") / f"{stem}.jsonl"):
+            if path.is_file():
+                copy = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+                shutil.copyfile(path, copy)
+                os.replace(copy, path)
 
     def begin(self, config: ExperimentConfig, plan: Plan) -> None:
         """Write ``config.yaml`` and ``plan.csv`` unless they are there."""

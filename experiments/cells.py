@@ -1,6 +1,6 @@
 """The cells of a campaign's grid, and which of their runs are still needed (``stop.margin``).
 
-    mine = assigned(plan, shard)                     # whole cells
+    mine = shard_of(plan, shard)                     # whole cells
     cells = grid_of(folder, plan, mine)
     for needed in cells.rounds(mine):                # until every cell is narrow enough, or at its end
         ...; cells.note(run, result)
@@ -9,7 +9,7 @@ A cell is looked at after fixed numbers of its repeats, in the order of the plan
 it needs follows from its rows alone: not from the order of execution, shards, windows or kills. A run that raised holds
 its cell at the next look until it is done.
 
-Public names: ``Cells``, ``Cell``, ``grid_of``, ``assigned``.
+Public names: ``Cells``, ``Cell``, ``grid_of``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from experiments.campaign_folder import CampaignFolder, axis_cell
 from experiments.config_sections import StopConfig
 from experiments.csv_file import read_rows, write_rows
-from experiments.plan import Plan, PlannedRun, Shard, context_values, shard_of
+from experiments.plan import Plan, PlannedRun
 from experiments.result import ExperimentResult, StopRow, cell, cells, columns
 from experiments.stopping import METHOD, StopRule
 
@@ -174,12 +174,3 @@ def grid_of(folder: CampaignFolder, plan: Plan, runs: Iterable[PlannedRun] | Non
     """Return the cells that ``runs`` (default: all) make up, with what is on disk."""
     stop = plan.config.stop
     return Cells(plan, plan.runs if runs is None else runs, {} if stop.margin is None else _recorded(folder, stop))
-
-
-def assigned(plan: Plan, shard: Shard) -> list[PlannedRun]:
-    """Return the runs of ``shard``, in the order in which they are best done; whole cells where cells may end early."""
-    if plan.config.stop.margin is None:
-        return shard_of(plan, shard)
-    repeats, order = plan.config.num_runs, dict[str, int]()
-    mine = [run for run in plan.runs if run.index // repeats % shard.count == shard.number - 1]
-    return sorted(mine, key=lambda run: order.setdefault(context_values(plan, run), len(order)))

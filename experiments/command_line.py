@@ -14,10 +14,12 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
+from experiments.stop_request import StopRequest
+
 HELP = """\
 usage: run_sweep.py [--config FILE] [--<field> VALUE ...] [--sweep.<field> VALUES ...] [options]
        run_sweep.py replay results/NAME RUN_ID     one run again; the same numbers, or exit 1
-       run_sweep.py status results/NAME            done, failed and missing runs
+       run_sweep.py status results/NAME            done, running, failed and missing runs; rate and expected end
        run_sweep.py merge results/NAME             make the tables from the shards
        run_sweep.py export results/NAME [--table T] [--output FILE]     a merged table as Parquet
        run_sweep.py report results/NAME            one HTML page, report.html, and summary.csv
@@ -35,6 +37,11 @@ options:
   --shard I/N             this part of the plan only (also read from a Slurm array task's variables)
   --launcher local --workers N
                           N processes on this machine, one shard each, then merge
+  --launcher slurm --workers N
+                          N tasks of a Slurm array job, then a merge job; see docs/cluster.md and --slurm.<field>;
+                          with --dry-run: show the scripts
+  --grace SECONDS         after SIGUSR1, how long the pass in hand may take (default 90)
+  --quiet                 no progress bar
   --overwrite             forget an earlier campaign of this name
   --help                  this text
 
@@ -78,28 +85,27 @@ def _guarded(arguments: Sequence[str]) -> int:
 
 def _command(arguments: Sequence[str]) -> int:
     name = arguments[0] if arguments and not arguments[0].startswith("-") else "sweep"
-    rest = arguments if name == "sweep" else arguments[1:]
-    return _find(name)(rest)
+    if name != "sweep":
+        return _find(name)(arguments[1:])
+    # Before torch is imported: a task of a cluster can be preempted in its first second.
+    with StopRequest() as stop:
+        from experiments.commands.sweep import sweep
+
+        _quiet_transformers()
+        return sweep(arguments, stop)
 
 
 def _find(name: str) -> Callable[[Sequence[str]], int]:
-    from transformers.utils import logging as transformers_logging
-
     from experiments.errors import UsageError
     from fault_injection.names import nearest
 
-    # One progress bar, ours; and a refusal is one line, without the library's report before it.
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    if name == "sweep":
-        from experiments.commands.sweep import sweep
-
-        return sweep
+    _quiet_transformers()
     from experiments.commands import export, inspect_campaign, plan_size, replay
+    from experiments.commands.status import status
 
     commands = {
         "replay": replay.replay,
-        "status": inspect_campaign.status,
+        "status": status,
         "merge": inspect_campaign.merge,
         "export": export.export,
         "trace": inspect_campaign.trace,
@@ -114,3 +120,11 @@ def _find(name: str) -> Callable[[Sequence[str]], int]:
         allowed = sorted([*commands, "report"])
         raise UsageError(f"{name}: no such command, allowed {', '.join(allowed)}{nearest(name, allowed)}")
     return commands[name]
+
+
+def _quiet_transformers() -> None:
+    """One progress bar, ours; and a refusal is one line, without the library's report before it."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()

@@ -88,6 +88,7 @@ class PairedRunner:
 
     Attributes:
         facts: what was checked, and how runs are executed, for provenance.
+        stopping: asked before anything is begun; once it is true, ``run_many`` ends early.
     """
 
     def __init__(
@@ -105,6 +106,7 @@ class PairedRunner:
         self.batches = batches
         self.forward = forward
         self.facts: dict[str, Any] = {}
+        self.stopping: Callable[[], bool] = lambda: False
         self._first_sites: Mapping[tuple[int, str], Site] | None = None
         self._sizes: dict[tuple[int, int], dict[str, Any]] = {}
         self._fast = BatchRuns(self)
@@ -178,7 +180,7 @@ class PairedRunner:
 
     def batch_index(self, planned: PlannedRun) -> int:
         """Return which batch a run uses."""
-        return int(planned.generator().integers(len(self.batches)))
+        return planned.batch_index(len(self.batches))
 
     def draw(
         self, planned: PlannedRun, config: ExperimentConfig, known: tuple[str, Baseline] | None = None
@@ -309,6 +311,8 @@ class PairedRunner:
     ) -> Iterator[tuple[PlannedRun, RunRecord | Exception]]:
         """Execute runs of one context as ``run.engine`` says; yield each once, in any order, as it is done.
 
+        Those that were not begun when ``stopping`` became true are not yielded.
+
         A run that raises is yielded with its exception; what refuses the whole campaign is raised.
         """
         together = [run for run in runs if run[1].run.engine != "plain"]
@@ -317,6 +321,8 @@ class PairedRunner:
         yield from self._fast.run(together)
         done = {planned.run_id for planned, _ in together}
         for planned, config in runs:
+            if self.stopping():
+                return
             if planned.run_id not in done:
                 yield planned, self.attempt(partial(self.run, planned, config))
 

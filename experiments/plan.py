@@ -9,8 +9,8 @@ swept value. It does not depend on the order of the grid, on shards, on where re
 are, so a campaign with more repeats contains the runs of one with fewer. Detectors watch a run and do not determine it:
 two campaigns that differ only in detectors inject the same faults.
 
-Public names: ``PlannedRun``, ``Plan``, ``make_plan``, ``canonical_json``, ``Shard``, ``parse_shard``, ``shard_of``,
-``context_values``.
+Public names: ``PlannedRun``, ``Plan``, ``make_plan``, ``canonical_json``, ``context_values``,
+``Classes``, ``classes_of``.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from experiments.config import ExperimentConfig
 from experiments.errors import UsageError
@@ -63,6 +63,10 @@ class PlannedRun:
     def generator(self) -> np.random.Generator:
         """Return the generator that everything random in this run is drawn from."""
         return np.random.Generator(np.random.Philox(key=int(self.draw_id, 16)))
+
+    def batch_index(self, batches: int) -> int:
+        """Return which of so many batches the run uses: the first thing it draws."""
+        return int(self.generator().integers(batches))
 
 
 @dataclass(frozen=True)
@@ -170,55 +174,32 @@ def _plain(value: Any) -> Any:
     return dict(value) if isinstance(value, Mapping) else value
 
 
-@dataclass(frozen=True)
-class Shard:
-    """Part ``number`` (from 1) of ``count``."""
-
-    number: int = 1
-    count: int = 1
-
-    @property
-    def file_name(self) -> str:
-        """Return the stem of the shard's files; a campaign begun with many shards can be finished with few."""
-        return f"{self.number:04d}"
-
-
-def parse_shard(text: str | None, environment: Mapping[str, str]) -> Shard:
-    """Return the shard of ``--shard i/n``, else of a Slurm array task, else the whole.
-
-    Raises:
-        UsageError: not of the form ``i/n`` with 1 <= i <= n; array variables that make no sense.
-    """
-    if text is not None:
-        match = re.fullmatch(r"(\d+)/(\d+)", text)
-        if match is None or not 1 <= int(match[1]) <= int(match[2]):
-            raise UsageError(f"--shard: got {text!r}, allowed i/n with 1 <= i <= n, e.g. 3/16")
-        return Shard(int(match[1]), int(match[2]))
-    task, count = environment.get("SLURM_ARRAY_TASK_ID"), environment.get("SLURM_ARRAY_TASK_COUNT")
-    if task is None or count is None:
-        return Shard()
-    first, step = environment.get("SLURM_ARRAY_TASK_MIN", "0"), environment.get("SLURM_ARRAY_TASK_STEP", "1")
-    numbers = [int(text) if re.fullmatch(r"\d+", text) else -1 for text in (task, count, first, step)]
-    if min(numbers) >= 0 and numbers[3] > 0:
-        number, rest = divmod(numbers[0] - numbers[2], numbers[3])
-        if rest == 0 and 1 <= number + 1 <= numbers[1]:
-            return Shard(number + 1, numbers[1])
-    raise UsageError(
-        f"SLURM_ARRAY_TASK_ID: task {task!r} does not fit an array of {count!r} from {first!r} by {step!r}"
-    )
-
-
 def context_values(plan: Plan, run: PlannedRun) -> str:
     """Return a text that is equal for runs of one model, one data set and one seed."""
     return repr([run.values[i] for i, key in enumerate(plan.axes) if key == "seed" or key.startswith(_OF_CONTEXT)])
 
 
-def shard_of(plan: Plan, shard: Shard) -> list[PlannedRun]:
-    """Return the runs of ``shard``, grouped so that runs of one model and one data set are done together."""
-    mine = plan.runs[shard.number - 1 :: shard.count]
-    if not any(key == "seed" or key.startswith(_OF_CONTEXT) for key in plan.axes):
-        return list(mine)
-    order: dict[str, int] = {}
-    for run in plan.runs:
-        order.setdefault(context_values(plan, run), len(order))
-    return sorted(mine, key=lambda run: order[context_values(plan, run)])
+@dataclass(frozen=True)
+class Classes:
+    """Runs told apart by some axes only.
+
+    Attributes:
+        number: the class of every run, numbered in the order of the plan: (runs,) int64.
+        first: the first run of every class.
+    """
+
+    number: NDArray[np.int64]
+    first: tuple[PlannedRun, ...]
+
+
+def classes_of(plan: Plan, *prefixes: str) -> Classes:
+    """Return the classes of runs whose values agree on every axis that begins with one of ``prefixes``."""
+    axes = [number for number, key in enumerate(plan.axes) if key.startswith(prefixes)]
+    known: dict[str, int] = {}
+    first: list[PlannedRun] = []
+    numbers = np.empty(len(plan.runs), np.int64)
+    for index, run in enumerate(plan.runs):
+        numbers[index] = known.setdefault(repr([run.values[axis] for axis in axes]), len(known))
+        if len(known) > len(first):
+            first.append(run)
+    return Classes(numbers, tuple(first))

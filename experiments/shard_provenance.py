@@ -20,7 +20,8 @@ from typing import Any
 from experiments.campaign_folder import CampaignFolder
 from experiments.csv_file import write_text
 from experiments.errors import CheckRefusedError
-from experiments.plan import Shard, canonical_json
+from experiments.plan import canonical_json
+from experiments.shards import Shard
 
 FINGERPRINTS = ("model_fingerprint", "data_fingerprint")
 

@@ -1,19 +1,33 @@
 """One writer for a shard: a lock that is a file, made atomically, and that a dead writer does not keep.
 
-    with WriterLock(path):
+    with WriterLock(path) as lock:
         ...                    # CheckRefusedError if another live process holds it
+        lock.check()           # ... or has taken it over meanwhile
 
-Only atomic links and renames are used, which also hold on network file systems. A lock left behind by a process of
-this machine that no longer lives is taken over; one of another machine is not, since nobody here can know.
+Only atomic links and renames are used, which also hold on network file systems. A lock that was left behind is taken
+over where it is known that its holder writes no more:
 
-Public names: ``WriterLock``, ``is_held``.
+- its process is one of this machine and lives no longer;
+- it is a former life of this very Slurm task, which was requeued: Slurm begins a task again when the former life has
+  ended, or when its node has not answered for so long that it counts as down;
+- its Slurm job is over, or waiting to begin, as Slurm itself says.
+
+Nobody can know of another machine without Slurm: there the lock is left alone, and the refusal says whose it is.
+
+A node that counts as down may still compute, cut off. That is why whoever takes a lock over from another machine
+replaces the files it protects by copies (``campaign``): what the former life appends goes to files that no longer have
+a name, or fails. And ``check`` tells the former life that the lock is not its own any more.
+
+Public names: ``WriterLock``, ``is_held``, ``read_holder``.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import socket
+import time
 import uuid
 from pathlib import Path
 from types import TracebackType
@@ -21,72 +35,115 @@ from types import TracebackType
 import psutil
 
 from experiments.errors import CheckRefusedError
+from experiments.slurm_task import SlurmTask, is_gone
+
+CHECK_SECONDS = 5.0
+"""How often ``check`` looks at the file."""
 
 
 class WriterLock:
-    """Holds ``path`` for the duration of a block."""
+    """Holds ``path`` for the duration of a block.
+
+    Attributes:
+        path: the file.
+        from_elsewhere: whether it was taken over from a process of another machine.
+    """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self.path = path
+        self.from_elsewhere = False
+        self._identity: dict[str, object] = {}
+        self._checked = 0.0
 
     def __enter__(self) -> WriterLock:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        if not _create(self._path):
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._identity = _identity()
+        if not _create(self.path, self._identity):
             self._take_over()
+        self._checked = time.monotonic()
         return self
+
+    def is_own(self) -> bool:
+        """Whether the file still names this process."""
+        return _read(self.path) == self._identity
+
+    def check(self) -> None:
+        """Raise ``CheckRefusedError`` if another process has taken the lock over; looks every few seconds at most."""
+        now = time.monotonic()
+        if now - self._checked >= CHECK_SECONDS:
+            self._checked = now
+            holder = _read(self.path)
+            if holder != self._identity:
+                who = f"taken over by {_named(holder)}" if holder else "deleted"
+                raise CheckRefusedError(f"{self.path}: was {who}; this process stops writing")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._path.unlink(missing_ok=True)
+        if self.is_own():
+            self.path.unlink(missing_ok=True)
 
     def _take_over(self) -> None:
         """Replace the lock of a dead process. One at a time may try, and the path is never without a lock meanwhile."""
         self._refuse_if_held()
-        claim = self._path.with_name(f"{self._path.name}.takeover")
-        if not _create(claim):
+        claim = self.path.with_name(f"{self.path.name}.takeover")
+        if not _create(claim, self._identity):
             raise CheckRefusedError(
                 f"{claim}: another process is taking this shard over; if none is (it was killed), delete the file"
             )
         try:
             # Somebody may have been faster between the first look and the claim.
             self._refuse_if_held()
-            if not self._path.exists():
-                if not _create(self._path):
-                    raise CheckRefusedError(f"{self._path}: another process took this shard at the same moment")
+            if not self.path.exists():
+                if not _create(self.path, self._identity):
+                    raise CheckRefusedError(f"{self.path}: another process took this shard at the same moment")
                 return
-            os.replace(_draft(self._path), self._path)
+            holder = _read(self.path) or {}
+            self.from_elsewhere = holder.get("host") != self._identity["host"]
+            os.replace(_draft(self.path, self._identity), self.path)
         finally:
             claim.unlink()
 
     def _refuse_if_held(self) -> None:
-        holder = _read(self._path)
+        holder = _read(self.path)
         if holder is not None and _may_live(holder):
             raise self._refusal(holder)
 
     def _refusal(self, holder: dict[str, object]) -> CheckRefusedError:
         return CheckRefusedError(
-            f"{self._path}: process {holder.get('pid')} on {holder.get('host')} is writing this shard; "
+            f"{self.path}: {_named(holder)} is writing this shard; "
             "two writers would spoil it. If that process is gone, delete the file"
         )
 
 
-def _draft(path: Path) -> Path:
+def _named(holder: dict[str, object]) -> str:
+    job = f" (Slurm job {holder['job']})" if holder.get("job") else ""
+    return f"process {holder.get('pid')} on {holder.get('host')}{job}"
+
+
+def _draft(path: Path, identity: dict[str, object]) -> Path:
     draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    draft.write_text(json.dumps(_identity()), encoding="utf-8")
+    draft.write_text(json.dumps(identity), encoding="utf-8")
     return draft
 
 
-def _create(path: Path) -> bool:
+def _create(path: Path, identity: dict[str, object]) -> bool:
     """Make a lock unless there is one. Linking a finished file into place is atomic and never shows an empty lock."""
-    draft = _draft(path)
+    draft = _draft(path, identity)
     try:
         os.link(draft, path)
     except FileExistsError:
-        return False
+        # A network file system that asks its server twice hears "exists" of its own link.
+        return draft.stat().st_nlink == 2
     finally:
         draft.unlink()
     return True
+
+
+def read_holder(path: Path) -> str | None:
+    """Return who holds a lock and may live, in words; None if nobody does."""
+    holder = _read(path)
+    return _named(holder) if holder is not None and _may_live(holder) else None
 
 
 def is_held(path: Path) -> bool:
@@ -105,12 +162,14 @@ def _read(path: Path) -> dict[str, object] | None:
 
 def _identity() -> dict[str, object]:
     process = psutil.Process()
-    return {"pid": process.pid, "host": socket.gethostname(), "started": process.create_time()}
+    identity = {"pid": process.pid, "host": socket.gethostname(), "started": process.create_time()}
+    task = SlurmTask.of(os.environ)
+    return identity if task is None else {**identity, **dataclasses.asdict(task)}
 
 
 def _may_live(holder: dict[str, object]) -> bool:
     if holder.get("host") != socket.gethostname():
-        return True
+        return not _is_over(holder)
     try:
         process = psutil.Process(int(str(holder.get("pid"))))
         same = abs(process.create_time() - float(str(holder.get("started")))) < 1.0
@@ -118,3 +177,14 @@ def _may_live(holder: dict[str, object]) -> bool:
         return same and process.status() != psutil.STATUS_ZOMBIE
     except (psutil.NoSuchProcess, ValueError):
         return False
+
+
+def _is_over(holder: dict[str, object]) -> bool:
+    """Whether Slurm knows that a holder on another machine has ended."""
+    job, cluster, restarts = holder.get("job"), holder.get("cluster"), holder.get("restarts")
+    if not isinstance(job, str) or not isinstance(cluster, str) or not isinstance(restarts, int):
+        return False
+    own = SlurmTask.of(os.environ)
+    if own is not None and (own.job, own.cluster) == (job, cluster):
+        return own.restarts > restarts
+    return is_gone(job, cluster)

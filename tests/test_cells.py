@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from experiments.cells import Cell, Cells, assigned
+from experiments.cells import Cell, Cells
 from experiments.config import ExperimentConfig, StopConfig
-from experiments.plan import PlannedRun, Shard, make_plan, shard_of
+from experiments.plan import PlannedRun, make_plan
+from experiments.shards import Shard, shard_of
 from experiments.stopping import StopRule, confidence_sequence
 
 
@@ -81,7 +82,7 @@ SWEEP = {"fault.location": ["q", "scores", "v"], "fault.bit": [3, 30], "seed": [
 @pytest.mark.parametrize("count", [1, 2, 5, 12, 20])
 def test_a_cell_belongs_to_one_shard(count: int) -> None:
     plan = make_plan(ExperimentConfig(num_runs=7, stop=StopConfig(margin=0.1), sweep=SWEEP))
-    shards = [assigned(plan, Shard(number, count)) for number in range(1, count + 1)]
+    shards = [shard_of(plan, Shard(number, count)) for number in range(1, count + 1)]
     assert sorted(run.index for shard in shards for run in shard) == list(range(len(plan.runs)))
     owners = {}
     for number, shard in enumerate(shards):
@@ -96,7 +97,7 @@ def test_a_cell_belongs_to_one_shard(count: int) -> None:
 
 def test_without_a_margin_shards_are_as_they_were_and_every_run_is_needed() -> None:
     plan = make_plan(ExperimentConfig(num_runs=7, sweep=SWEEP))
-    mine = assigned(plan, Shard(2, 3))
+    mine = shard_of(plan, Shard(2, 3))
     assert mine == shard_of(plan, Shard(2, 3))
     grid = Cells(plan, mine, {})
     assert [list(needed) for needed in grid.rounds(mine)] == [mine]

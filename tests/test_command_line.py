@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -121,8 +122,8 @@ def test_the_status_of_a_finished_campaign(done: Path, capsys: pytest.CaptureFix
     before = files_below(done)
     assert main(["status", str(done)]) == 0
     first, shard = capsys.readouterr().out.splitlines()
-    assert first == f"{done}: 24 of 24 runs done, 0 failed, 0 not tried"
-    assert shard.strip() == "shard 0001: 24 runs"
+    assert first == f"{done}: 24 of 24 runs done, 0 failed, 0 missing; 0 of 1 shards running"
+    assert shard.strip() == "shard 0001: 24 of 24 runs, done"
     assert files_below(done) == before
 
 
@@ -135,10 +136,11 @@ def test_the_status_while_a_shard_is_being_written(
     write_dead_holder(tmp_path / "micro" / "shards" / "0002.lock")
     capsys.readouterr()
     assert main(["status", str(tmp_path / "micro")]) == 1
-    first, one, two = capsys.readouterr().out.splitlines()
-    assert first.endswith("16 of 24 runs done, 0 failed, 8 not tried")
-    assert one.strip() == "shard 0001: 8 runs, being written"
-    assert two.strip() == "shard 0002: 8 runs", "its writer is dead"
+    first, one, two, three = capsys.readouterr().out.splitlines()
+    assert first.endswith("16 of 24 runs done, 0 failed, 8 missing; 1 of 3 shards running")
+    assert re.fullmatch(r"  shard 0001: 8 of 8 runs, running: process \d+ on \S+", one)
+    assert two.strip() == "shard 0002: 8 of 8 runs, done", "its writer is dead"
+    assert three.strip() == "shard 0003: 0 of 8 runs, not begun"
 
 
 def test_the_trace_says_where_the_time_went(done: Path, capsys: pytest.CaptureFixture[str]) -> None:

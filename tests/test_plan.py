@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from experiments import plan as plan_module
 from experiments.config import DetectConfig, ExperimentConfig, RunConfig, load_config
 from experiments.errors import UsageError
-from experiments.plan import Shard, canonical_json, context_values, make_plan, parse_shard, shard_of
+from experiments.plan import canonical_json, context_values, make_plan
+from experiments.run_cost import run_costs
+from experiments.shards import Shard, parse_shard, shard_of
 
 
 def ids(config: ExperimentConfig) -> list[str]:
@@ -249,8 +251,9 @@ def test_shards_part_the_plan(sweep: dict[str, list[int]], repeats: int, count: 
     plan = make_plan(ExperimentConfig(num_runs=repeats, sweep=sweep))
     parts = [shard_of(plan, Shard(number, count)) for number in range(1, count + 1)]
     assert sorted(run.index for part in parts for run in part) == list(range(len(plan.runs)))
-    sizes = [len(part) for part in parts]
-    assert max(sizes) - min(sizes) <= 1
+    costs = run_costs(plan)
+    loads = [sum(int(costs[run.index]) for run in part) for part in parts]
+    assert max(abs(count * load - sum(loads)) for load in loads) <= count * int(costs.max())
 
 
 def test_a_shard_does_the_runs_of_one_model_and_data_set_together() -> None:

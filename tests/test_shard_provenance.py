@@ -11,8 +11,8 @@ from micro_campaign import files_below
 from experiments import shard_provenance
 from experiments.campaign_folder import CampaignFolder
 from experiments.errors import CheckRefusedError
-from experiments.plan import Shard
 from experiments.shard_provenance import ShardProvenance, note_provenance, write_campaign_provenance
+from experiments.shards import Shard
 
 
 @pytest.fixture

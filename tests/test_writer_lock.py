@@ -18,7 +18,14 @@ import pytest
 
 from experiments import writer_lock
 from experiments.errors import CheckRefusedError
-from experiments.writer_lock import WriterLock
+from experiments.writer_lock import WriterLock, read_holder
+
+
+@pytest.fixture(autouse=True)
+def _no_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
+    for key in [key for key in os.environ if key.startswith("SLURM_")]:
+        monkeypatch.delenv(key)
+
 
 FORK = multiprocessing.get_context("fork")
 
@@ -250,3 +257,121 @@ def test_of_many_that_race_exactly_one_wins(tmp_path: Path, dead_holder: bool) -
         pipe.close()
     assert sorted(results) == ["refused"] * 7 + ["won"]
     assert list(path.parent.iterdir()) == []
+
+
+# ------------------------------------------------------------------------------------------------- Slurm
+
+
+def as_task(monkeypatch: pytest.MonkeyPatch, restarts: int, *, task: str = "3", cluster: str = "big") -> None:
+    """Let this process be a task of array job 812."""
+    for key, value in {
+        "ARRAY_JOB_ID": "812", "ARRAY_TASK_ID": task, "JOB_ID": "815", "RESTART_COUNT": str(restarts),
+        "CLUSTER_NAME": cluster,
+    }.items():  # fmt: skip
+        monkeypatch.setenv(f"SLURM_{key}", value)
+
+
+def write_elsewhere(path: Path, restarts: int = 0, **changes: Any) -> None:
+    write_holder(path, host="node-17.example", **{"job": "812_3", "restarts": restarts, "cluster": "big", **changes})
+
+
+def test_a_lock_says_which_task_holds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    as_task(monkeypatch, 2)
+    with WriterLock(tmp_path / "0003.lock") as lock:
+        held = json.loads(lock.path.read_text())
+        assert (held["job"], held["restarts"], held["cluster"]) == ("812_3", 2, "big")
+        assert read_holder(lock.path) == f"process {os.getpid()} on {socket.gethostname()} (Slurm job 812_3)"
+
+
+def test_a_task_that_was_requeued_takes_over_from_its_former_life_on_another_node(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer_lock, "is_gone", lambda *_: pytest.fail("its own number of lives says enough"))
+    path = tmp_path / "0003.lock"
+    write_elsewhere(path, restarts=0)
+    as_task(monkeypatch, 1)
+    with WriterLock(path) as lock:
+        assert lock.from_elsewhere
+        assert only(path)
+    write_elsewhere(path, restarts=1)
+    with pytest.raises(CheckRefusedError, match=r"node-17\.example \(Slurm job 812_3\) is writing this shard"):
+        WriterLock(path).__enter__()
+
+
+@pytest.mark.parametrize("gone", [True, False])
+@pytest.mark.parametrize("task", [None, "4"], ids=["no task", "another task"])
+def test_of_other_jobs_on_other_nodes_slurm_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gone: bool, task: str | None
+) -> None:
+    asked: list[tuple[str, str]] = []
+
+    def is_gone(job: str, cluster: str) -> bool:
+        asked.append((job, cluster))
+        return gone
+
+    monkeypatch.setattr(writer_lock, "is_gone", is_gone)
+    if task:
+        as_task(monkeypatch, 5, task=task)
+    path = tmp_path / "0003.lock"
+    write_elsewhere(path)
+    before = path.read_bytes()
+    if gone:
+        with WriterLock(path) as lock:
+            assert lock.from_elsewhere
+    else:
+        with pytest.raises(CheckRefusedError, match="is writing"):
+            WriterLock(path).__enter__()
+        assert path.read_bytes() == before
+    assert set(asked) == {("812_3", "big")}
+
+
+@pytest.mark.parametrize("changes", [{"job": None}, {"job": 3}, {"restarts": "1"}, {"cluster": None}], ids=str)
+def test_a_lock_elsewhere_that_names_no_job_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(writer_lock, "is_gone", lambda *_: True)
+    as_task(monkeypatch, 9)
+    path = tmp_path / "0003.lock"
+    write_elsewhere(path, **changes)
+    with pytest.raises(CheckRefusedError, match="is writing"):
+        WriterLock(path).__enter__()
+
+
+def test_the_same_number_on_another_cluster_is_another_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writer_lock, "is_gone", lambda *_: False)
+    as_task(monkeypatch, 1, cluster="small")
+    path = tmp_path / "0003.lock"
+    write_elsewhere(path)
+    with pytest.raises(CheckRefusedError, match="is writing"):
+        WriterLock(path).__enter__()
+
+
+def test_who_was_taken_over_is_told_and_leaves_the_lock_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "0003.lock"
+    with WriterLock(path) as lock:
+        lock.check()
+        write_elsewhere(path, restarts=1)
+        lock.check()
+        monkeypatch.setattr(writer_lock, "CHECK_SECONDS", 0.0)
+        with pytest.raises(CheckRefusedError, match=r"taken over by process \d+ on node-17\.example"):
+            lock.check()
+        assert not lock.is_own()
+    assert path.exists()
+    path.unlink()
+    with pytest.raises(CheckRefusedError, match="was deleted"):
+        lock.check()
+
+
+def test_a_link_that_was_made_and_reported_as_there_already_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What NFS says when the server's first answer was lost.
+    real = os.link
+
+    def link(source: Any, target: Any) -> None:
+        real(source, target)
+        raise FileExistsError(target)
+
+    monkeypatch.setattr(os, "link", link)
+    with WriterLock(tmp_path / "0001.lock") as lock:
+        assert lock.is_own()

@@ -1,48 +1,17 @@
-"""``run_sweep.py status|merge|trace``: look at a campaign from its files alone.
+"""``run_sweep.py merge|trace``: look at a campaign from its files alone.
 
-Public names: ``status``, ``merge``, ``trace``.
+Public names: ``merge``, ``trace``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
-from experiments.cells import grid_of
 from experiments.commands.options import one_folder
 from experiments.commands.sweep import print_merged
-from experiments.csv_file import read_keys, read_rows
 from experiments.errors import MissingResourceError
 from experiments.merge import merge_campaign
-from experiments.plan import make_plan
-from experiments.result import ExperimentResult, FailureRow, columns
-from experiments.writer_lock import is_held
 from monitoring import trace_report
-
-
-def status(arguments: Sequence[str]) -> int:
-    """Print how many runs are done, failed and missing; exit status 0 if none is missing, else 1."""
-    folder = one_folder("status", arguments)
-    plan = make_plan(folder.config())
-    planned = {run.run_id for run in plan.runs}
-    unneeded = grid_of(folder, plan).unneeded()
-    done, rows = set[str](), dict[Path, int]()
-    for path in folder.shard_files():
-        ids = list(read_keys(path, columns(ExperimentResult)))
-        rows[path] = len(ids)
-        done.update(planned.intersection(ids))
-    failures = {
-        row[0]: row[1] for path in folder.shard_files(".failures") for row in read_rows(path, columns(FailureRow))
-    }
-    failed = {run_id: reason for run_id, reason in failures.items() if run_id not in done}
-    print(f"{folder.path}: {len(done)} of {len(planned)} runs done, {len(failed)} failed, "
-          f"{len(planned) - len(done) - len(failed) - len(unneeded)} not tried"
-          + (f", {len(unneeded)} not needed (stop.margin)" if unneeded else ""))  # fmt: skip
-    for path, count in rows.items():
-        print(f"  shard {path.stem}: {count} runs{', being written' if is_held(path.with_suffix('.lock')) else ''}")
-    for run_id, reason in list(failed.items())[:5]:
-        print(f"  failed {run_id}: {reason}")
-    return 0 if len(done) + len(unneeded) == len(planned) else 1
 
 
 def merge(arguments: Sequence[str]) -> int:

@@ -1,50 +1,76 @@
 """``run_sweep.py``: run a campaign, show its plan, or list what can be chosen.
 
-Public name: ``sweep``.
+Public names: ``sweep``, ``print_merged``.
 """
 
 from __future__ import annotations
 
 import os
-import signal
+import sys
+from collections import Counter
 from collections.abc import Sequence
-from types import FrameType
 
 from experiments.campaign import run_campaign
 from experiments.campaign_folder import CampaignFolder
-from experiments.cells import assigned
 from experiments.commands.listing import print_list
 from experiments.commands.local_launcher import launch_local
 from experiments.commands.options import take_flag, take_value, whole_number
+from experiments.commands.slurm_launcher import launch_slurm, print_scripts
 from experiments.config import load_config
 from experiments.config_sections import check_choice
 from experiments.contexts import check_plan
+from experiments.csv_file import write_rows
 from experiments.errors import UsageError
 from experiments.merge import Merged, merge_campaign
-from experiments.plan import Plan, Shard, make_plan, parse_shard
+from experiments.plan import Plan, make_plan
+from experiments.shard_states import MISSING_COLUMNS, missing_runs, shard_states
+from experiments.shards import Shard, parse_shard, shard_of
+from experiments.slurm_task import SlurmTask, requeue
+from experiments.stop_request import StopRequest
 
-SHOWN_RUNS = 5
+SHOWN_RUNS, SHOWN_SHARDS = 5, 20
+
+KILL_SECONDS = 60.0
+"""How long a task that will be begun again waits for Slurm to end it."""
 
 
-def sweep(arguments: Sequence[str]) -> int:
-    """Run what the arguments describe; return the exit status."""
+def sweep(arguments: Sequence[str], stop: StopRequest) -> int:
+    """Run what the arguments describe, until ``stop`` asks to leave; return the exit status."""
     options = list(arguments)
     dry_run, overwrite = take_flag(options, "--dry-run"), take_flag(options, "--overwrite")
+    quiet = take_flag(options, "--quiet")
     what, shard_text = take_value(options, "--list"), take_value(options, "--shard")
     launcher, workers = take_value(options, "--launcher"), take_value(options, "--workers")
+    grace = take_value(options, "--grace")
     config = load_config(options)
     if what is not None:
         print_list(what, config)
         return 0
+    if grace is not None:
+        stop.grace = _grace(grace)
     shard = parse_shard(shard_text, os.environ)
     count = _workers(launcher, workers, shard_text)
-    if dry_run:
-        _print_plan(make_plan(config), shard)
+    if dry_run or launcher == "slurm":
+        plan = make_plan(config)
+        check_plan(plan)
+        if not dry_run:
+            return launch_slurm(config, plan, count or 1, overwrite=overwrite)
+        _print_plan(plan, shard)
+        if launcher == "slurm":
+            print_scripts(config, plan, count or 1)
         return 0
     if count is not None:
-        return _finish(CampaignFolder.of(config), launch_local(config, options, count, overwrite=overwrite))
-    signal.signal(signal.SIGTERM, _interrupt)
-    status = run_campaign(config, shard=shard, overwrite=overwrite, arguments=arguments)
+        return _finish(CampaignFolder.of(config), launch_local(config, options, count, stop, overwrite=overwrite))
+    try:
+        status = run_campaign(
+            config, shard=shard, overwrite=overwrite, arguments=arguments, stopping=stop.requested, quiet=quiet
+        )
+    except KeyboardInterrupt:
+        if not stop.requested():
+            raise
+        return _leave(stop)
+    if status.stopped:
+        return _leave(stop)
     if shard.count > 1:
         part = f"shard {shard.number}/{shard.count}"
         print(f"{part}: {status.before + status.done} done, {status.failed} failed; then: run_sweep.py merge "
@@ -53,9 +79,26 @@ def sweep(arguments: Sequence[str]) -> int:
     return _finish(status.folder, 1 if status.failed else 0)
 
 
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    """Treat a request to terminate as an interruption: what is open is closed, and the lock is released."""
+def _leave(stop: StopRequest) -> int:
+    """End a campaign that was asked to stop: a task of Slurm asks to be begun again where that is what Slurm wants.
+
+    Raises:
+        KeyboardInterrupt: always; the exit status is that of an interruption.
+    """
+    stop.finished()
+    task = SlurmTask.of(os.environ)
+    if task is not None and stop.signal is not None:
+        refused = requeue(task)
+        print(f"{stop.signal.name}: task {task.job} {refused or 'asked Slurm to begin it again'}", file=sys.stderr)
+        if refused is None:
+            stop.wait_for_the_end(KILL_SECONDS)
     raise KeyboardInterrupt
+
+
+def _grace(text: str) -> float:
+    if not whole_number(text) or int(text) < 1:
+        raise UsageError(f"--grace: got {text}, allowed a whole number of seconds, 1 or more")
+    return float(text)
 
 
 def _finish(folder: CampaignFolder, exit_status: int) -> int:
@@ -77,21 +120,35 @@ def print_merged(folder: CampaignFolder, merged: Merged) -> None:
         print(f"{merged.unneeded} runs were not needed: {merged.stops}")
     if merged.failed:
         print(f"{len(merged.failed)} runs failed, see {folder.file('failures.csv')}; the same command tries them again")
-    waiting = [run_id for run_id in merged.missing if run_id not in set(merged.failed)]
+    _print_missing(folder, merged)
+
+
+def _print_missing(folder: CampaignFolder, merged: Merged) -> None:
+    """Print how many runs are missing in which shard and why, and write each of them to ``missing.csv``."""
+    path = folder.file("missing.csv")
+    if not merged.missing:
+        path.unlink(missing_ok=True)
+        return
+    plan = make_plan(folder.config())
+    planned = {run.run_id for run in plan.runs}
+    states = shard_states(folder, plan, planned - set(merged.missing))
+    missing = missing_runs(folder, plan, states, merged.missing)
+    write_rows(path, MISSING_COLUMNS, ((run.run_id, run.shard, run.reason) for run in missing))
+    failed = set(merged.failed)
+    waiting = [run for run in missing if run.run_id not in failed]
     if waiting:
-        shown = ", ".join(waiting[:SHOWN_RUNS]) + (", ..." if len(waiting) > SHOWN_RUNS else "")
-        print(f"{len(waiting)} runs are not done yet: {shown}")
+        print(f"{len(waiting)} runs are not done yet, see {path}")
+    counts = Counter((run.shard, run.reason) for run in waiting)
+    for (shard, reason), number in list(counts.items())[:SHOWN_SHARDS]:
+        print(f"  shard {shard}: {number} runs, {reason}")
+    if len(counts) > SHOWN_SHARDS:
+        print(f"  ... and {len(counts) - SHOWN_SHARDS} more shards")
 
 
 def _workers(launcher: str | None, workers: str | None, shard: str | None) -> int | None:
     if launcher is None and workers is None:
         return None
-    if launcher == "slurm":
-        raise UsageError(
-            "--launcher: slurm is not available in this version; submit an array job whose tasks run "
-            "`python run_sweep.py --config FILE`: each takes its shard from SLURM_ARRAY_TASK_ID"
-        )
-    check_choice("--launcher", launcher or "local", ("local",))
+    check_choice("--launcher", launcher or "local", ("local", "slurm"))
     if shard is not None:
         raise UsageError("--shard: cannot be given together with --launcher; the launcher makes the shards")
     if workers is None or not whole_number(workers) or int(workers) < 1:
@@ -100,8 +157,7 @@ def _workers(launcher: str | None, workers: str | None, shard: str | None) -> in
 
 
 def _print_plan(plan: Plan, shard: Shard) -> None:
-    check_plan(plan)
-    runs = assigned(plan, shard)
+    runs = shard_of(plan, shard) if shard.count > 1 else plan.runs
     print(
         f"campaign {plan.config.name}: {len(plan.runs)} runs" + (f", {len(runs)} in shard" if shard.count > 1 else "")
     )

@@ -94,6 +94,8 @@ class BatchRuns:
             )
             groups.setdefault(key, []).append((planned, config))
         for key in sorted(groups, key=lambda key: key[0]):
+            if self._pairs.stopping():
+                return
             yield from self._run_group(key[0], groups[key])
 
     def _run_group(self, batch_index: int, runs: Sequence[Run]) -> Iterator[Finished]:
@@ -113,10 +115,14 @@ class BatchRuns:
                 drawn.append(run)
         if proof.chain is None or opened is None or isinstance(opened, str):
             for run in drawn:
+                if pairs.stopping():
+                    return
                 yield run.planned, pairs.attempt(partial(pairs.run_drawn, run))
             return
         rest = drawn if proof.rows is not None else (yield from self._run_by_rows(opened, drawn, proof))
         for run in rest:
+            if pairs.stopping():
+                return
             around = partial(resumed, proof.chain, opened.recording, min(fault.layer for fault in run.faults))
             outputs = opened.outputs if run.propagates and pairs.follows(config) else None
             execute = partial(pairs.run_drawn, run, around, execution="resume", rows=opened.rows, outputs=outputs)
@@ -145,6 +151,8 @@ class BatchRuns:
             else SITES_TOGETHER
         )
         for first in range(0, len(sites), most):
+            if self._pairs.stopping():
+                break
             for run, record in self._run_pass(opened, engine, sites[first : first + most]):
                 if record is None:
                     rest.append(run)

@@ -1,0 +1,132 @@
+"""What this process is to Slurm, what Slurm says of a task, and asking it to begin a task again.
+
+    task = SlurmTask.of(os.environ)          # None outside of Slurm
+    task_state(task.job)                     # "RUNNING", "PENDING", ...; UNKNOWN_JOB; None if Slurm does not answer
+
+Jobs are named as ``squeue`` names them: ``812_3`` is task 3 of array job 812. Only ``squeue`` and ``scontrol`` are
+asked, so no accounting database is needed; a finished job is known for ``MinJobAge`` seconds.
+
+Public names: ``SlurmTask``, ``ask``, ``task_state``, ``task_states``, ``is_gone``, ``requeue``,
+``cluster_name``, ``UNKNOWN_JOB``.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from experiments.errors import MissingResourceError
+
+ANSWER_SECONDS = 30.0
+UNKNOWN_JOB = "UNKNOWN"
+"""What is said of a job that the controller does not know, or no longer."""
+
+_ENDED = {
+    *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PENDING"),
+    *("PREEMPTED", "REVOKED", "TIMEOUT", UNKNOWN_JOB),
+}
+"""States in which no process of the task is left: over, or waiting for its first or next life."""
+
+
+@dataclass(frozen=True)
+class SlurmTask:
+    """A task of an array job, or a job without array.
+
+    Attributes:
+        job: its name, e.g. ``812_3``.
+        restarts: how often Slurm has begun it again.
+        cluster: which cluster's numbers these are.
+    """
+
+    job: str
+    restarts: int
+    cluster: str
+
+    @classmethod
+    def of(cls, environment: Mapping[str, str]) -> SlurmTask | None:
+        """Return the task that an environment belongs to."""
+        # The last task of an array bears the number of the array as its own, so SLURM_JOB_ID alone says too little.
+        array, task = environment.get("SLURM_ARRAY_JOB_ID"), environment.get("SLURM_ARRAY_TASK_ID")
+        job = f"{array}_{task}" if array and task else environment.get("SLURM_JOB_ID")
+        if not job:
+            return None
+        restarts = environment.get("SLURM_RESTART_COUNT", "0")
+        return cls(job, int(restarts) if restarts.isdigit() else 0, environment.get("SLURM_CLUSTER_NAME", ""))
+
+
+def ask(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run one of Slurm's programs.
+
+    Raises:
+        MissingResourceError: it is not installed, or does not answer.
+    """
+    if shutil.which(program) is None:
+        raise MissingResourceError(f"{program}: not found; Slurm's programs are needed on this machine")
+    try:
+        return subprocess.run(
+            [program, *arguments], capture_output=True, text=True, timeout=ANSWER_SECONDS, check=False
+        )
+    except subprocess.TimeoutExpired as error:
+        raise MissingResourceError(f"{program}: no answer within {ANSWER_SECONDS:g} s") from error
+
+
+def task_state(job: str) -> str | None:
+    """Return the state of one task; None if Slurm is not here or does not answer."""
+    try:
+        answer = ask("scontrol", "--oneliner", "show", "job", job)
+    except MissingResourceError:
+        return None
+    if answer.returncode:
+        return UNKNOWN_JOB if "Invalid job id" in answer.stderr else None
+    found = re.findall(r"\bJobState=(\S+)", answer.stdout)
+    states = [state for states in found for state in re.split(r"[,+]", states)]
+    # A task that was begun again can be listed twice: ending here, waiting there.
+    return next((state for state in states if state not in _ENDED), states[0] if states else None)
+
+
+def task_states(job: str) -> dict[str, str]:
+    """Return the states of the tasks of an array job by their names; empty if Slurm is not here or does not know it."""
+    try:
+        answer = ask("squeue", "--noheader", "--array", "--states=all", f"--jobs={job}", "--format=%i %T")
+    except MissingResourceError:
+        return {}
+    lines = (line.split() for line in answer.stdout.splitlines())
+    return {words[0]: words[1] for words in lines if len(words) == 2}
+
+
+def is_gone(job: str, cluster: str) -> bool:
+    """Whether Slurm says that no process of a task is left; False if it cannot be asked or is another cluster."""
+    if not cluster or cluster != cluster_name():
+        return False
+    state = task_state(job)
+    return state is not None and state in _ENDED
+
+
+@functools.cache
+def cluster_name() -> str | None:
+    """Return the name of the cluster that this machine's Slurm belongs to; None without one."""
+    if name := os.environ.get("SLURM_CLUSTER_NAME"):
+        return name
+    try:
+        answer = ask("scontrol", "show", "config")
+    except MissingResourceError:
+        return None
+    found = re.search(r"^ClusterName\s*=\s*(\S+)", answer.stdout, re.MULTILINE)
+    return found[1] if found else None
+
+
+def requeue(task: SlurmTask) -> str | None:
+    """Ask Slurm to begin a task again if it still counts it as running; return why not, None if it will.
+
+    A task that is being cancelled counts as completing; asking then would call it back to life.
+    """
+    state = task_state(task.job)
+    if state != "RUNNING":
+        return f"Slurm says {state or 'nothing'} of it"
+    answer = ask("scontrol", "requeue", task.job)
+    return answer.stderr.strip() or f"scontrol requeue: exit status {answer.returncode}" if answer.returncode else None

@@ -1,0 +1,48 @@
+"""What a worker does with its shard, counted, and written down when it leaves.
+
+    with Tally(folder, lock, Session.begin(folder, shard, planned, before)) as tally:
+        tally.check()                # the shard is still this worker's
+        tally.done += 1
+
+Public name: ``Tally``.
+"""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+from experiments.campaign_folder import CampaignFolder
+from experiments.session import Session
+from experiments.shards import Shard
+from experiments.writer_lock import WriterLock
+
+
+class Tally:
+    """Counts what a worker does with a shard and writes down how it ended.
+
+    Attributes:
+        folder, session, shard: where, since when, and which part.
+        done, failed: runs of this session.
+        stopped: whether it left before the end of the shard.
+    """
+
+    def __init__(self, folder: CampaignFolder, lock: WriterLock, session: Session) -> None:
+        self.folder, self.session, self._lock = folder, session, lock
+        self.shard = Shard(session.number, session.count)
+        self.done = self.failed = 0
+        self.stopped = False
+
+    def __enter__(self) -> Tally:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        ended = "stopped" if self.stopped or isinstance(error, KeyboardInterrupt) else "refused" if error else "done"
+        # If the shard is another worker's by now, so is its session.
+        if self._lock.is_own():
+            self.session.end(self.folder, ended, self.done, self.failed, str(error) if error else None)
+
+    def check(self) -> None:
+        """Raise ``CheckRefusedError`` if another worker has taken the shard over."""
+        self._lock.check()

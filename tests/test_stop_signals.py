@@ -1,0 +1,195 @@
+"""Campaigns that are asked to stop: the pass in hand is finished, nothing is lost, nothing is done twice."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from micro_campaign import MicroPlace, numbers
+from test_campaign import rows_on_disk, same_tables
+from test_writer_lock import write_elsewhere
+
+from experiments import writer_lock
+from experiments.command_line import main
+from experiments.engine import batch_runs
+from experiments.engine.fast_engine import FastEngine
+from experiments.paired_run import PairedRunner
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> MicroPlace:
+    return MicroPlace.make(tmp_path_factory.mktemp("place"))
+
+
+@pytest.fixture(scope="module")
+def whole(place: MicroPlace, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a campaign of 24 runs that was never disturbed."""
+    output = tmp_path_factory.mktemp("whole")
+    assert main(place.arguments(output)) == 0
+    return output / "micro"
+
+
+@pytest.fixture(autouse=True)
+def _no_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
+    for key in [key for key in os.environ if key.startswith("SLURM_")]:
+        monkeypatch.delenv(key)
+
+
+@pytest.fixture
+def before_run(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], object]], None]:
+    """Return ``at(number, what)``: do something once, in the middle of the plain run of that number."""
+
+    def at(number: int, what: Callable[[], object]) -> None:
+        real, begun = PairedRunner.run, [0]
+
+        def run(self: PairedRunner, *arguments: Any) -> Any:
+            begun[0] += 1
+            if begun[0] == number:
+                what()
+            return real(self, *arguments)
+
+        monkeypatch.setattr(PairedRunner, "run", run)
+
+    return at
+
+
+def session(output: Path) -> dict[str, Any]:
+    return dict(json.loads((output / "micro/shards/0001.session.json").read_text()))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_the_run_in_hand_is_finished_and_the_rest_done_next_time(
+    whole: Path,
+    place: MicroPlace,
+    tmp_path: Path,
+    before_run: Callable[..., None],
+    capsys: pytest.CaptureFixture[str],
+    number: signal.Signals,
+) -> None:
+    before_run(5, lambda: signal.raise_signal(number))
+    arguments = place.arguments(tmp_path, "--run.engine=plain")
+    assert main(arguments) == 130
+    assert "the same command goes on where it stopped" in capsys.readouterr().err
+    assert rows_on_disk(tmp_path / "micro") == 5
+    assert not list(tmp_path.rglob("*.lock"))
+    left = session(tmp_path)
+    assert (left["ended"], left["done"], left["before"], left["planned"]) == ("stopped", 5, 0, 24)
+    assert not (tmp_path / "micro/runs.csv").exists()
+    assert main(place.arguments(tmp_path)) == 0
+    left = session(tmp_path)
+    assert (left["ended"], left["done"], left["before"]) == ("done", 19, 5)
+    same_tables(tmp_path / "micro", whole)
+
+
+def test_a_run_that_takes_longer_than_the_grace_time_is_given_up_and_done_again(
+    whole: Path, place: MicroPlace, tmp_path: Path, before_run: Callable[..., None]
+) -> None:
+    def stuck() -> None:
+        signal.raise_signal(signal.SIGUSR1)
+        time.sleep(600)
+
+    before_run(5, stuck)
+    assert main([*place.arguments(tmp_path, "--run.engine=plain"), "--grace", "1"]) == 130
+    assert rows_on_disk(tmp_path / "micro") == 4
+    assert session(tmp_path)["reason"] == "SIGUSR1: the pass in hand was given up"
+    assert main(place.arguments(tmp_path)) == 0
+    same_tables(tmp_path / "micro", whole)
+
+
+def test_a_request_in_the_last_run_changes_nothing(
+    whole: Path, place: MicroPlace, tmp_path: Path, before_run: Callable[..., None]
+) -> None:
+    before_run(24, lambda: signal.raise_signal(signal.SIGUSR1))
+    assert main(place.arguments(tmp_path, "--run.engine=plain")) == 0
+    assert session(tmp_path)["ended"] == "done"
+    same_tables(tmp_path / "micro", whole)
+
+
+def test_a_request_before_the_first_run_is_heard(
+    place: MicroPlace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = PairedRunner.prepare
+
+    def prepare(self: PairedRunner, *arguments: Any) -> Any:
+        signal.raise_signal(signal.SIGUSR1)
+        return real(self, *arguments)
+
+    monkeypatch.setattr(PairedRunner, "prepare", prepare)
+    assert main(place.arguments(tmp_path)) == 130
+    assert rows_on_disk(tmp_path / "micro") == 0
+
+
+def test_the_fast_engine_finishes_its_pass_and_begins_no_other(
+    place: MicroPlace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = [
+        *("--run.engine=fast", "--data.seq_len=16", "--num_runs=4", "--detect.detectors=[lite]"),
+        *("--data.num_samples=2",),
+    ]
+    assert main(place.arguments(tmp_path / "a", *arguments)) == 0
+    monkeypatch.setattr(batch_runs, "LEAST_TOGETHER", 8)
+    monkeypatch.setattr(batch_runs, "TOKENS_TOGETHER", 8)
+    real, passes = FastEngine.run, [0]
+
+    def run(self: FastEngine, faults: Any, *more: Any) -> Any:
+        passes[0] += len(faults) == 8
+        if passes[0] == 2:
+            signal.raise_signal(signal.SIGUSR1)
+        return real(self, faults, *more)
+
+    monkeypatch.setattr(FastEngine, "run", run)
+    assert main(place.arguments(tmp_path / "b", *arguments)) == 130
+    assert rows_on_disk(tmp_path / "b/micro") == 16
+    assert passes[0] == 2
+    monkeypatch.undo()
+    assert main(place.arguments(tmp_path / "b", *arguments)) == 0
+    assert numbers(tmp_path / "a/micro/runs.csv") == numbers(tmp_path / "b/micro/runs.csv")
+
+
+def test_a_worker_whose_shard_was_taken_over_stops_writing(
+    place: MicroPlace,
+    tmp_path: Path,
+    before_run: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    lock = tmp_path / "micro/shards/0001.lock"
+    monkeypatch.setattr(writer_lock, "CHECK_SECONDS", 0.0)
+    before_run(5, lambda: write_elsewhere(lock, restarts=1))
+    assert main(place.arguments(tmp_path, "--run.engine=plain")) == 1
+    assert "taken over by process" in capsys.readouterr().err
+    assert rows_on_disk(tmp_path / "micro") == 4
+    assert lock.exists(), "it is another's"
+    assert session(tmp_path)["ended"] is None, "so is the session"
+
+
+def test_what_a_former_life_on_another_node_still_appends_is_not_counted(
+    whole: Path, place: MicroPlace, tmp_path: Path, before_run: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before_run(9, lambda: signal.raise_signal(signal.SIGTERM))
+    assert main(place.arguments(tmp_path, "--run.engine=plain")) == 130
+    monkeypatch.undo()
+    for key, value in {"JOB_ID": "9", "ARRAY_JOB_ID": "812", "ARRAY_TASK_ID": "3", "RESTART_COUNT": "1"}.items():
+        monkeypatch.setenv(f"SLURM_{key}", value)
+    monkeypatch.setenv("SLURM_CLUSTER_NAME", "big")
+    write_elsewhere(tmp_path / "micro/shards/0001.lock")
+    kept = [path.open("ab") for path in (tmp_path / "micro").rglob("0001*.*") if path.suffix in (".csv", ".jsonl")]
+    assert len(kept) == 5
+    assert main([*place.arguments(tmp_path), "--shard", "1/1"]) == 0
+    for stream in kept:
+        stream.write(b"garbage,of,a,process,that,is,cut,off\n")
+        stream.close()
+    assert main(["merge", str(tmp_path / "micro")]) == 0
+    same_tables(tmp_path / "micro", whole)
+
+
+@pytest.fixture(autouse=True)
+def _no_alarm_is_left() -> Iterator[None]:
+    yield
+    assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
