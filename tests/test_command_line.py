@@ -187,8 +187,8 @@ def test_plan_size_counts_the_faults_of_a_campaign(
     # 4 windows x 2 layers x 2 heads x 32 bits, of 12 x 8 channels of q, and of 78 visible keys of the scores.
     q, scores = 4 * 2 * 2 * 32 * 12 * 8, 4 * 2 * 2 * 32 * 78
     assert f"of a population of {q + scores:,} faults" in said
-    assert f"q          0..1 each{q // 64:15,}{32:6}{q // 2:18,}{sample_size(0.01, 0.95, q // 2):10,}" in said
-    assert f"scores           all{scores:39,}{sample_size(0.01, 0.95, scores):10,}" in said
+    assert f"q         0..1 each{q // 64:15,}{32:6}{q // 2:18,}{sample_size(0.01, 0.95, q // 2):10,}" in said
+    assert f"scores          all{scores:39,}{sample_size(0.01, 0.95, scores):10,}" in said
     assert f"{sample_size(0.01, 0.95, q + scores)} runs" in said
     assert not (tmp_path / "out").exists()
 
