@@ -4,6 +4,7 @@
 #   make test       the default tests
 #   make test-all   the slow ones too
 #   make test-slurm on a real Slurm: see tests/slurm/start.sh
+#   make test-ci    all of them
 #   make quality    lint, format and types
 #   make style      format and fix what can be fixed
 
@@ -13,7 +14,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 PYTEST_ARGS ?=
 
-.PHONY: sweep test test-all test-slurm quality style reference clean
+.PHONY: sweep test test-all test-slurm test-ci quality style reference clean
 
 sweep: $(VENV)/.installed
 	$(BIN)/python run_sweep.py
@@ -23,6 +24,9 @@ test: $(VENV)/.installed-test
 
 test-all: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m "not slurm" $(PYTEST_ARGS)
+
+test-ci: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m "" $(PYTEST_ARGS)
 
 test-slurm: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m slurm tests/slurm $(PYTEST_ARGS)
