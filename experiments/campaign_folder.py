@@ -130,7 +130,7 @@ class CampaignFolder:
 
     def detach(self, stem: str) -> None:
         """Replace the files of a shard by copies: a worker cut off elsewhere may still write to the old ones."""
-        names = (f"{stem}.csv", f"{stem}.detections.csv", f"{stem}.clean.csv", f"{stem}.failures.csv")
+        names = [f"{stem}.csv" if table == "runs" else f"{stem}.{table}.csv" for table in TABLES]
         for path in (*(self.shards / name for name in names), self.file("trace") / f"{stem}.jsonl"):
             if path.is_file():
                 copy = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")

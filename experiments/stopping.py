@@ -2,7 +2,7 @@
 
     rule = StopRule(margin=0.02, confidence=0.95, minimum=64, growth=1.5)
     rule.looks(1000)                        # (64, 96, 144, ..., 1000)
-    rule.interval(3, 96)                    # Interval(low=0.003, high=0.114)
+    rule.interval(3, 96)                    # Interval(low=0.002, high=0.128), rounded
 
 An ordinary 95 % interval is right at one n chosen beforehand. Looking again and again, and stopping when it is narrow,
 excludes the truth more often. A *confidence sequence* holds at all n at once, so one may stop whenever one likes. With
@@ -52,7 +52,7 @@ def confidence_sequence(successes: int, trials: int, confidence: float) -> Inter
         ValueError: numbers out of range.
 
     >>> [round(limit, 4) for limit in confidence_sequence(0, 100, 0.95)]
-    [0.0, 0.0563]
+    [0.0, 0.057]
     """
     if not 0 <= successes <= trials:
         raise ValueError(f"successes: got {successes}, allowed 0..{trials}")

@@ -121,6 +121,7 @@ def test_cells_say_rate_and_n():
     assert [text.get_text() for text in axes.texts] == ["75.0 %\nn=20", "75.0 %\nn=20"]
 
 
+@pytest.mark.slow
 def test_cells_that_are_too_small_stay_without_text():
     assert cell_font(0.1, 0.1, 3, 1) is None
     runs = synthetic_runs(30_000, layer=np.arange(30_000) % 96, index_head=np.arange(30_000) // 96 % 96)

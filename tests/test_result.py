@@ -126,7 +126,7 @@ def test_the_readme_documents_what_else_lies_in_the_folder() -> None:
     assert sections()["provenance.json"] == [*environment_facts([]), "contexts"]
     assert sections()["plan.csv"] == ["run_id", "repeat"]
     own = {name for name in sections() if name.partition(".")[0] not in TABLES}
-    assert own == {"plan.csv", "provenance.json", "shards/"}
+    assert own == {"plan.csv", "provenance.json", "shards/", "stops.csv"}
     assert {f"NNNN.{name}.csv" for name in PER_RUN} < set(sections()["shards/"])
 
 

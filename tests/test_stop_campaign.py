@@ -100,7 +100,10 @@ def test_the_runs_are_those_of_a_campaign_without_the_rule(whole: Path, place: M
 def test_what_is_not_needed_is_not_missing(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
     done = len(table(whole / "runs.csv"))
     assert main(["status", str(whole)]) == 0
-    assert f"{done} of 240 runs done, 0 failed, 0 not tried, {240 - done} not needed" in capsys.readouterr().out
+    assert (
+        f"{done} of 240 runs done, 0 failed, {240 - done} not needed (stop.margin), 0 missing"
+        in capsys.readouterr().out
+    )
     assert main(["merge", str(whole)]) == 0
     said = capsys.readouterr().out
     assert f"{240 - done} runs were not needed: " in said

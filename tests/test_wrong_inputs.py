@@ -269,7 +269,7 @@ def test_overwriting_a_folder_that_is_no_campaign_keeps_its_files(place: MicroPl
     [
         (
             ["staus", "results/x"],
-            "staus: no such command, allowed merge, plan-size, replay, report, status, trace; did you mean",
+            "staus: no such command, allowed export, merge, plan-size, replay, report, status, trace; did you mean",
             USAGE,
         ),
         (["run"], "run: no such command", USAGE),
