@@ -26,7 +26,7 @@ from experiments.campaign_folder import CampaignFolder
 from experiments.cells import Cells, grid_of
 from experiments.config import ExperimentConfig
 from experiments.contexts import Contexts, check_plan, check_runs, context_key
-from experiments.csv_file import CsvFile, read_keys, read_rows, write_text
+from experiments.csv_file import CsvFile, read_keys, read_rows
 from experiments.errors import CheckRefusedError, MissingResourceError, UsageError
 from experiments.paired_run import PairedRunner
 from experiments.plan import Plan, PlannedRun, context_values, make_plan
@@ -70,7 +70,8 @@ def run_campaign(
 ) -> CampaignStatus:
     """Run what is missing of a shard, until ``stopping`` is true; ``quiet``: without a progress bar.
 
-    Nothing is written before the plan, the model, the data and the two checks have been accepted.
+    Nothing stays of a campaign whose plan, model, data or one of the two checks were refused before its first run. A
+    worker that is refused later is noted with the reason in the session of its shard.
 
     Raises:
         UsageError, MissingResourceError, CheckRefusedError: see the exit statuses of ``run_sweep.py``.
@@ -82,29 +83,31 @@ def run_campaign(
         folder.check_same(config)
     check_plan(plan)
     set_determinism(config.run.threads)
-    with Contexts(TraceWriter(None)) as contexts, _locked(folder, shard) as lock:
+    mine = shard_of(plan, shard)
+    with (
+        Contexts(TraceWriter(None)) as contexts,
+        _locked(folder, shard) as lock,
+        # As long as it is not known what is done, nothing counts as done by this worker.
+        Tally(folder, lock, Session.begin(folder, shard, len(mine), len(mine))) as tally,
+    ):
         finished = set() if overwrite else folder.finished_runs()
-        mine = shard_of(plan, shard)
         grid = Cells(plan, mine, {}) if overwrite else grid_of(folder, plan, mine)
         done = finished | grid.unneeded()
         todo = [run for run in mine if run.run_id not in done]
         before = sum(run.run_id in finished for run in mine)
-        if not todo:
-            if folder.config_file.is_file():
-                Session.begin(folder, shard, len(mine), len(mine)).end(folder, "done", 0, 0)
-            return CampaignStatus(folder, before, 0, 0, 0.0)
+        tally.start_work(before)
+        if not todo or stopping():
+            tally.stopped = bool(todo)
+            return CampaignStatus(folder, before, 0, 0, 0.0, tally.stopped)
         first = plan.config_of(todo[0])
         check_runs(contexts.open(first), _same_context(plan, todo, context_key(first)))
         if overwrite:
             folder.clear(lock.path)
-        if lock.from_elsewhere:
-            folder.detach(shard.file_name)
         folder.begin(config, plan)
         provenance = ShardProvenance(folder, shard, environment_facts(arguments))
         provenance.note(contexts.facts)
-        tally = Tally(folder, lock, Session.begin(folder, shard, len(mine), before))
-        with tally:
-            return _execute(tally, plan, todo, contexts, provenance, grid, stopping, quiet=quiet)
+        tally.start_work(before)
+        return _execute(tally, plan, todo, contexts, provenance, grid, stopping, quiet=quiet)
 
 
 def _same_context(plan: Plan, runs: Iterable[PlannedRun], key: str) -> Iterator[ExperimentConfig]:
@@ -124,7 +127,8 @@ def _locked(folder: CampaignFolder, shard: Shard) -> Iterator[WriterLock]:
     lock = folder.shards / f"{shard.file_name}.lock"
     made = [path for path in (folder.shards, *folder.shards.parents) if not path.exists()]
     try:
-        with WriterLock(lock) as held:
+        with WriterLock(lock, count=shard.count, detach=lambda: folder.detach(shard.file_name)) as held:
+            held.check_beside()
             yield held
     finally:
         # A refusal leaves no empty folders behind.
@@ -224,6 +228,8 @@ class ShardFiles:
         self._clean_path = stem.with_suffix(".clean.csv")
         self._failures_path = stem.with_suffix(".failures.csv")
         self._clean_seen: set[tuple[str, ...]] = set()
+        self._tracebacks_path = folder.file("logs") / f"{shard.file_name}.txt"
+        self._tracebacks: dict[str, str] = {}
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> ShardFiles:
@@ -256,9 +262,12 @@ class ShardFiles:
         self._runs.append(cells(record.result))
 
     def append_failure(self, run: PlannedRun, error: Exception) -> None:
-        """Append a run that raised, and write its traceback to the log folder."""
-        path = self._folder.file("logs") / f"{run.run_id}.txt"
-        write_text(path, "".join(traceback.format_exception(error)), sync=False)
+        """Append a run that raised, and its traceback to the shard's log; the same one twice is named, not repeated."""
+        path, text = self._tracebacks_path, "".join(traceback.format_exception(error))
+        first = self._tracebacks.setdefault(text, run.run_id)
+        path.parent.mkdir(exist_ok=True)
+        with path.open("a", encoding="utf-8") as stream:
+            stream.write(f"run {run.run_id}: {text if first == run.run_id else f'as run {first}'}\n")
         relative = str(path.relative_to(self._folder.path))
         message = f"{type(error).__name__}: {error}"
         self._failures.append(cells(FailureRow(run_id=run.run_id, exception=message, traceback=relative)))

@@ -34,6 +34,9 @@ _OWN_ENTRIES = {
 }
 """What a campaign writes; nothing else is ever removed."""
 
+_UNFINISHED = re.compile(r"\..+\.[0-9a-f]{32}\.tmp")
+"""Names of files that have not got theirs yet, see ``csv_file.replacing``."""
+
 
 @dataclasses.dataclass(frozen=True)
 class CampaignFolder:
@@ -83,9 +86,8 @@ class CampaignFolder:
     def check_same(self, config: ExperimentConfig) -> None:
         """Raise ``UsageError`` with the differing keys if the folder holds a campaign with another configuration."""
         if not self.config_file.is_file():
-            # Another shard that is just starting has made the folder of shards, and nothing else yet.
-            others = {entry.name for entry in self.path.iterdir()} - {"shards"} if self.path.exists() else set()
-            if others or self.shard_files():
+            # What another shard that is just starting may have made, and Slurm for the output of its tasks.
+            if self._entries() - {"shards", "logs", "plan.csv"} or self.shard_files():
                 raise UsageError(f"{self.path}: exists and is no campaign; choose another name or --overwrite")
             return
         old, new = flat_fields(self.config()), flat_fields(config)
@@ -106,7 +108,7 @@ class CampaignFolder:
         Raises:
             CheckRefusedError: another process is writing a shard.
         """
-        foreign = sorted({entry.name for entry in self.path.iterdir()} - _OWN_ENTRIES)
+        foreign = sorted(self._entries() - _OWN_ENTRIES)
         if foreign:
             raise UsageError(f"--overwrite: {self.path} holds {foreign[0]}, which no campaign made; move it away first")
         others = [path.name for path in self.shards.glob("*.lock") if path != own_lock and is_held(path)]
@@ -121,6 +123,11 @@ class CampaignFolder:
                 shutil.rmtree(entry)
             else:
                 entry.unlink()
+
+    def _entries(self) -> set[str]:
+        """Return the names of what is in the folder, but for files that were being written, by whomever."""
+        names = {entry.name for entry in self.path.iterdir()} if self.path.exists() else set()
+        return {name for name in names if not _UNFINISHED.fullmatch(name)}
 
     def clear_all(self) -> None:
         """Remove an earlier campaign before workers start; refused while one of them writes."""
@@ -138,11 +145,16 @@ class CampaignFolder:
                 os.replace(copy, path)
 
     def begin(self, config: ExperimentConfig, plan: Plan) -> None:
-        """Write ``config.yaml`` and ``plan.csv`` unless they are there."""
+        """Write ``config.yaml`` and ``plan.csv`` unless they are there.
+
+        The configuration comes first: it is what says to others that this is a campaign, and which. The plan follows
+        from it.
+        """
         if not self.config_file.is_file():
+            write_text(self.config_file, dump_config(config))
+        if not self.file("plan.csv").is_file():
             rows = ([run.run_id, str(run.repeat), *map(axis_cell, run.values)] for run in plan.runs)
             write_rows(self.file("plan.csv"), ["run_id", "repeat", *plan.axes], rows)
-            write_text(self.config_file, dump_config(config))
 
     def shard_files(self, suffix: str = "") -> list[Path]:
         """Return the files of one kind of all shards, in order."""

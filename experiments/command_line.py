@@ -4,6 +4,8 @@
 
 0: all runs done; 1: a run failed or a check refused; 2: bad usage; 3: a needed resource is missing; 130: interrupted.
 
+What is imported here is light (no torch): ``--help`` does not wait, and signals are heard from the beginning.
+
 Public name: ``main``.
 """
 
@@ -14,6 +16,8 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
+from experiments.commands.leaving import leave
+from experiments.errors import CheckRefusedError, MissingResourceError, UsageError, nearest
 from experiments.stop_request import StopRequest
 
 HELP = """\
@@ -59,9 +63,6 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _guarded(arguments: Sequence[str]) -> int:
-    # Imported here: --help should not wait for torch.
-    from experiments.errors import CheckRefusedError, MissingResourceError, UsageError
-
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
@@ -87,18 +88,20 @@ def _command(arguments: Sequence[str]) -> int:
     name = arguments[0] if arguments and not arguments[0].startswith("-") else "sweep"
     if name != "sweep":
         return _find(name)(arguments[1:])
-    # Before torch is imported: a task of a cluster can be preempted in its first second.
+    # Before torch is imported, which takes long: a task of a cluster can be preempted in its first second.
     with StopRequest() as stop:
-        from experiments.commands.sweep import sweep
+        try:
+            from experiments.commands.sweep import sweep
 
-        _quiet_transformers()
+            _quiet_transformers()
+        except KeyboardInterrupt:
+            if stop.requested():
+                leave(stop)
+            raise
         return sweep(arguments, stop)
 
 
 def _find(name: str) -> Callable[[Sequence[str]], int]:
-    from experiments.errors import UsageError
-    from fault_injection.names import nearest
-
     _quiet_transformers()
     from experiments.commands import export, inspect_campaign, plan_size, replay
     from experiments.commands.status import status

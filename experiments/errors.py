@@ -10,9 +10,17 @@ Public names: ``UsageError``, ``MissingResourceError``, ``CheckRefusedError``, `
 
 from __future__ import annotations
 
-from fault_injection.names import nearest
+from collections.abc import Iterable
 
 __all__ = ["CheckRefusedError", "MissingResourceError", "TooFewWindowsError", "UsageError", "nearest"]
+
+
+def nearest(name: str, allowed: Iterable[str]) -> str:
+    """Return ``"; did you mean 'x'?"`` for the closest allowed name, or an empty string when none is close."""
+    # Imported here: it brings torch, and errors are needed before anything else.
+    from fault_injection import names
+
+    return names.nearest(name, allowed)
 
 
 class UsageError(ValueError):

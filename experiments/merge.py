@@ -101,14 +101,26 @@ def _find_runs(folder: CampaignFolder, order: dict[bytes, int]) -> tuple[RowPlac
 def _merge_per_run(
     folder: CampaignFolder, name: str, row_type: type[Any], order: dict[bytes, int], owner: array[int]
 ) -> None:
-    places = RowPlaces()
+    """Write one set of rows for each run: those in the shard whose row counts; of one that never finished, none.
+
+    Rows of a run are appended together, so a set is a block. If a shard has several of a run (a worker that was cut off
+    did it, too), the first counts; one that follows directly begins where the first row comes again.
+    """
+    places, taken = RowPlaces(), bytearray(len(order))
     for path in folder.shard_files(f".{name}"):
         shard = _number(path.name)
         places.begin_file(path)
+        current, first, wanted = -1, b"", False
         for offset, line in row_lines(path, columns(row_type)):
-            run = order.get(_key(line))
-            # Of a run that two workers did, the rows of one are kept; of one that never finished, none.
-            if run is not None and owner[run] == shard:
+            run = order.get(_key(line), -1)
+            if run != current:
+                current, first = run, line
+                wanted = run >= 0 and owner[run] == shard and not taken[run]
+                if wanted:
+                    taken[run] = True
+            elif line == first:
+                wanted = False
+            if wanted:
                 places.add(run, offset, line)
     write_lines(folder.file(f"{name}.csv"), columns(row_type), places.in_order())
 

@@ -184,7 +184,7 @@ class FailureRow:
 
     run_id: str = _column("the run")
     exception: str = _column("type and message, on one line")
-    traceback: str = _column("file with the traceback, below the campaign's folder")
+    traceback: str = _column("file with the traceback, behind `run` and the run's id; below the campaign's folder")
 
 
 @dataclass(frozen=True, kw_only=True)

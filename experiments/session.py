@@ -17,6 +17,7 @@ import re
 import socket
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 from experiments.campaign_folder import CampaignFolder
 from experiments.csv_file import write_text
@@ -36,7 +37,7 @@ class Session:
         number, count: the shard.
         planned: its runs.
         before: how many of them were done when the worker began.
-        begun: when that was, in seconds since 1970.
+        begun: when that was, in seconds since 1970; once its model is loaded, when it was.
         host, pid, job, restarts: who; ``job`` as Slurm names it, None outside of Slurm.
         ended: one of ``ENDED``; None while it runs, and for ever if it was killed.
         done, failed: runs of this session.
@@ -69,15 +70,27 @@ class Session:
         session._write(folder)
         return session
 
+    def begun_again(self, folder: CampaignFolder, before: int) -> Session:
+        """Write and return it as one that begins now and found so many runs done."""
+        session = dataclasses.replace(self, before=before, begun=time.time())
+        session._write(folder)
+        return session
+
     def end(self, folder: CampaignFolder, ended: str, done: int, failed: int, reason: str | None = None) -> None:
         """Write how it ended."""
         seconds = time.time() - self.begun
         last = dataclasses.replace(self, ended=ended, done=done, failed=failed, seconds=seconds, reason=reason)
         last._write(folder)
 
+    def remove(self, folder: CampaignFolder) -> None:
+        """Delete its file, if there is one."""
+        self._path(folder).unlink(missing_ok=True)
+
+    def _path(self, folder: CampaignFolder) -> Path:
+        return folder.shards / f"{Shard(self.number, self.count).file_name}.session.json"
+
     def _write(self, folder: CampaignFolder) -> None:
-        path = folder.shards / f"{Shard(self.number, self.count).file_name}.session.json"
-        write_text(path, json.dumps(dataclasses.asdict(self), indent=1) + "\n")
+        write_text(self._path(folder), json.dumps(dataclasses.asdict(self), indent=1) + "\n")
 
     @classmethod
     def read_all(cls, folder: CampaignFolder) -> dict[int, Session]:

@@ -25,6 +25,9 @@ from experiments.writer_lock import read_holder
 
 MISSING_COLUMNS = ("run_id", "shard", "reason")
 
+WAITS = "waits for a failed run of its cell"
+"""Why a run was not tried whose cell may end early (``stop.margin``): the next look at the cell needs the other."""
+
 
 @dataclass(frozen=True)
 class ShardState:
@@ -135,9 +138,15 @@ def missing_runs(
 ) -> list[MissingRun]:
     """Return why runs have no row: what they raised, else how their shard stands."""
     numbers = dict(zip((run.run_id for run in plan.runs), shard_numbers(plan, len(states)).tolist(), strict=True))
-    failures = failure_reasons(folder)
+    failures, missing = failure_reasons(folder), list(run_ids)
+    stopping = plan.config.stop.margin is not None
+    # Repeats are innermost: a cell goes by the index of its first run.
+    cell_of = {run.run_id: run.index - run.repeat for run in plan.runs} if stopping else {}
+    held = {cell_of[run_id] for run_id in missing if run_id in failures} if stopping else set()
     found = []
-    for run_id in run_ids:
+    for run_id in missing:
         state = states[numbers[run_id] - 1]
-        found.append(MissingRun(run_id, state.name, failures.get(run_id, state.words)))
+        tried = state.session is not None and state.session.ended == "done"
+        reason = WAITS if tried and cell_of.get(run_id) in held else state.words
+        found.append(MissingRun(run_id, state.name, failures.get(run_id, reason)))
     return found

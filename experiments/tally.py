@@ -1,6 +1,7 @@
 """What a worker does with its shard, counted, and written down when it leaves.
 
     with Tally(folder, lock, Session.begin(folder, shard, planned, before)) as tally:
+        tally.start_work(before)     # what is left is known, or the model loaded
         tally.check()                # the shard is still this worker's
         tally.done += 1
 
@@ -40,8 +41,17 @@ class Tally:
     ) -> None:
         ended = "stopped" if self.stopped or isinstance(error, KeyboardInterrupt) else "refused" if error else "done"
         # If the shard is another worker's by now, so is its session.
-        if self._lock.is_own():
+        if not self._lock.is_own():
+            return
+        if not self.folder.config_file.is_file():
+            # No campaign came of it, so there is none whose shard could stand somehow.
+            self.session.remove(self.folder)
+        else:
             self.session.end(self.folder, ended, self.done, self.failed, str(error) if error else None)
+
+    def start_work(self, before: int) -> None:
+        """Note that what follows is work: ``before`` runs are done, and the clock of the rate begins here."""
+        self.session = self.session.begun_again(self.folder, before)
 
     def check(self) -> None:
         """Raise ``CheckRefusedError`` if another worker has taken the shard over."""

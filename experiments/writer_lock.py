@@ -14,9 +14,10 @@ over where it is known that its holder writes no more:
 
 Nobody can know of another machine without Slurm: there the lock is left alone, and the refusal says whose it is.
 
-A node that counts as down may still compute, cut off. That is why whoever takes a lock over from another machine
-replaces the files it protects by copies (``campaign``): what the former life appends goes to files that no longer have
-a name, or fails. And ``check`` tells the former life that the lock is not its own any more.
+A node that counts as down may still compute, cut off. That is why whoever takes a lock over from another machine first
+replaces the files it protects by copies (``detach``): what the former life appends goes to files that no longer have
+a name, or fails. As long as that is not done, the lock names the former life. And ``check`` tells the former life that
+the lock is not its own any more.
 
 Public names: ``WriterLock``, ``is_held``, ``read_holder``.
 """
@@ -29,6 +30,7 @@ import os
 import socket
 import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
@@ -47,17 +49,23 @@ class WriterLock:
     Attributes:
         path: the file.
         from_elsewhere: whether it was taken over from a process of another machine.
+
+    Args:
+        path: its folder is made if it is not there.
+        count: into how many shards its holder divides the campaign.
+        detach: replaces what the lock protects by copies; called before it is taken over from another machine.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, count: int = 1, detach: Callable[[], None] = lambda: None) -> None:
         self.path = path
+        self._count, self._detach = count, detach
         self.from_elsewhere = False
         self._identity: dict[str, object] = {}
         self._checked = 0.0
 
     def __enter__(self) -> WriterLock:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._identity = _identity()
+        self._identity = {**_identity(), "count": self._count}
         if not _create(self.path, self._identity):
             self._take_over()
         self._checked = time.monotonic()
@@ -77,6 +85,21 @@ class WriterLock:
                 who = f"taken over by {_named(holder)}" if holder else "deleted"
                 raise CheckRefusedError(f"{self.path}: was {who}; this process stops writing")
 
+    def check_beside(self) -> None:
+        """Raise ``CheckRefusedError`` if a process that may live holds a shard of another division beside this one.
+
+        Of two that divide a campaign differently each would do runs of the other's shards again. Both look when they
+        hold their own locks, so at least one of them finds the other.
+        """
+        for path in sorted(self.path.parent.glob("*.lock")):
+            holder = _read(path)
+            count = holder.get("count", self._count) if holder else self._count
+            if holder is not None and count != self._count and path != self.path and _may_live(holder):
+                raise CheckRefusedError(
+                    f"{path}: {_named(holder)} is doing one of {count} shards of this campaign, this process one of "
+                    f"{self._count}: runs would be done twice. Let it end, or use the same number of shards"
+                )
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
@@ -86,11 +109,7 @@ class WriterLock:
     def _take_over(self) -> None:
         """Replace the lock of a dead process. One at a time may try, and the path is never without a lock meanwhile."""
         self._refuse_if_held()
-        claim = self.path.with_name(f"{self.path.name}.takeover")
-        if not _create(claim, self._identity):
-            raise CheckRefusedError(
-                f"{claim}: another process is taking this shard over; if none is (it was killed), delete the file"
-            )
+        claims = self._claim()
         try:
             # Somebody may have been faster between the first look and the claim.
             self._refuse_if_held()
@@ -100,9 +119,28 @@ class WriterLock:
                 return
             holder = _read(self.path) or {}
             self.from_elsewhere = holder.get("host") != self._identity["host"]
+            if self.from_elsewhere:
+                self._detach()
             os.replace(_draft(self.path, self._identity), self.path)
         finally:
-            claim.unlink()
+            for claim in claims:
+                if _read(claim) == self._identity or not is_held(claim):
+                    claim.unlink(missing_ok=True)
+
+    def _claim(self) -> list[Path]:
+        """Return the claims on this lock, our own last; those before it are of processes that were killed meanwhile.
+
+        A dead claim is not replaced but outdone by the next number: only links decide, and no live claim is removed.
+        """
+        claims: list[Path] = []
+        while True:
+            claims.append(self.path.with_name(f"{self.path.name}.takeover{len(claims) or ''}"))
+            if _create(claims[-1], self._identity):
+                return claims
+            if holder := read_holder(claims[-1]):
+                raise CheckRefusedError(
+                    f"{claims[-1]}: {holder} is taking this shard over; if that process is gone, delete the file"
+                )
 
     def _refuse_if_held(self) -> None:
         holder = _read(self.path)

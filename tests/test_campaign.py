@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import time
@@ -21,7 +22,7 @@ import transformers
 from micro_campaign import MicroPlace, files_below, kill, micro_gpt2, numbers, start, table
 from test_writer_lock import write_dead_holder, write_holder
 
-from experiments import campaign, contexts
+from experiments import campaign, campaign_folder, contexts
 from experiments.command_line import main
 from experiments.config import ExperimentConfig, load_config
 from experiments.csv_file import CsvFile, read_rows
@@ -443,6 +444,88 @@ def test_the_command_as_a_process_of_its_own(whole: Path, place: MicroPlace, tmp
     same_tables(tmp_path / "micro", whole)
 
 
+@pytest.mark.parametrize("shard", [None, "1/3", "3/3"])
+def test_workers_that_divide_the_campaign_otherwise_are_refused_while_one_works(
+    place: MicroPlace,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    shard: str | None,
+) -> None:
+    write_holder(tmp_path / "micro/shards/0002.lock", count=2)
+    more = ["--shard", shard] if shard else []
+    assert main([*place.arguments(tmp_path), *more]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"0002.lock: process {os.getpid()} on" in line
+    assert f"one of 2 shards of this campaign, this process one of {3 if shard else 1}: runs would be done" in line
+    assert files_below(tmp_path / "micro") == ["shards", "shards/0002.lock"]
+    assert main([*place.arguments(tmp_path), "--shard", "1/2"]) == 0
+
+
+def test_a_second_task_that_arrives_while_the_first_begins_is_not_refused(
+    whole: Path, place: MicroPlace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, statuses = campaign_folder.write_rows, []
+
+    def write_rows(*arguments: Any) -> None:
+        if not statuses:
+            statuses.append(None)
+            statuses.append(main([*place.arguments(tmp_path), "--shard", "2/2"]))
+        real(*arguments)
+
+    monkeypatch.setattr(campaign_folder, "write_rows", write_rows)
+    assert main([*place.arguments(tmp_path), "--shard", "1/2"]) == 0
+    assert statuses == [None, 0]
+    assert main(["merge", str(tmp_path / "micro")]) == 0
+    same_tables(tmp_path / "micro", whole)
+
+
+# --------------------------------------------------------------------------------------------- sessions
+
+
+def left_session(folder: Path) -> dict[str, Any]:
+    return dict(json.loads((folder / "shards/0001.session.json").read_text()))
+
+
+def test_a_worker_that_is_refused_while_it_loads_leaves_the_reason(
+    place: MicroPlace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[dict[str, Any]] = []
+
+    def refusing(*_: Any) -> None:
+        seen.append(left_session(tmp_path / "micro"))
+        raise MissingResourceError("no weights today")
+
+    monkeypatch.setattr(contexts, "load_model", refusing)
+    assert main(place.arguments(tmp_path)) == 3
+    assert not (tmp_path / "micro").exists(), "no campaign came of it"
+    monkeypatch.undo()
+    assert main([*place.arguments(tmp_path), "--shard", "2/2"]) == 0
+    monkeypatch.setattr(contexts, "load_model", refusing)
+    assert main([*place.arguments(tmp_path), "--shard", "1/2"]) == 3
+    assert [(before["ended"], before["before"]) for before in seen] == [(None, 0), (None, 0)]
+    left = left_session(tmp_path / "micro")
+    assert (left["ended"], left["reason"], left["done"]) == ("refused", "no weights today", 0)
+    capsys.readouterr()
+    main(["status", str(tmp_path / "micro")])
+    assert "shard 0001: 0 of 12 runs, refused: no weights today" in capsys.readouterr().out
+
+
+def test_the_time_that_the_model_takes_to_load_is_no_part_of_the_rate(
+    place: MicroPlace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, loaded = contexts.load_model, []
+
+    def load_model(*arguments: Any) -> Any:
+        model = real(*arguments)
+        loaded.append(time.time())
+        return model
+
+    monkeypatch.setattr(contexts, "load_model", load_model)
+    assert main(place.arguments(tmp_path)) == 0
+    assert left_session(tmp_path / "micro")["begun"] >= loaded[0]
+
+
 # --------------------------------------------------------------------------------------------- another campaign
 
 
@@ -479,6 +562,43 @@ def test_shards_whose_configuration_is_lost_are_not_taken_for_a_finished_campaig
     else:
         assert status in (1, 2)
         assert str(tmp_path / "micro") in capsys.readouterr().err
+
+
+def test_a_task_of_an_array_does_not_delete_what_the_others_did(
+    place: MicroPlace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    array = {"ARRAY_JOB_ID": "9", "ARRAY_TASK_ID": "1", "ARRAY_TASK_COUNT": "3", "ARRAY_TASK_MIN": "1"}
+    for key, value in array.items():
+        monkeypatch.setenv(f"SLURM_{key}", value)
+    for more in ([], ["--shard", "2/3"]):
+        assert main([*place.arguments(tmp_path), *more, "--overwrite"]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "--overwrite: got in one of 3 tasks of a Slurm array" in line
+        assert f"Remove {tmp_path / 'micro'} and submit the array without it" in line
+    assert not (tmp_path / "micro").exists()
+    # An array of whole campaigns, a name for each task, may.
+    assert main([*place.arguments(tmp_path), "--shard", "1/1", "--overwrite"]) == 0
+
+
+def test_a_task_that_was_begun_again_does_not_overwrite_what_it_did(
+    whole: Path, place: MicroPlace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(number: int, planned: Any) -> None:
+        if number == 11:
+            raise KeyboardInterrupt
+
+    monkeypatch.setenv("SLURM_JOB_ID", "9")
+    assert main([*place.arguments(tmp_path), "--seed", "5"]) == 0
+    with monkeypatch.context() as patch, run_that(patch, interrupt):
+        assert main([*place.arguments(tmp_path), "--overwrite"]) == 130
+    assert rows_on_disk(tmp_path / "micro") == 10
+    monkeypatch.setenv("SLURM_JOB_ID", "9")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    with monkeypatch.context() as patch, run_that(patch, lambda number, planned: None) as begun:
+        assert main([*place.arguments(tmp_path), "--overwrite"]) == 0
+    assert len(begun) == 14
+    assert "task 9 was begun again: --overwrite is left out" in capsys.readouterr().err
+    same_tables(tmp_path / "micro", whole)
 
 
 def test_overwriting_a_campaign_of_more_shards_leaves_none_of_them(place: MicroPlace, tmp_path: Path) -> None:
@@ -585,7 +705,11 @@ def test_a_run_that_raises_stops_no_other_and_is_tried_again(
     assert [row["run_id"] for row in failures] == [planned[3], planned[20]]
     for row in failures:
         assert row["exception"] == 'ZeroDivisionError: on two lines, with "quotes"'
-        assert "in explode" in (folder / row["traceback"]).read_text()
+        assert row["traceback"] == "logs/0001.txt"
+    logged = (folder / "logs/0001.txt").read_text()
+    assert [f"run {run_id}: " in logged for run_id in planned] == [run_id in bad for run_id in planned]
+    assert f"run {planned[3]}: Traceback" in logged
+    assert "in explode" in logged
     with run_that(monkeypatch, explode) as begun:
         assert main(place.arguments(tmp_path)) == 1
     assert set(begun) == bad
@@ -618,7 +742,14 @@ def test_a_campaign_of_which_every_run_fails(
         assert main(place.arguments(tmp_path)) == 1
     assert "24 runs failed" in capsys.readouterr().out
     assert table(tmp_path / "micro" / "runs.csv") == []
-    assert len(table(tmp_path / "micro" / "failures.csv")) == 24
+    failures = table(tmp_path / "micro" / "failures.csv")
+    assert len(failures) == 24
+    assert files_below(tmp_path / "micro/logs") == ["0001.txt"]
+    logged = (tmp_path / "micro/logs/0001.txt").read_text()
+    # One traceback, which every run is said to have.
+    assert logged.count("in explode") == 1
+    for row in failures:
+        assert re.search(rf"^run {row['run_id']}: (Traceback|as run [0-9a-f]{{16}}$)", logged, re.MULTILINE)
 
 
 # --------------------------------------------------------------------------------------------- handed over together

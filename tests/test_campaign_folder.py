@@ -222,3 +222,60 @@ def test_finished_runs_are_the_complete_rows_of_all_shards(tmp_path: Path) -> No
     with (folder.shards / "0002.csv").open("a") as stream:
         stream.write("d,0,")
     assert folder.finished_runs() == {"a", "b", "c"}
+
+
+# ------------------------------------------------------------------------------------------------- beginning
+
+
+@pytest.mark.parametrize("killed_at", ["config.yaml", "plan.csv"])
+def test_a_beginning_that_was_cut_short_is_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_at: str
+) -> None:
+    config = config_in(tmp_path)
+    folder, plan = CampaignFolder.of(config), make_plan(config)
+    real = os.replace
+
+    def replace(source: Any, target: Any) -> None:
+        if Path(target).name == killed_at:
+            raise KeyboardInterrupt
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    monkeypatch.setattr(Path, "unlink", lambda *_, **__: None)
+    with pytest.raises(KeyboardInterrupt):
+        folder.begin(config, plan)
+    monkeypatch.undo()
+    assert [name for name in files_below(folder.path) if name.endswith(".tmp")], "as a kill would leave it"
+    folder.check_same(config)
+    folder.begin(config, plan)
+    assert {"config.yaml", "plan.csv"} <= set(files_below(folder.path))
+    folder.clear_all()
+    assert set(files_below(folder.path)) <= {"shards"}
+
+
+def test_the_configuration_is_there_before_the_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_in(tmp_path)
+    folder, real, seen = CampaignFolder.of(config), os.replace, []
+
+    def replace(source: Any, target: Any) -> None:
+        # Another shard arrives.
+        folder.check_same(config)
+        seen.append(Path(target).name)
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    folder.begin(config, make_plan(config))
+    assert seen == ["config.yaml", "plan.csv"]
+    folder.begin(config, make_plan(config))
+    assert len(seen) == 2, "nothing is written again"
+
+
+def test_a_plan_or_logs_alone_are_no_other_campaign_and_a_table_is(tmp_path: Path) -> None:
+    config = config_in(tmp_path)
+    folder = CampaignFolder.of(config)
+    folder.file("logs").mkdir(parents=True)
+    folder.file("plan.csv").write_text("")
+    folder.check_same(config)
+    folder.file("runs.csv").write_text("")
+    with pytest.raises(UsageError, match="exists and is no campaign"):
+        folder.check_same(config)

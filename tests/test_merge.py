@@ -223,3 +223,15 @@ def test_merging_leaves_no_temporary_files(made: Made) -> None:
     made.runs("0001", [0])
     merge_campaign(made.folder)
     assert [name for name in files_below(made.folder.path) if "tmp" in name or name.startswith(".")] == []
+
+
+@pytest.mark.parametrize("numbers", [[1, 2, 1], [1, 1], [0, 1, 1, 0], [1, 5, 1, 2, 1]], ids=str)
+def test_rows_of_a_run_that_are_twice_in_one_shard_are_merged_once(made: Made, numbers: list[int]) -> None:
+    # As after a worker that was cut off, and one that did its last runs again. Run 5 never finished.
+    made.runs("0001", [number for number in numbers if number != 5])
+    made.detections("0001", numbers)
+    made.propagation("0001", numbers)
+    done = sorted(set(numbers) - {5})
+    assert merge_campaign(made.folder).finished == len(done)
+    assert made.merged("detections.csv") == [n for n in done for _ in range(2)]
+    assert made.merged("propagation.csv") == [n for n in done for _ in range(3)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,7 +50,11 @@ def naive_merge(folder: CampaignFolder, plan: Plan) -> dict[str, bytes] | None:
                 return None
             owner.setdefault(row[0], path.stem)
     for path in folder.shard_files(".detections"):
-        found += [row for row in whole_rows(path) if owner.get(row[0]) == path.name[:4]]
+        blocks = [list(block) for _, block in itertools.groupby(whole_rows(path), key=lambda row: row[0])]
+        for number, block in enumerate(blocks):
+            again = next((k for k, row in enumerate(block) if k and row == block[0]), len(block))
+            if owner.get(block[0][0]) == path.name[:4] and block[0][0] not in {b[0][0] for b in blocks[:number]}:
+                found += block[:again]
     return {
         "runs.csv": written(names, sorted(runs.values(), key=lambda row: order[row[0]])),
         "detections.csv": written(columns(DetectionRow), sorted(found, key=lambda row: order[row[0]])),

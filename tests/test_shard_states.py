@@ -12,14 +12,14 @@ from test_writer_lock import write_dead_holder, write_elsewhere, write_holder
 
 from experiments.campaign_folder import CampaignFolder
 from experiments.commands.status import _expectation
-from experiments.config import ExperimentConfig
+from experiments.config import ExperimentConfig, StopConfig
 from experiments.csv_file import CsvFile, write_rows
 from experiments.errors import CheckRefusedError
 from experiments.plan import Plan, make_plan
 from experiments.result import ExperimentResult, FailureRow, cells, columns
 from experiments.row_counter import RowCounter
 from experiments.session import Session
-from experiments.shard_states import missing_runs, shard_states
+from experiments.shard_states import WAITS, missing_runs, shard_states
 from experiments.shards import Shard, shard_of
 from experiments.submission import Submission
 
@@ -111,6 +111,23 @@ def test_why_runs_are_missing(folder: CampaignFolder, plan: Plan) -> None:
     first, second = missing_runs(folder, plan, states, [one[0].run_id, two[0].run_id])
     assert (first.shard, first.reason) == ("0001", "ValueError: no")
     assert (second.shard, second.reason) == ("0002", "not begun")
+
+
+@pytest.mark.parametrize("ended", ["done", None])
+def test_a_run_that_waits_for_a_failed_one_of_its_cell_says_so(tmp_path: Path, ended: str | None) -> None:
+    config = ExperimentConfig(num_runs=10, sweep={"fault.bit": [3, 30]}, stop=StopConfig(margin=0.1, minimum=5))
+    plan, folder = make_plan(config), CampaignFolder(tmp_path / "stop")
+    folder.begin(config, plan)
+    begun = session(folder, 1, 1)
+    if ended:
+        begun.end(folder, ended, 4, 1)
+    row = cells(FailureRow(run_id=plan.runs[2].run_id, exception="ValueError: no", traceback="logs/x.txt"))
+    write_rows(folder.shards / "0001.failures.csv", columns(FailureRow), [row])
+    missing = [plan.runs[index].run_id for index in (2, 7, 15)]
+    found = missing_runs(folder, plan, shard_states(folder, plan, set()), missing)
+    state = found[2].reason
+    assert [run.reason for run in found] == ["ValueError: no", WAITS if ended else state, state]
+    assert state.startswith("every run was tried" if ended else "its worker (")
 
 
 def test_rate_and_expected_end(folder: CampaignFolder, plan: Plan) -> None:

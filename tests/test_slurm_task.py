@@ -10,7 +10,7 @@ import pytest
 from fake_slurm import FakeSlurm
 
 from experiments import slurm_task
-from experiments.commands.sweep import _leave
+from experiments.commands.leaving import leave
 from experiments.errors import MissingResourceError
 from experiments.slurm_task import SlurmTask, cluster_name, is_gone, requeue, task_state, task_states
 from experiments.stop_request import StopRequest
@@ -120,7 +120,7 @@ def test_who_leaves_asks_slurm_and_waits_for_the_end(
         signal.raise_signal(signal.SIGUSR1)
         signal.raise_signal(signal.SIGTERM)
         with pytest.raises(KeyboardInterrupt):
-            _leave(stop)
+            leave(stop)
         assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
     assert slurm.calls("scontrol")[-1] == "requeue 7"
     assert "SIGUSR1: task 7 asked Slurm to begin it again" in capsys.readouterr().err
@@ -133,7 +133,7 @@ def test_who_leaves_outside_of_slurm_asks_nobody(slurm: FakeSlurm, monkeypatch: 
     with StopRequest() as stop:
         signal.raise_signal(signal.SIGTERM)
         with pytest.raises(KeyboardInterrupt):
-            _leave(stop)
+            leave(stop)
     assert slurm.calls("scontrol") == []
 
 

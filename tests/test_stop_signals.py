@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from micro_campaign import MicroPlace, numbers
+from micro_campaign import ROOT, MicroPlace, numbers, table
 from test_campaign import rows_on_disk, same_tables
 from test_writer_lock import write_elsewhere
 
-from experiments import writer_lock
+from experiments import campaign, contexts, writer_lock
 from experiments.command_line import main
 from experiments.engine import batch_runs
 from experiments.engine.fast_engine import FastEngine
@@ -187,6 +189,98 @@ def test_what_a_former_life_on_another_node_still_appends_is_not_counted(
         stream.close()
     assert main(["merge", str(tmp_path / "micro")]) == 0
     same_tables(tmp_path / "micro", whole)
+
+
+def test_what_a_former_life_writes_while_its_successor_loads_is_done_once(
+    whole: Path, place: MicroPlace, tmp_path: Path, before_run: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before_run(9, lambda: signal.raise_signal(signal.SIGTERM))
+    assert main(place.arguments(tmp_path, "--run.engine=plain")) == 130
+    monkeypatch.undo()
+    for key, value in {"JOB_ID": "9", "RESTART_COUNT": "1", "CLUSTER_NAME": "big"}.items():
+        monkeypatch.setenv(f"SLURM_{key}", value)
+    shards = tmp_path / "micro/shards"
+    write_elsewhere(shards / "0001.lock", job="9")
+    names = [f"0001.{kind}csv" for kind in ("detections.", "propagation.", "")]
+    kept = {name: (shards / name).open("a") for name in names}
+    done = {row["run_id"] for row in table(shards / "0001.csv")}
+    late = [line.split(",")[0] for line in (whole / "shards/0001.csv").read_text().splitlines()[1:]][9:12]
+    assert not done & set(late)
+    real, written = contexts.load_model, []
+
+    def load_model(*arguments: Any) -> Any:
+        for name, stream in kept.items():
+            lines = (whole / "shards" / name).read_text().splitlines(keepends=True)
+            written.append([line for line in lines if line.split(",")[0] in late])
+            stream.writelines(written[-1])
+            stream.close()
+        return real(*arguments)
+
+    monkeypatch.setattr(contexts, "load_model", load_model)
+    assert main([*place.arguments(tmp_path), "--shard", "1/1"]) == 0
+    assert [bool(lines) for lines in written] == [True] * 3
+    assert len(table(shards / "0001.csv")) == 24
+    same_tables(tmp_path / "micro", whole)
+
+
+def test_a_request_before_the_model_is_loaded_saves_loading_it(
+    whole: Path, place: MicroPlace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = campaign.make_plan
+
+    def make_plan(config: Any) -> Any:
+        signal.raise_signal(signal.SIGUSR1)
+        return real(config)
+
+    monkeypatch.setattr(campaign, "make_plan", make_plan)
+    monkeypatch.setattr(contexts, "load_model", lambda *_: pytest.fail("loaded a model for nothing"))
+    assert main(place.arguments(tmp_path)) == 130
+    monkeypatch.undo()
+    assert main(place.arguments(tmp_path)) == 0
+    same_tables(tmp_path / "micro", whole)
+
+
+LIGHT = """
+import signal, sys
+import experiments.command_line
+from experiments.stop_request import StopRequest
+with StopRequest():
+    print(*sorted({"torch", "numpy", "transformers", "fault_injection"} & set(sys.modules)))
+"""
+
+
+def test_nothing_heavy_is_imported_before_signals_are_heard() -> None:
+    found = subprocess.run([sys.executable, "-c", LIGHT], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert found.stdout.split() == []
+
+
+# A torch that asks its process to stop, tells who listens, and is not to be waited for.
+IMPORTED = """
+import os, signal
+print([signal.getsignal(number) is not signal.SIG_DFL for number in (signal.SIGTERM, signal.SIGUSR1)], flush=True)
+os.kill(os.getpid(), signal.SIGUSR1)
+signal.setitimer(signal.ITIMER_REAL, 0.05)
+signal.pause()
+"""
+
+
+def test_a_signal_while_torch_is_imported_asks_slurm_to_begin_again(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text(IMPORTED)
+    slurm = tmp_path / "bin" / "scontrol"
+    slurm.parent.mkdir()
+    slurm.write_text(f"#!/bin/sh\necho $@ >>{tmp_path}/calls\necho JobState=RUNNING\nkill $PPID\n")
+    slurm.chmod(0o755)
+    found = subprocess.run(
+        [sys.executable, str(ROOT / "run_sweep.py"), "--dry-run"],
+        env={"PYTHONPATH": f"{tmp_path}:{ROOT}", "PATH": f"{slurm.parent}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert found.stdout.split("\n")[0] == "[True, True]"
+    assert (tmp_path / "calls").read_text().splitlines()[-1] == "requeue 7"
+    assert "SIGUSR1: task 7 asked Slurm to begin it again" in found.stderr
+    assert found.returncode == 130
 
 
 @pytest.fixture(autouse=True)

@@ -375,3 +375,103 @@ def test_a_link_that_was_made_and_reported_as_there_already_counts(
     monkeypatch.setattr(os, "link", link)
     with WriterLock(tmp_path / "0001.lock") as lock:
         assert lock.is_own()
+
+
+# ------------------------------------------------------------------------------------------------- taking over
+
+
+def test_files_are_replaced_before_the_lock_changes_its_holder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, seen = tmp_path / "0003.lock", []
+    write_elsewhere(path)
+    as_task(monkeypatch, 1)
+
+    def detach() -> None:
+        seen.append(json.loads(path.read_text())["host"])
+        if len(seen) == 1:
+            raise OSError("the disk is full")
+
+    with pytest.raises(OSError, match="full"):
+        WriterLock(path, detach=detach).__enter__()
+    with WriterLock(path, detach=detach) as lock:
+        # The one before did not get to the end, so this one has to do it, too.
+        assert lock.from_elsewhere
+    assert seen == ["node-17.example"] * 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_is_replaced_after_a_process_of_this_machine(tmp_path: Path) -> None:
+    path = tmp_path / "0001.lock"
+    write_dead_holder(path)
+    with WriterLock(path, detach=lambda: pytest.fail("no process of this machine is cut off")) as lock:
+        assert not lock.from_elsewhere
+
+
+def test_who_was_killed_while_taking_over_is_no_obstacle(tmp_path: Path) -> None:
+    path = tmp_path / "0001.lock"
+    for _ in range(3):
+        write_dead_holder(path)
+        write_dead_holder(tmp_path / "0001.lock.takeover")
+        write_dead_holder(tmp_path / "0001.lock.takeover1")
+        with WriterLock(path) as lock:
+            assert lock.is_own()
+            assert only(path)
+
+
+def test_a_former_life_elsewhere_that_was_lost_while_taking_over_is_no_obstacle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "0003.lock"
+    write_elsewhere(path, restarts=0)
+    write_elsewhere(tmp_path / "0003.lock.takeover", restarts=1)
+    as_task(monkeypatch, 2)
+    with WriterLock(path):
+        assert only(path)
+
+
+def test_who_is_taking_over_is_named_and_left_alone(tmp_path: Path) -> None:
+    path, claim = tmp_path / "0001.lock", tmp_path / "0001.lock.takeover"
+    write_dead_holder(path)
+    write_holder(claim)
+    before = path.read_bytes(), claim.read_bytes()
+    with pytest.raises(CheckRefusedError, match=rf"takeover: process {os.getpid()} on .* is taking this shard over"):
+        WriterLock(path).__enter__()
+    assert (path.read_bytes(), claim.read_bytes()) == before
+
+
+def test_of_many_that_race_for_a_dead_claim_exactly_one_wins(tmp_path: Path) -> None:
+    path = tmp_path / "shards" / "0001.lock"
+    write_dead_holder(path)
+    write_dead_holder(path.with_name("0001.lock.takeover"))
+    racers = [started(race, path) for _ in range(8)]
+    assert [pipe.recv() for _, pipe in racers] == ["ready"] * 8
+    for _, pipe in racers:
+        pipe.send("go")
+    results = [pipe.recv() for _, pipe in racers]
+    for (process, pipe), result in zip(racers, results, strict=True):
+        if result == "won":
+            pipe.send("let go")
+        process.join()
+        pipe.close()
+    assert sorted(results) == ["refused"] * 7 + ["won"]
+    assert list(path.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize(("count", "refused"), [(4, False), (3, True), (None, False)], ids=str)
+def test_a_live_holder_of_another_division_is_refused(tmp_path: Path, count: int | None, refused: bool) -> None:
+    write_holder(tmp_path / "0002.lock", **({} if count is None else {"count": count}))
+    with WriterLock(tmp_path / "0001.lock", count=4) as lock:
+        if refused:
+            with pytest.raises(
+                CheckRefusedError, match=rf"0002\.lock: process {os.getpid()} .* one of 3 shards .* of 4"
+            ):
+                lock.check_beside()
+        else:
+            lock.check_beside()
+
+
+def test_a_dead_holder_of_another_division_is_no_obstacle(tmp_path: Path) -> None:
+    path = tmp_path / "0002.lock"
+    write_dead_holder(path)
+    path.write_text(json.dumps({**json.loads(path.read_text()), "count": 3}))
+    with WriterLock(tmp_path / "0001.lock", count=4) as lock:
+        lock.check_beside()

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from experiments.campaign import run_campaign
 from experiments.campaign_folder import CampaignFolder
+from experiments.commands.leaving import leave
 from experiments.commands.listing import print_list
 from experiments.commands.local_launcher import launch_local
 from experiments.commands.options import take_flag, take_value, whole_number
@@ -25,13 +26,10 @@ from experiments.merge import Merged, merge_campaign
 from experiments.plan import Plan, make_plan
 from experiments.shard_states import MISSING_COLUMNS, missing_runs, shard_states
 from experiments.shards import Shard, parse_shard, shard_of
-from experiments.slurm_task import SlurmTask, requeue
+from experiments.slurm_task import SlurmTask
 from experiments.stop_request import StopRequest
 
 SHOWN_RUNS, SHOWN_SHARDS = 5, 20
-
-KILL_SECONDS = 60.0
-"""How long a task that will be begun again waits for Slurm to end it."""
 
 
 def sweep(arguments: Sequence[str], stop: StopRequest) -> int:
@@ -50,6 +48,7 @@ def sweep(arguments: Sequence[str], stop: StopRequest) -> int:
         stop.grace = _grace(grace)
     shard = parse_shard(shard_text, os.environ)
     count = _workers(launcher, workers, shard_text)
+    overwrite = overwrite and _may_overwrite(CampaignFolder.of(config), shard, alone=count is not None or dry_run)
     if dry_run or launcher == "slurm":
         plan = make_plan(config)
         check_plan(plan)
@@ -68,9 +67,9 @@ def sweep(arguments: Sequence[str], stop: StopRequest) -> int:
     except KeyboardInterrupt:
         if not stop.requested():
             raise
-        return _leave(stop)
+        return leave(stop)
     if status.stopped:
-        return _leave(stop)
+        return leave(stop)
     if shard.count > 1:
         part = f"shard {shard.number}/{shard.count}"
         print(f"{part}: {status.before + status.done} done, {status.failed} failed; then: run_sweep.py merge "
@@ -79,20 +78,23 @@ def sweep(arguments: Sequence[str], stop: StopRequest) -> int:
     return _finish(status.folder, 1 if status.failed else 0)
 
 
-def _leave(stop: StopRequest) -> int:
-    """End a campaign that was asked to stop: a task of Slurm asks to be begun again where that is what Slurm wants.
+def _may_overwrite(folder: CampaignFolder, shard: Shard, *, alone: bool) -> bool:
+    """Whether ``--overwrite`` means anything: not to a task that Slurm begins again; its first life has done that.
 
     Raises:
-        KeyboardInterrupt: always; the exit status is that of an interruption.
+        UsageError: one of several tasks of an array, unless ``alone`` (it does not run a shard of the array itself).
     """
-    stop.finished()
+    tasks = os.environ.get("SLURM_ARRAY_TASK_COUNT", "1")
+    if tasks != "1" and shard.count > 1 and not alone:
+        raise UsageError(
+            f"--overwrite: got in one of {tasks} tasks of a Slurm array, each of which would delete what the others "
+            f"did. Remove {folder.path} and submit the array without it, or use --launcher slurm --overwrite"
+        )
     task = SlurmTask.of(os.environ)
-    if task is not None and stop.signal is not None:
-        refused = requeue(task)
-        print(f"{stop.signal.name}: task {task.job} {refused or 'asked Slurm to begin it again'}", file=sys.stderr)
-        if refused is None:
-            stop.wait_for_the_end(KILL_SECONDS)
-    raise KeyboardInterrupt
+    if task is None or task.restarts == 0:
+        return True
+    print(f"task {task.job} was begun again: --overwrite is left out, what it did before is kept", file=sys.stderr)
+    return False
 
 
 def _grace(text: str) -> float:

@@ -94,7 +94,7 @@ class Setting:
     def same(self, output: Path) -> None:
         """Exactly the rows of one process, each once, in whatever shard."""
         assert numbers(output / "micro" / "runs.csv") == numbers(self.whole / "runs.csv")
-        for name in ("detections.csv", "clean.csv", "failures.csv", "plan.csv"):
+        for name in ("detections.csv", "propagation.csv", "clean.csv", "failures.csv", "plan.csv"):
             assert (output / "micro" / name).read_text() == (self.whole / name).read_text(), name
         written = [
             row[0]
