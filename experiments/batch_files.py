@@ -73,7 +73,7 @@ class BatchFiles:
             if re.search(r'[\x00-\x1f\x7f"\\]', str(path)):
                 raise UsageError(
                     f"{what}: got {str(path)!r}, allowed for --launcher slurm: a path without control characters, "
-                    'double quotes and backslashes'
+                    "double quotes and backslashes"
                 )
 
     def run(self) -> str:

@@ -149,10 +149,11 @@ class CampaignFolder:
         aside = path.with_name(f"{path.name}.old-{uuid.uuid4().hex}")
         path.rename(aside)
         try:
+            # A link to it must lead somewhere.
+            path.mkdir()
             yield
         except BaseException:
-            if path.exists():
-                shutil.rmtree(path)
+            shutil.rmtree(path)
             aside.rename(path)
             raise
         shutil.rmtree(aside)

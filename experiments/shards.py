@@ -29,7 +29,6 @@ from experiments.errors import UsageError
 from experiments.plan import Plan, PlannedRun, classes_of
 from experiments.run_cost import run_costs
 
-
 MOST_SHARDS = 100_000
 """Most shards that a campaign can be divided into."""
 

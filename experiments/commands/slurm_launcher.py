@@ -40,10 +40,12 @@ def launch_slurm(
     An earlier campaign that is to be overwritten is removed when Slurm has taken the array, and is back if it has not.
 
     Args:
-        config, plan: the campaign.
+        config: the campaign.
+        plan: its runs.
         workers: how many shards.
         overwrite: forget an earlier campaign of this name.
-        grace, quiet: of the workers, see ``BatchFiles``.
+        grace: seconds, of the workers; see ``BatchFiles``.
+        quiet: of the workers.
 
     Raises:
         MissingResourceError: ``sbatch`` is not here, or does not answer.
@@ -60,7 +62,9 @@ def launch_slurm(
         folder.check_same(config)
         left = shards_left(folder, plan, workers)
         if not left:
-            print(f"all runs are done; then: run_sweep.py merge {folder.path}")
+            # A stopping rule spares some of them.
+            number = "" if config.stop.margin is not None else f" {len(plan.runs)}"
+            print(f"all{number} runs are done; then: run_sweep.py merge {folder.path}")
             return 0
         folder.begin(config, plan)
         files = BatchFiles(folder, config, workers, grace, quiet)
