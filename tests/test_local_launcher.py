@@ -209,7 +209,9 @@ def test_only_shards_with_something_left_are_started(place: MicroPlace, tmp_path
     rows = [cells(ExperimentResult(run_id=run.run_id)) for run in shard_of(plan, Shard(2, 3))]
     write_rows(tmp_path / "micro/shards/0001.csv", columns(ExperimentResult), rows)
     workers.clear()
-    assert main([*arguments, "3"]) == 0
+    config = load_config(place.arguments(tmp_path))
+    CampaignFolder(tmp_path / "micro").begin(config, plan)
+    assert local_launcher.launch_local(config, [], 3, StopRequest(), overwrite=False, quiet=True) == 0
     assert [worker.command[-2] for worker in workers] == ["1/3", "3/3"]
 
 
@@ -222,7 +224,7 @@ def test_workers_are_told_how_much_grace_there_is(place: MicroPlace, tmp_path: P
 
 @pytest.mark.parametrize("more", [["--workers", "2"], ["--shard", "1/2"], []], ids=str)
 def test_nothing_is_begun_beside_a_live_array_job(
-    place: MicroPlace, tmp_path: Path, workers: list[Worker], more: list[str],
+    place: MicroPlace, tmp_path: Path, more: list[str],
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     slurm = FakeSlurm.alone(tmp_path / "bin", monkeypatch)
@@ -237,7 +239,6 @@ def test_nothing_is_begun_beside_a_live_array_job(
         assert main(arguments) == 1
         assert words in capsys.readouterr().err
         assert main([*arguments, "--overwrite"]) == 1
-    assert not workers
     assert files_below(tmp_path / "out") == before
 
 
