@@ -14,6 +14,7 @@ Public names: ``BatchFiles``, ``array_text``, ``warning_seconds``.
 from __future__ import annotations
 
 import itertools
+import re
 import shlex
 import sys
 from collections.abc import Iterable
@@ -23,6 +24,7 @@ from pathlib import Path
 from experiments.campaign_folder import CampaignFolder
 from experiments.config import ExperimentConfig, flat_fields
 from experiments.config_sections import slurm_seconds
+from experiments.errors import UsageError
 
 PROGRAM = Path(__file__).resolve().parents[1] / "run_sweep.py"
 
@@ -47,11 +49,32 @@ def array_text(numbers: Iterable[int]) -> str:
 
 @dataclass(frozen=True)
 class BatchFiles:
-    """The scripts of one campaign for so many workers."""
+    """The scripts of one campaign for so many workers.
+
+    Attributes:
+        folder, config: the campaign.
+        workers: how many shards there are.
+        grace: ``--grace`` of the workers; None: three quarters of the warning.
+        quiet: whether they get ``--quiet``.
+
+    Raises:
+        UsageError: a path that cannot be said in a line of ``#SBATCH``.
+    """
 
     folder: CampaignFolder
     config: ExperimentConfig
     workers: int
+    grace: int | None = None
+    quiet: bool = False
+
+    def __post_init__(self) -> None:
+        for what, path in (("output_dir and name", self._path), ("the current folder", Path.cwd())):
+            # Slurm ends a line's text at the quote, and reads a backslash as the end of all replacements.
+            if re.search(r'[\x00-\x1f\x7f"\\]', str(path)):
+                raise UsageError(
+                    f"{what}: got {str(path)!r}, allowed for --launcher slurm: a path without control characters, "
+                    "double quotes and backslashes"
+                )
 
     def run(self) -> str:
         """Return the script of a worker."""
@@ -61,7 +84,8 @@ class BatchFiles:
             sys.executable, "-u", str(PROGRAM), "--config", str(self._path / "config.yaml"),
             "--output_dir", str(self._path.parent), *self._changed_options(),
         ]  # fmt: skip
-        shard = f'--shard "$SLURM_ARRAY_TASK_ID/{self.workers}" --grace {max(1, warning * 3 // 4)}'
+        grace = max(1, warning * 3 // 4) if self.grace is None else self.grace
+        shard = f'--shard "$SLURM_ARRAY_TASK_ID/{self.workers}" --grace {grace}' + (" --quiet" if self.quiet else "")
         return "\n".join(
             [
                 *self._head(self.config.name, "slurm-%A_%a.out"),

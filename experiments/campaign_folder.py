@@ -8,11 +8,13 @@ Public names: ``CampaignFolder``, ``axis_cell``.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import re
 import shutil
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +36,8 @@ _OWN_ENTRIES = {
 }
 """What a campaign writes; nothing else is ever removed."""
 
-_UNFINISHED = re.compile(r"\..+\.[0-9a-f]{32}\.tmp")
-"""Names of files that have not got theirs yet, see ``csv_file.replacing``."""
+_TEMPORARY = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{32}\.tmp")
+"""What a process that was killed while it wrote ``name`` leaves."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,14 +108,10 @@ class CampaignFolder:
         """Remove what an earlier campaign of this name left, but for the caller's lock.
 
         Raises:
+            UsageError: the folder holds something that no campaign made.
             CheckRefusedError: another process is writing a shard.
         """
-        foreign = sorted(self._entries() - _OWN_ENTRIES)
-        if foreign:
-            raise UsageError(f"--overwrite: {self.path} holds {foreign[0]}, which no campaign made; move it away first")
-        others = [path.name for path in self.shards.glob("*.lock") if path != own_lock and is_held(path)]
-        if others:
-            raise CheckRefusedError(f"{self.shards}: {', '.join(others)} shows that another process is writing there")
+        self._check_removable(own_lock)
         # The configuration goes last: if this is interrupted, what is left is still known as that campaign.
         entries = sorted([*self.path.iterdir(), *self.shards.iterdir()], key=lambda entry: entry == self.config_file)
         for entry in entries:
@@ -127,7 +125,42 @@ class CampaignFolder:
     def _entries(self) -> set[str]:
         """Return the names of what is in the folder, but for files that were being written, by whomever."""
         names = {entry.name for entry in self.path.iterdir()} if self.path.exists() else set()
-        return {name for name in names if not _UNFINISHED.fullmatch(name)}
+        return {name for name in names if not _TEMPORARY.fullmatch(name)}
+
+    def _check_removable(self, own_lock: Path | None = None) -> None:
+        foreign = sorted(entry.name for entry in self.path.iterdir() if not _is_own(entry.name))
+        if foreign:
+            raise UsageError(f"--overwrite: {self.path} holds {foreign[0]}, which no campaign made; move it away first")
+        others = [path.name for path in self.shards.glob("*.lock") if path != own_lock and is_held(path)]
+        if others:
+            raise CheckRefusedError(f"{self.shards}: {', '.join(others)} shows that another process is writing there")
+
+    @contextlib.contextmanager
+    def replaced(self) -> Iterator[None]:
+        """Put an earlier campaign aside for a block; it is removed when the block ends, and back if that raises.
+
+        Who is killed in the block leaves it beside the new one, as ``NAME.old-...``.
+
+        Raises:
+            UsageError, CheckRefusedError: like ``clear``.
+        """
+        if not self.path.exists():
+            yield
+            return
+        self._check_removable()
+        # The folder itself, where a link leads to it: it stays on its file system.
+        path = self.path.resolve()
+        aside = path.with_name(f"{path.name}.old-{uuid.uuid4().hex}")
+        path.rename(aside)
+        try:
+            # A link to it must lead somewhere.
+            path.mkdir()
+            yield
+        except BaseException:
+            shutil.rmtree(path)
+            aside.rename(path)
+            raise
+        shutil.rmtree(aside)
 
     def clear_all(self) -> None:
         """Remove an earlier campaign before workers start; refused while one of them writes."""
@@ -166,6 +199,11 @@ class CampaignFolder:
         """Return the ids of the runs whose rows are on disk."""
         header = columns(ExperimentResult)
         return {run_id for path in self.shard_files() for run_id in read_keys(path, header)}
+
+
+def _is_own(name: str) -> bool:
+    temporary = _TEMPORARY.fullmatch(name)
+    return (temporary["name"] if temporary else name) in _OWN_ENTRIES
 
 
 def axis_cell(value: Any) -> str:

@@ -354,7 +354,7 @@ _SLURM_TIME = re.compile(
 
 
 def slurm_seconds(time: str) -> int | None:
-    """Return the seconds of a time limit as ``sbatch --time`` reads it; None if it sets no limit.
+    """Return the seconds of a time limit as ``sbatch --time`` reads it; None if it sets no limit (0 sets none, too).
 
     Raises:
         UsageError: not of a form that Slurm knows.
@@ -370,7 +370,7 @@ def slurm_seconds(time: str) -> int | None:
     part = {name: int(text or 0) for name, text in match.groupdict().items()}
     hours = 24 * part["days"] + part["h"] + part["hours"]
     minutes = part["m"] + part["of_hour"] + part["minutes"]
-    return 3600 * hours + 60 * minutes + part["s"] + part["of_minute"] + part["seconds"]
+    return (3600 * hours + 60 * minutes + part["s"] + part["of_minute"] + part["seconds"]) or None
 
 
 @dataclass(frozen=True)

@@ -2,24 +2,28 @@
 
     states = shard_states(folder, plan)
     missing_runs(folder, plan, states, run_ids)      # [MissingRun(run_id, shard, reason), ...]
+    shards_left(folder, plan, 16)                    # of 16 shards those with something to do
 
-Public names: ``ShardState``, ``MissingRun``, ``shard_states``, ``missing_runs``, ``MISSING_COLUMNS``.
+Public names: ``ShardState``, ``MissingRun``, ``shard_states``, ``missing_runs``, ``shards_left``,
+``MISSING_COLUMNS``.
 """
 
 from __future__ import annotations
 
+import json
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from dataclasses import dataclass
 
 from experiments.campaign_folder import CampaignFolder
+from experiments.cells import grid_of
 from experiments.csv_file import read_rows
 from experiments.plan import Plan
 from experiments.result import FailureRow, columns
 from experiments.session import Session
 from experiments.shards import Shard, shard_numbers
-from experiments.slurm_task import UNKNOWN_JOB, task_states
+from experiments.slurm_task import UNKNOWN_JOB, one_question
 from experiments.submission import Submission
 from experiments.writer_lock import read_holder
 
@@ -35,7 +39,9 @@ class ShardState:
 
     Attributes:
         shard: which.
-        planned, done: its runs, and how many of them have a row in any file.
+        planned: its runs.
+        done: how many of them have a row in any file, or are not needed any more.
+        rows: how many have a row.
         session: of its last worker; None if none has begun (with this number of shards).
         holder: who is writing it, in words; None if nobody is.
         slurm: the state of its task as ``squeue`` has it; None if it is none, or Slurm does not answer.
@@ -44,6 +50,7 @@ class ShardState:
     shard: Shard
     planned: int
     done: int
+    rows: int
     session: Session | None
     holder: str | None
     slurm: str | None
@@ -58,7 +65,7 @@ class ShardState:
         """Runs a second of the worker that is at it; None if there is none, or it has no run yet."""
         if self.holder is None or self.session is None or self.session.ended is not None:
             return None
-        seconds, done = time.time() - self.session.begun, self.done - self.session.before
+        seconds, done = time.time() - self.session.begun, self.rows - self.session.before
         return done / seconds if done > 0 and seconds > 0 else None
 
     @property
@@ -89,42 +96,75 @@ class MissingRun:
     reason: str
 
 
-def shard_states(folder: CampaignFolder, plan: Plan, finished: set[str]) -> list[ShardState]:
+def shard_states(
+    folder: CampaignFolder, plan: Plan, finished: Set[str], unneeded: Set[str] = frozenset()
+) -> list[ShardState]:
     """Return the shards of the last attempt at a campaign, in order.
 
     Args:
         folder: its files.
         plan: its runs.
         finished: the ids of those that have a row.
+        unneeded: of those that need none any more.
     """
     sessions, submission = Session.read_all(folder), Submission.read(folder)
     attempts = [(session.begun, session.count) for session in sessions.values()]
-    slurm: dict[str, str] = {}
     if submission is not None:
         attempts.append((submission.submitted, submission.workers))
-        slurm = {} if submission.workers != max(attempts)[1] else task_states(submission.job)
     count = max(attempts)[1] if attempts else 1
     numbers = shard_numbers(plan, count).tolist()
     planned = Counter(numbers)
-    done = Counter(number for run, number in zip(plan.runs, numbers, strict=True) if run.run_id in finished)
-    return [
-        ShardState(
-            Shard(number, count),
-            planned[number],
-            done[number],
-            next((session for session in [sessions.get(number)] if session and session.count == count), None),
-            read_holder(folder.shards / f"{Shard(number, count).file_name}.lock"),
-            _slurm_state(slurm, submission, number),
-        )
-        for number in range(1, count + 1)
-    ]
+    rows = Counter(number for run, number in zip(plan.runs, numbers, strict=True) if run.run_id in finished)
+    spared = unneeded - finished
+    others = Counter(number for run, number in zip(plan.runs, numbers, strict=True) if run.run_id in spared)
+    submitted = submission if submission is not None and submission.workers == count else None
+    jobs = _jobs_of_locks(folder) | ({submitted.job} if submitted else set())
+    with one_question(jobs) as slurm:
+        tasks = {task: state for task, state in (slurm or {}).items() if submitted and _is_of(task, submitted)}
+        return [
+            ShardState(
+                Shard(number, count),
+                planned[number],
+                rows[number] + others[number],
+                rows[number],
+                next((session for session in [sessions.get(number)] if session and session.count == count), None),
+                read_holder(folder.shards / f"{Shard(number, count).file_name}.lock"),
+                _slurm_state(tasks, submitted, number),
+            )
+            for number in range(1, count + 1)
+        ]
 
 
-def _slurm_state(states: dict[str, str], submission: Submission | None, number: int) -> str | None:
-    if submission is None or not states or number not in submission.shards:
+def _jobs_of_locks(folder: CampaignFolder) -> set[str]:
+    """Return the Slurm jobs that the locks of the shards name."""
+    found = set()
+    for path in folder.shards.glob("*.lock"):
+        try:
+            holder = json.loads(path.read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            # It was given back meanwhile, or is none; read_holder says what that means.
+            continue
+        if isinstance(holder, dict) and isinstance(holder.get("job"), str):
+            found.add(holder["job"])
+    return found
+
+
+def _is_of(task: str, submission: Submission) -> bool:
+    return task.startswith(f"{submission.job}_")
+
+
+def _slurm_state(tasks: dict[str, str], submission: Submission | None, number: int) -> str | None:
+    if submission is None or not tasks or number not in submission.shards:
         return None
     # A task that was cancelled before it began vanishes.
-    return states.get(f"{submission.job}_{number}", UNKNOWN_JOB)
+    return tasks.get(f"{submission.job}_{number}", UNKNOWN_JOB)
+
+
+def shards_left(folder: CampaignFolder, plan: Plan, count: int) -> list[int]:
+    """Return the numbers of those of ``count`` shards that have something left to do, in rising order."""
+    done = folder.finished_runs() | grid_of(folder, plan).unneeded()
+    numbers = shard_numbers(plan, count).tolist()
+    return sorted({number for run, number in zip(plan.runs, numbers, strict=True) if run.run_id not in done})
 
 
 def failure_reasons(folder: CampaignFolder) -> dict[str, str]:

@@ -10,13 +10,14 @@ shards, so a campaign begun with 16 workers can be finished with 4.
 Runs of one input share its fault-free pass, its recording and the passes of the fast engine, so a shard gets runs of
 few inputs: within a model, runs are put in the order of data set and input, and cut where the expected cost
 (``run_cost``) has reached the next n-th part. How models compare is not known from the configuration, so each is
-cut on its own.
+cut on its own. With a stopping rule whole cells of the grid are dealt out instead, the dearest first.
 
-Public names: ``Shard``, ``parse_shard``, ``shard_of``, ``shard_numbers``.
+Public names: ``Shard``, ``parse_shard``, ``shard_of``, ``shard_numbers``, ``MOST_SHARDS``.
 """
 
 from __future__ import annotations
 
+import heapq
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,6 +28,9 @@ from numpy.typing import NDArray
 from experiments.errors import UsageError
 from experiments.plan import Plan, PlannedRun, classes_of
 from experiments.run_cost import run_costs
+
+MOST_SHARDS = 100_000
+"""Most shards that a campaign can be divided into."""
 
 
 @dataclass(frozen=True)
@@ -49,16 +53,16 @@ def parse_shard(text: str | None, environment: Mapping[str, str]) -> Shard:
         UsageError: not of the form ``i/n`` with 1 <= i <= n; array variables that make no sense.
     """
     if text is not None:
-        match = re.fullmatch(r"(\d+)/(\d+)", text)
-        if match is None or not 1 <= int(match[1]) <= int(match[2]):
-            raise UsageError(f"--shard: got {text!r}, allowed i/n with 1 <= i <= n, e.g. 3/16")
+        match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
+        if match is None or not 1 <= int(match[1]) <= int(match[2]) <= MOST_SHARDS:
+            raise UsageError(f"--shard: got {text!r}, allowed i/n with 1 <= i <= n <= {MOST_SHARDS:,}, e.g. 3/16")
         return Shard(int(match[1]), int(match[2]))
     task, count = environment.get("SLURM_ARRAY_TASK_ID"), environment.get("SLURM_ARRAY_TASK_COUNT")
     if task is None or count is None:
         return Shard()
     first, step = environment.get("SLURM_ARRAY_TASK_MIN", "0"), environment.get("SLURM_ARRAY_TASK_STEP", "1")
     numbers = [int(text) if re.fullmatch(r"\d+", text) else -1 for text in (task, count, first, step)]
-    if min(numbers) >= 0 and numbers[3] > 0:
+    if min(numbers) >= 0 and numbers[3] > 0 and numbers[1] <= MOST_SHARDS:
         number, rest = divmod(numbers[0] - numbers[2], numbers[3])
         if rest == 0 and 1 <= number + 1 <= numbers[1]:
             return Shard(number + 1, numbers[1])
@@ -99,8 +103,7 @@ def _cut(plan: Plan, order: NDArray[np.int64], count: int) -> NDArray[np.int64]:
     is not parted: it ends by its own rows, and one worker must know them all.
     """
     if plan.config.stop.margin is not None:
-        cells: NDArray[np.int64] = np.arange(len(plan.runs)) // plan.config.num_runs
-        return 1 + cells % count
+        return np.repeat(_dealt(plan, count), plan.config.num_runs)
     numbers = np.empty(len(plan.runs), np.int64)
     costs, model = run_costs(plan)[order], classes_of(plan, "model.").number[order]
     for number in np.unique(model):
@@ -108,4 +111,28 @@ def _cut(plan: Plan, order: NDArray[np.int64], count: int) -> NDArray[np.int64]:
         ends = np.cumsum(costs[chosen])
         # Whole numbers: the same on every machine.
         numbers[order[chosen]] = 1 + (2 * ends - costs[chosen]) * count // (2 * ends[-1])
+    return numbers
+
+
+def _dealt(plan: Plan, count: int) -> NDArray[np.int64]:
+    """Return the shard of every cell: the dearest first, to the shard with the least of its model, then of all.
+
+    Costs are those of all repeats: how many a cell will need is not known. A cell is one piece of work, so shards
+    beyond the number of cells stay empty. (R. L. Graham, Bounds on multiprocessing timing anomalies, 1969: the load of
+    a shard is at most 4/3 of the best possible.)
+    """
+    costs = run_costs(plan).reshape(-1, plan.config.num_runs).sum(axis=1)
+    model = classes_of(plan, "model.").number[:: plan.config.num_runs]
+    numbers = np.empty(len(costs), np.int64)
+    totals = [0] * count
+    for kind in np.unique(model).tolist():
+        cells = np.flatnonzero(model == kind)
+        loads = [(0, total, shard) for shard, total in enumerate(totals)]
+        heapq.heapify(loads)
+        for cell in cells[np.argsort(-costs[cells], kind="stable")].tolist():
+            load, total, shard = loads[0]
+            cost = int(costs[cell])
+            totals[shard] = total + cost
+            heapq.heapreplace(loads, (load + cost, total + cost, shard))
+            numbers[cell] = 1 + shard
     return numbers

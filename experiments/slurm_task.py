@@ -6,23 +6,31 @@
 Jobs are named as ``squeue`` names them: ``812_3`` is task 3 of array job 812. Only ``squeue`` and ``scontrol`` are
 asked, so no accounting database is needed; a finished job is known for ``MinJobAge`` seconds.
 
-Public names: ``SlurmTask``, ``ask``, ``task_state``, ``task_states``, ``is_gone``, ``requeue``,
+    with one_question({"812"}) as states:    # {"812_3": "RUNNING", ...}; in the block nothing more is asked
+        ...
+
+Public names: ``SlurmTask``, ``ask``, ``task_state``, ``task_states``, ``one_question``, ``is_gone``, ``requeue``,
 ``cluster_name``, ``UNKNOWN_JOB``.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import re
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 from experiments.errors import MissingResourceError
 
 ANSWER_SECONDS = 30.0
+LOOK_SECONDS = 5.0
+"""How long ``one_question`` waits: who only looks can do without."""
+
 UNKNOWN_JOB = "UNKNOWN"
 """What is said of a job that the controller does not know, or no longer."""
 
@@ -31,6 +39,17 @@ _ENDED = {
     *("PREEMPTED", "REVOKED", "TIMEOUT", UNKNOWN_JOB),
 }
 """States in which no process of the task is left: over, or waiting for its first or next life."""
+
+
+@dataclass(frozen=True)
+class _Answers:
+    """The jobs that were asked for at once, and the states of their tasks; None: no answer."""
+
+    jobs: frozenset[str]
+    states: dict[str, str] | None
+
+
+_ANSWERS: ContextVar[_Answers | None] = ContextVar("answers", default=None)
 
 
 @dataclass(frozen=True)
@@ -59,8 +78,8 @@ class SlurmTask:
         return cls(job, int(restarts) if restarts.isdigit() else 0, environment.get("SLURM_CLUSTER_NAME", ""))
 
 
-def ask(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run one of Slurm's programs.
+def ask(program: str, *arguments: str, seconds: float = ANSWER_SECONDS) -> subprocess.CompletedProcess[str]:
+    """Run one of Slurm's programs, for so many seconds at most.
 
     Raises:
         MissingResourceError: it is not installed, or does not answer.
@@ -68,15 +87,17 @@ def ask(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     if shutil.which(program) is None:
         raise MissingResourceError(f"{program}: not found; Slurm's programs are needed on this machine")
     try:
-        return subprocess.run(
-            [program, *arguments], capture_output=True, text=True, timeout=ANSWER_SECONDS, check=False
-        )
+        return subprocess.run([program, *arguments], capture_output=True, text=True, timeout=seconds, check=False)
     except subprocess.TimeoutExpired as error:
-        raise MissingResourceError(f"{program}: no answer within {ANSWER_SECONDS:g} s") from error
+        raise MissingResourceError(f"{program}: no answer within {seconds:g} s") from error
 
 
 def task_state(job: str) -> str | None:
     """Return the state of one task; None if Slurm is not here or does not answer."""
+    known = _ANSWERS.get()
+    if known is not None:
+        asked = known.states is not None and _array_of(job) in known.jobs
+        return (known.states or {}).get(job, UNKNOWN_JOB) if asked else None
     try:
         answer = ask("scontrol", "--oneliner", "show", "job", job)
     except MissingResourceError:
@@ -89,19 +110,53 @@ def task_state(job: str) -> str | None:
     return next((state for state in states if state not in _ENDED), states[0] if states else None)
 
 
-def task_states(job: str) -> dict[str, str]:
-    """Return the states of the tasks of an array job by their names; empty if Slurm is not here or does not know it."""
-    try:
-        answer = ask("squeue", "--noheader", "--array", "--states=all", f"--jobs={job}", "--format=%i %T")
-    except MissingResourceError:
+def task_states(*jobs: str, seconds: float = ANSWER_SECONDS) -> dict[str, str] | None:
+    """Return the states of the tasks of array jobs by their names, of those that Slurm knows.
+
+    None if Slurm is not here, does not answer in so many seconds, or answers with an error.
+    """
+    if not jobs:
         return {}
-    lines = (line.split() for line in answer.stdout.splitlines())
-    return {words[0]: words[1] for words in lines if len(words) == 2}
+    arguments = ("--noheader", "--array", "--states=all", f"--jobs={','.join(jobs)}", "--format=%i %T")
+    try:
+        answer = ask("squeue", *arguments, seconds=seconds)
+    except MissingResourceError:
+        return None
+    if answer.returncode:
+        return {} if "Invalid job id" in answer.stderr else None
+    found: dict[str, str] = {}
+    for words in (line.split() for line in answer.stdout.splitlines()):
+        # A task that was begun again can be listed twice: ending here, waiting there.
+        if len(words) == 2 and found.get(words[0], UNKNOWN_JOB) in _ENDED:
+            found[words[0]] = words[1]
+    return found
+
+
+@contextlib.contextmanager
+def one_question(jobs: Collection[str]) -> Iterator[dict[str, str] | None]:
+    """Ask ``squeue`` once for the tasks of all these jobs; ``is_gone`` and ``task_state`` ask nothing in the block.
+
+    Yields:
+        What ``task_states`` returns. If that is None, no state is known in the block, and nobody is gone.
+    """
+    arrays = frozenset(map(_array_of, jobs))
+    answers = _Answers(arrays, task_states(*sorted(arrays), seconds=LOOK_SECONDS))
+    token = _ANSWERS.set(answers)
+    try:
+        yield answers.states
+    finally:
+        _ANSWERS.reset(token)
+
+
+def _array_of(job: str) -> str:
+    return job.partition("_")[0]
 
 
 def is_gone(job: str, cluster: str) -> bool:
     """Whether Slurm says that no process of a task is left; False if it cannot be asked or is another cluster."""
-    if not cluster or cluster != cluster_name():
+    known = _ANSWERS.get()
+    silent = known is not None and known.states is None
+    if silent or not cluster or cluster != cluster_name():
         return False
     state = task_state(job)
     return state is not None and state in _ENDED

@@ -185,6 +185,58 @@ def test_overwriting_never_removes_files_that_no_campaign_made(tmp_path: Path) -
     assert (tmp_path / "x" / "thesis.tex").exists()
 
 
+def test_what_a_killed_writer_left_half_written_is_ours(tmp_path: Path) -> None:
+    folder = begun(tmp_path)
+    folder.file(f".runs.csv.{'0a' * 16}.tmp").write_text("half")
+    folder.clear_all()
+    assert set(files_below(folder.path)) <= {"shards"}
+    for name in (f".thesis.tex.{'0a' * 16}.tmp", ".runs.csv.tmp", f"runs.csv.{'0a' * 16}.tmp"):
+        folder.file(name).write_text("years of work")
+        with pytest.raises(UsageError, match="which no campaign made"):
+            folder.clear_all()
+        folder.file(name).unlink()
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_a_campaign_that_is_replaced_is_back_if_that_fails(tmp_path: Path, linked: bool) -> None:
+    folder = begun(tmp_path)
+    if linked:
+        folder.path.rename(tmp_path / "elsewhere")
+        folder.path.symlink_to(tmp_path / "elsewhere")
+    folder.file("runs.csv").write_text("old")
+    before = files_below(tmp_path)
+
+    def fail() -> None:
+        with folder.replaced():
+            assert not folder.config_file.exists()
+            folder.file("runs.csv").parent.resolve().mkdir(exist_ok=True)
+            folder.file("plan.csv").write_text("new")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert files_below(tmp_path) == before
+    assert folder.file("runs.csv").read_text() == "old"
+    with folder.replaced():
+        folder.path.resolve().mkdir(exist_ok=True)
+        folder.file("plan.csv").write_text("new")
+    assert files_below(folder.path) == ["plan.csv"]
+    assert not [name for name in files_below(tmp_path) if ".old-" in name]
+
+
+def test_what_may_not_be_removed_is_not_put_aside(tmp_path: Path) -> None:
+    folder = begun(tmp_path)
+    before = files_below(tmp_path)
+    folder.file("thesis.tex").write_text("years of work")
+    with pytest.raises(UsageError, match=r"thesis\.tex"), folder.replaced():
+        pytest.fail("it began")
+    folder.file("thesis.tex").unlink()
+    write_holder(folder.shards / "0002.lock")
+    with pytest.raises(CheckRefusedError, match=r"0002\.lock"), folder.replaced():
+        pytest.fail("it began")
+    assert set(before) <= set(files_below(tmp_path))
+
+
 # ------------------------------------------------------------------------------------------------- shards
 
 

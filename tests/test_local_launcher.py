@@ -6,17 +6,27 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
-from micro_campaign import MicroPlace, numbers, start
+from fake_slurm import FakeSlurm
+from micro_campaign import ROOT, MicroPlace, files_below, numbers, start
 from test_campaign import rows_on_disk
 
+from experiments.campaign_folder import CampaignFolder
 from experiments.command_line import main
 from experiments.commands import local_launcher
-from experiments.config import ExperimentConfig
+from experiments.config import ExperimentConfig, load_config
+from experiments.csv_file import write_rows
+from experiments.errors import CheckRefusedError
+from experiments.plan import make_plan
+from experiments.result import ExperimentResult, cells, columns
+from experiments.shards import Shard, shard_of
+from experiments.stop_request import StopRequest
+from experiments.submission import Submission, check_over
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +139,155 @@ def test_the_parent_waits_for_workers_that_finish_their_pass() -> None:
                               stdout=subprocess.PIPE, text=True)  # fmt: skip
     assert worker.stdout is not None
     worker.stdout.readline()
-    local_launcher._end([worker])
+    local_launcher._end([worker], StopRequest())
     worker.stdout.close()
     assert worker.returncode == 0
+
+
+SIGNALLED = """
+import signal, sys, time
+def note(number, frame):
+    global left
+    print(number, flush=True)
+    left -= 1
+left = int(sys.argv[1])
+for number in (signal.SIGUSR1, signal.SIGTERM):
+    signal.signal(number, note)
+print("ready", flush=True)
+while left:
+    time.sleep(0.01)
+"""
+
+
+def signalled(signals: int) -> subprocess.Popen[str]:
+    """Start a process that ends after so many signals and prints each."""
+    command = [sys.executable, "-c", SIGNALLED, str(signals)]
+    worker = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert worker.stdout is not None
+    assert worker.stdout.readline() == "ready\n"
+    return worker
+
+
+def test_workers_get_the_signal_that_the_parent_got() -> None:
+    worker = signalled(1)
+    with StopRequest() as stop:
+        signal.raise_signal(signal.SIGUSR1)
+        local_launcher._end([worker], stop)
+        assert signal.getitimer(signal.ITIMER_REAL)[0] == 0, "the alarm of the parent would end the wait"
+    assert worker.communicate()[0].split() == [str(int(signal.SIGUSR1))]
+    assert worker.returncode == 0
+
+
+def test_a_signal_that_comes_during_the_wait_is_passed_on_too() -> None:
+    worker = signalled(2)
+    with StopRequest() as stop:
+        signal.raise_signal(signal.SIGUSR1)
+        timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM))
+        timer.start()
+        local_launcher._end([worker], stop)
+        timer.join()
+        assert signal.getsignal(signal.SIGTERM) == stop._note
+    assert worker.communicate()[0].split() == [str(int(signal.SIGUSR1)), str(int(signal.SIGTERM))]
+    assert worker.returncode == 0
+
+
+def test_workers_that_do_not_end_in_time_are_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local_launcher, "PATIENCE_SECONDS", 0.1)
+    worker = signalled(99)
+    with StopRequest(grace=0.2) as stop:
+        signal.raise_signal(signal.SIGUSR1)
+        local_launcher._end([worker], stop)
+    worker.communicate()
+    assert worker.returncode == -signal.SIGKILL
+
+
+def test_only_shards_with_something_left_are_started(place: MicroPlace, tmp_path: Path, workers: list[Worker]) -> None:
+    arguments = [*place.arguments(tmp_path), "--launcher", "local", "--workers"]
+    assert main([*arguments, "1000"]) == 0
+    assert len(workers) == 24, "no more than there are runs"
+    plan = make_plan(load_config(place.arguments(tmp_path)))
+    rows = [cells(ExperimentResult(run_id=run.run_id)) for run in shard_of(plan, Shard(2, 3))]
+    write_rows(tmp_path / "micro/shards/0001.csv", columns(ExperimentResult), rows)
+    workers.clear()
+    config = load_config(place.arguments(tmp_path))
+    CampaignFolder(tmp_path / "micro").begin(config, plan)
+    assert local_launcher.launch_local(config, [], 3, StopRequest(), overwrite=False, quiet=True) == 0
+    assert [worker.command[-2] for worker in workers] == ["1/3", "3/3"]
+
+
+def test_workers_are_told_how_much_grace_there_is(place: MicroPlace, tmp_path: Path, workers: list[Worker]) -> None:
+    assert main([*place.arguments(tmp_path), "--workers", "2", "--grace", "33", "--quiet"]) == 0
+    for worker in workers:
+        assert worker.command[-5:-3] == ["--grace", "33"]
+        assert worker.env[local_launcher.OF_LAUNCHER] == str(os.getpid())
+
+
+@pytest.mark.parametrize("more", [["--workers", "2"], ["--shard", "1/2"], []], ids=str)
+def test_nothing_is_begun_beside_a_live_array_job(
+    place: MicroPlace, tmp_path: Path, more: list[str],
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    slurm = FakeSlurm.alone(tmp_path / "bin", monkeypatch)
+    Submission("812", "813", 2, [1, 2], 0.0).write(CampaignFolder(tmp_path / "out/micro"))
+    before = files_below(tmp_path / "out")
+    arguments = [*place.arguments(tmp_path / "out"), *more]
+    for says, status, words in (
+        ("812_1 RUNNING\n812_2 PENDING\n", 0, "2 tasks of job 812 are waiting or running"),
+        ("", 1, "squeue does not say whether job 812 is over; wait until it answers, or delete "),
+    ):
+        slurm.program("squeue", says, status=status)
+        assert main(arguments) == 1
+        assert words in capsys.readouterr().err
+        assert main([*arguments, "--overwrite"]) == 1
+    assert files_below(tmp_path / "out") == before
+
+
+def test_a_task_of_the_array_and_a_machine_without_slurm_go_on(
+    place: MicroPlace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slurm = FakeSlurm.alone(tmp_path / "bin", monkeypatch)
+    folder = CampaignFolder(tmp_path / "micro")
+    Submission("812", "813", 2, [1, 2], 0.0).write(folder)
+    check_over(folder)
+    slurm.program("squeue", "812_1 RUNNING\n")
+    monkeypatch.setenv("SLURM_JOB_ID", "815")
+    with pytest.raises(CheckRefusedError, match="1 tasks of job 812"):
+        check_over(folder)
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "812")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "1")
+    check_over(folder)
+
+
+@pytest.mark.parametrize("count", ["0", "100001", "99999999999999999999", "9" * 5000, "-1", "1.5", "two"])
+def test_numbers_of_workers_that_are_none(
+    place: MicroPlace, tmp_path: Path, count: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*place.arguments(tmp_path / "out"), f"--workers={count}"]) == 2
+    assert "allowed a whole number from 1 to 100,000" in capsys.readouterr().err
+    assert main([*place.arguments(tmp_path / "out"), f"--grace={count}"]) == 2
+    assert "--grace: got" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_in_a_job_of_slurm_the_parent_alone_asks_to_be_begun_again(place: MicroPlace, tmp_path: Path) -> None:
+    programs = FakeSlurm(tmp_path / "bin")
+    programs.folder.mkdir()
+    programs.program("scontrol", "JobState=RUNNING\n")
+    arguments = [*place.arguments(tmp_path, "--num_runs=40", "--run.engine=plain"), "--workers", "2"]
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_CLUSTER_NAME": "big", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, **slurm, "PATH": f"{programs.folder}:{os.environ['PATH']}"}
+    command = [sys.executable, str(ROOT / "run_sweep.py"), *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    while rows_on_disk(tmp_path / "micro") < 5:
+        assert process.poll() is None
+    process.send_signal(signal.SIGUSR1)
+    while not [call for call in programs.calls("scontrol") if call == "requeue 7"]:
+        assert process.poll() is None
+    assert not list(tmp_path.rglob("*.lock")), "workers have ended"
+    # As Slurm does, which ends what it will begin again.
+    process.send_signal(signal.SIGTERM)
+    _, complained = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "SIGUSR1: task 7 asked Slurm to begin it again" in complained
+    assert [call for call in programs.calls("scontrol") if "requeue" in call] == ["requeue 7"]

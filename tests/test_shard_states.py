@@ -19,8 +19,9 @@ from experiments.plan import Plan, make_plan
 from experiments.result import ExperimentResult, FailureRow, cells, columns
 from experiments.row_counter import RowCounter
 from experiments.session import Session
-from experiments.shard_states import WAITS, missing_runs, shard_states
+from experiments.shard_states import WAITS, missing_runs, shard_states, shards_left
 from experiments.shards import Shard, shard_of
+from experiments.slurm_task import cluster_name
 from experiments.submission import Submission
 
 
@@ -157,11 +158,60 @@ def test_a_holder_on_another_machine_counts_as_running_unless_slurm_says_it_is_g
         " on node-17.example (Slurm job 812_3)"
     )
     monkeypatch.setenv("SLURM_CLUSTER_NAME", "big")
-    slurm.program("scontrol", "JobState=NODE_FAIL")
-    from experiments.slurm_task import cluster_name
-
+    slurm.program("squeue", "812_3 NODE_FAIL\n")
     cluster_name.cache_clear()
     assert "was killed or its node lost" in words(folder, plan)["0001"]
+
+
+def test_slurm_is_asked_once_for_all_shards_and_not_again_if_it_does_not_answer(
+    folder: CampaignFolder, plan: Plan, slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_CLUSTER_NAME", "big")
+    cluster_name.cache_clear()
+    Submission("813", None, 4, [1, 2, 3, 4], time.time() + 5).write(folder)
+    for number in (1, 2, 3):
+        session(folder, number)
+        write_elsewhere(folder.shards / f"{number:04d}.lock")
+    slurm.program("scontrol", "JobState=NODE_FAIL")
+    slurm.program("squeue", complains="Unable to contact slurm controller\n", status=1)
+    assert [word.split()[0] for word in words(folder, plan).values()] == ["running:"] * 3 + ["not"]
+    assert len(slurm.calls("squeue")) == 1
+    slurm.program("squeue", "813_1 RUNNING\n813_4 PENDING\n812_3 COMPLETED\n")
+    said = words(folder, plan)
+    assert "was killed" in said["0001"]
+    assert said["0001"].endswith("; Slurm says RUNNING")
+    assert said["0004"] == "not begun; Slurm says PENDING"
+    assert len(slurm.calls("squeue")) == 2
+    assert "--jobs=812,813" in slurm.calls("squeue")[-1]
+    assert slurm.calls("scontrol") == []
+
+
+def test_runs_that_are_not_needed_are_no_work_that_was_done(folder: CampaignFolder, plan: Plan) -> None:
+    session(folder, 1, 1, age=10.0, before=2)
+    write_holder(folder.shards / "0001.lock")
+    ids = [run.run_id for run in plan.runs]
+    (state,) = shard_states(folder, plan, set(ids[:6]), set(ids[10:]))
+    assert (state.planned, state.done, state.rows) == (20, 16, 6)
+    # Four rows in ten seconds; four runs are left.
+    assert state.rate == pytest.approx(0.4, rel=0.05)
+    assert str(_expectation([state])).startswith("0.4 runs/s; expected end ")
+    assert str(_expectation([state])).endswith("in 0 min 10 s")
+
+
+def test_shards_with_something_left(folder: CampaignFolder, plan: Plan) -> None:
+    assert shards_left(folder, plan, 4) == [1, 2, 3, 4]
+    rows = [cells(ExperimentResult(run_id=run.run_id)) for n in (1, 3) for run in shard_of(plan, Shard(n, 4))]
+    write_rows(folder.shards / "0001.csv", columns(ExperimentResult), rows)
+    assert shards_left(folder, plan, 4) == [2, 4]
+
+
+def test_a_cell_that_has_ended_leaves_nothing_to_do(tmp_path: Path) -> None:
+    stop = StopConfig(margin=0.4, minimum=20, rate="detected")
+    plan = make_plan(ExperimentConfig(num_runs=100, stop=stop, sweep={"fault.bit": [3, 30]}))
+    folder = CampaignFolder(tmp_path / "y")
+    rows = [cells(ExperimentResult(run_id=run.run_id)) for run in plan.runs[:50]]
+    write_rows(folder.shards / "0001.csv", columns(ExperimentResult), rows)
+    assert shards_left(folder, plan, 2) == [2], "50 rows without a detection are enough for that margin"
 
 
 @pytest.mark.parametrize("name", ["submission.json", "shards/0001.session.json"])

@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from experiments.config import DataConfig, ExperimentConfig, FaultConfig, ModelConfig, RunConfig
+from experiments.config import DataConfig, ExperimentConfig, FaultConfig, ModelConfig, RunConfig, StopConfig
+from experiments.errors import UsageError
 from experiments.plan import Plan, classes_of, make_plan
 from experiments.run_cost import run_costs
-from experiments.shards import Shard, shard_numbers, shard_of
+from experiments.shards import Shard, parse_shard, shard_numbers, shard_of
 
 
 def loads(plan: Plan, count: int) -> list[int]:
@@ -90,6 +91,37 @@ def test_there_may_be_more_workers_than_runs() -> None:
     plan = make_plan(ExperimentConfig(num_runs=2))
     parts = [len(shard_of(plan, Shard(n, 50))) for n in range(1, 51)]
     assert sorted(parts)[-3:] == [0, 1, 1]
+
+
+def test_cells_are_dealt_out_by_cost() -> None:
+    lengths = [16, 32, 64, 128]
+    sweep = {"fault.location": ["q", "k", "v", "out"], "data.seq_len": lengths}
+    plan = make_plan(ExperimentConfig(num_runs=5, stop=StopConfig(margin=0.1, minimum=4), sweep=sweep))
+    one = max(run_costs(plan)) * 5
+    # Dealt out in turn, each of 4 shards would have cells of one length only.
+    assert len(set(loads(plan, 4))) == 1
+    assert max(loads(plan, 3)) <= 4 / 3 * max(sum(loads(plan, 1)) / 3, one)
+    assert sorted(loads(plan, 32)) == [0] * 16 + sorted(loads(plan, 16)), "workers beyond the number of cells are idle"
+    # By hand: costs are 1, 2, 4 and 8 of each location; loads are 16, 16, 16 behind the eights and fours.
+    assert shard_numbers(plan, 3)[::5].tolist() == [2, 1, 2, 1, 3, 2, 3, 2, 2, 3, 2, 3, 3, 1, 3, 1]
+
+
+def test_cells_of_every_model_are_dealt_out_and_together_too() -> None:
+    stop = StopConfig(margin=0.1, minimum=4)
+    dtypes = ["float32", "bfloat16"]
+    single = make_plan(ExperimentConfig(num_runs=5, stop=stop, sweep={"model.dtype": dtypes}))
+    assert sorted(shard_numbers(single, 2)[::5].tolist()) == [1, 2], "one cell of each model, two workers"
+    plan = make_plan(ExperimentConfig(num_runs=5, stop=stop, sweep={"model.dtype": dtypes, "fault.bit": [0, 1, 2, 3]}))
+    for number in (1, 2):
+        runs = shard_of(plan, Shard(number, 2))
+        assert [plan.config_of(run).model.dtype for run in runs] == ["float32"] * 10 + ["bfloat16"] * 10
+
+
+@pytest.mark.parametrize("text", ["1/100001", "1/99999999999999999999", "99999999999999999999/3", "1/" + "9" * 5000])
+def test_absurd_numbers_of_shards_are_refused(text: str) -> None:
+    assert parse_shard("1/100000", {}) == Shard(1, 100_000)
+    with pytest.raises(UsageError, match=r"--shard: got .*, allowed i/n with 1 <= i <= n <= 100,000"):
+        parse_shard(text, {})
 
 
 # ------------------------------------------------------------------------------------------------- cost

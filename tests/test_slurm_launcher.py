@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -15,10 +16,11 @@ from test_writer_lock import write_elsewhere
 from experiments.batch_files import BatchFiles, array_text, warning_seconds
 from experiments.campaign_folder import CampaignFolder
 from experiments.command_line import main
+from experiments.commands import slurm_launcher
 from experiments.config import ExperimentConfig, SlurmConfig, load_config
 from experiments.config_sections import slurm_seconds
 from experiments.csv_file import write_rows
-from experiments.errors import UsageError
+from experiments.errors import MissingResourceError, UsageError
 from experiments.plan import make_plan
 from experiments.result import ExperimentResult, cells, columns
 from experiments.shards import Shard, shard_of
@@ -142,6 +144,92 @@ def test_another_campaign_of_that_name_is_refused(
     assert len(slurm.calls("sbatch")) == 4
 
 
+def test_an_earlier_campaign_is_removed_when_slurm_has_taken_the_next_one(
+    place: MicroPlace, slurm: FakeSlurm, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    arguments = [*place.arguments(output), *SLURM]
+    assert main(arguments) == 0
+    finish(output, place.arguments(output), [1, 2, 3, 4], 4)
+    before = {name: (output / name).read_bytes() for name in files_below(output) if (output / name).is_file()}
+    slurm.program("sbatch", complains="sbatch: error: invalid partition specified\n", status=1)
+    again = [*arguments, "--seed", "4", "--overwrite"]
+    assert main(again) == 1
+    assert "invalid partition" in capsys.readouterr().err
+    after = {name: (output / name).read_bytes() for name in files_below(output) if (output / name).is_file()}
+    assert after == before
+    slurm.program("sbatch", "900\n")
+    assert main(again) == 0
+    names = ("config.yaml", "logs", "merge.sbatch", "plan.csv", "run.sbatch", "submission.json")
+    assert files_below(output) == ["micro", *(f"micro/{name}" for name in names)]
+
+
+def test_a_job_that_nobody_knows_of_is_not_over(
+    place: MicroPlace, slurm: FakeSlurm, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [*place.arguments(tmp_path / "out"), *SLURM]
+    assert main(arguments) == 0
+    slurm.program("squeue", complains="Unable to contact slurm controller\n", status=1)
+    assert main(arguments) == 1
+    said = capsys.readouterr().err
+    assert "squeue does not say whether job 812 is over; wait until it answers, or delete " in said
+    assert str(tmp_path / "out/micro/submission.json") in said
+    assert len(slurm.calls("sbatch")) == 2
+    slurm.program("squeue", complains="slurm_load_jobs error: Invalid job id specified\n", status=1)
+    assert main(arguments) == 0
+
+
+@pytest.mark.parametrize(("call", "fails"), [(1, False), (2, False), (2, True)])
+def test_no_answer_to_a_submission(
+    place: MicroPlace, slurm: FakeSlurm, tmp_path: Path, call: int, fails: bool,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    calls = []
+
+    def sbatch(program: str, *arguments: str, **_: object) -> subprocess.CompletedProcess[str]:
+        calls.append(arguments)
+        if len(calls) == call and fails:
+            return subprocess.CompletedProcess([], 1, "", "sbatch: error: no\n")
+        if len(calls) == call:
+            raise MissingResourceError("sbatch: no answer within 120 s")
+        return subprocess.CompletedProcess([], 0, "812\n", "")
+
+    monkeypatch.setattr(slurm_launcher, "ask", sbatch)
+    assert main([*place.arguments(tmp_path / "out"), *SLURM]) == (1 if fails else 3)
+    (line,) = capsys.readouterr().err.splitlines()
+    record = tmp_path / "out/micro/submission.json"
+    if call == 1:
+        assert "whether Slurm took the array is not known: look with squeue --name=micro" in line
+        assert not record.exists()
+    else:
+        assert "array job 812 was submitted, but not the merge behind it" in line
+        assert json.loads(record.read_text())["job"] == "812"
+        assert json.loads(record.read_text())["merge_job"] is None
+
+
+@pytest.mark.parametrize("name", ['a "b"', "a\nb", "a\\b", "a\tb"])
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]], ids=str)
+def test_a_path_that_no_script_can_say_is_refused(
+    place: MicroPlace, slurm: FakeSlurm, tmp_path: Path, name: str, dry: list[str],
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    assert main([*place.arguments(tmp_path / name), *SLURM, *dry]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "output_dir and name: got" in line
+    assert not (tmp_path / name).exists()
+    (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / name)
+    assert main([*place.arguments(tmp_path / "out"), *SLURM, *dry]) == 2
+    assert "the current folder: got" in capsys.readouterr().err
+    assert not slurm.calls("sbatch")
+
+
+def test_workers_get_the_options_of_the_command(place: MicroPlace, slurm: FakeSlurm, tmp_path: Path) -> None:
+    assert main([*place.arguments(tmp_path / "out"), *SLURM, "--grace", "33", "--quiet"]) == 0
+    script = (tmp_path / "out/micro/run.sbatch").read_text()
+    assert script.rstrip().endswith('--shard "$SLURM_ARRAY_TASK_ID/4" --grace 33 --quiet')
+
+
 # ------------------------------------------------------------------------------------------------- scripts
 
 
@@ -203,6 +291,7 @@ def test_array_texts(numbers: list[int], text: str) -> None:
     [
         ("90", 5400), ("1:30", 90), ("1:30:00", 5400), ("0:0:5", 5), ("2-0", 172800), ("1-12", 129600),
         ("1-0:30", 88200), ("1-0:30:05", 88205), ("unlimited", None), ("INFINITE", None),
+        ("0", None), ("0:00:00", None),
     ],
 )  # fmt: skip
 def test_time_limits_as_sbatch_reads_them(text: str, seconds: int | None) -> None:
@@ -215,7 +304,9 @@ def test_time_limits_that_are_none(text: str) -> None:
         SlurmConfig(time=text)
 
 
-@pytest.mark.parametrize(("time", "seconds"), [(None, 120), ("unlimited", 120), ("60", 120), ("4", 60), ("0:01", 1)])
+@pytest.mark.parametrize(
+    ("time", "seconds"), [(None, 120), ("unlimited", 120), ("0", 120), ("60", 120), ("4", 60), ("0:01", 1)]
+)
 def test_the_warning_comes_well_before_a_short_limit(time: str | None, seconds: int) -> None:
     assert warning_seconds(time) == seconds
 

@@ -10,9 +10,17 @@ import pytest
 from fake_slurm import FakeSlurm
 
 from experiments import slurm_task
-from experiments.commands.leaving import leave
+from experiments.commands.leaving import OF_LAUNCHER, leave
 from experiments.errors import MissingResourceError
-from experiments.slurm_task import SlurmTask, cluster_name, is_gone, requeue, task_state, task_states
+from experiments.slurm_task import (
+    SlurmTask,
+    cluster_name,
+    is_gone,
+    one_question,
+    requeue,
+    task_state,
+    task_states,
+)
 from experiments.stop_request import StopRequest
 
 TASK = SlurmTask("812_3", 1, "big")
@@ -69,7 +77,7 @@ def test_a_job_that_slurm_has_forgotten_is_gone(slurm: FakeSlurm) -> None:
 
 def test_no_answer_is_no_knowledge(slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not is_gone("1", "big"), "no scontrol"
-    assert task_states("1") == {}
+    assert task_states("1") is None
     slurm.program("scontrol", complains="Unable to contact slurm controller\n", status=1)
     assert task_state("1") is None
     assert not is_gone("1", "big")
@@ -93,6 +101,51 @@ def test_the_name_of_the_cluster_on_a_login_node(slurm: FakeSlurm, monkeypatch: 
 def test_states_of_an_array(slurm: FakeSlurm) -> None:
     slurm.program("squeue", "812_1 RUNNING\n812_2 PENDING\n")
     assert task_states("812") == {"812_1": "RUNNING", "812_2": "PENDING"}
+    slurm.program("squeue", "812_1 RUNNING\n812_1 PENDING\n812_2 PENDING\n812_2 COMPLETING\n")
+    assert task_states("812", "900") == {"812_1": "RUNNING", "812_2": "COMPLETING"}
+    assert "--jobs=812,900" in slurm.calls("squeue")[-1]
+
+
+def test_a_failing_squeue_is_not_a_job_that_is_forgotten(slurm: FakeSlurm) -> None:
+    slurm.program("squeue", complains="slurm_load_jobs error: Invalid job id specified\n", status=1)
+    assert task_states("812") == {}
+    slurm.program("squeue", complains="slurm_load_jobs error: Unable to contact slurm controller\n", status=1)
+    assert task_states("812") is None
+
+
+def test_in_a_block_of_one_question_nothing_else_is_asked(slurm: FakeSlurm) -> None:
+    slurm.program("scontrol", "JobState=RUNNING")
+    slurm.program("squeue", "812_1 COMPLETED\n812_2 RUNNING\n")
+    with one_question({"812_1", "812"}) as states:
+        assert states == {"812_1": "COMPLETED", "812_2": "RUNNING"}
+        assert is_gone("812_1", "big")
+        assert not is_gone("812_2", "big")
+        assert is_gone("812_7", "big"), "Slurm does not know it any more"
+        assert not is_gone("900_1", "big"), "it was not asked for"
+    slurm.program("squeue", status=1)
+    with one_question({"812"}) as states:
+        assert states is None
+        assert not is_gone("812_1", "big")
+        assert task_state("812_2") is None
+    with one_question(set()) as states:
+        assert states == {}
+    assert len(slurm.calls("squeue")) == 2
+    assert slurm.calls("scontrol") == []
+    assert task_state("812_2") == "RUNNING", "afterwards Slurm is asked again"
+
+
+def test_who_only_looks_does_not_wait_long(slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch) -> None:
+    slurm.program("squeue")
+    waited = []
+
+    def slow(*_: object, timeout: float, **__: object) -> None:
+        waited.append(timeout)
+        raise subprocess.TimeoutExpired("squeue", timeout)
+
+    monkeypatch.setattr(slurm_task.subprocess, "run", slow)
+    with one_question({"812"}) as states:
+        assert states is None
+    assert waited == [5.0]
 
 
 # ------------------------------------------------------------------------------------------------- requeue
@@ -132,6 +185,19 @@ def test_who_leaves_outside_of_slurm_asks_nobody(slurm: FakeSlurm, monkeypatch: 
     monkeypatch.delenv("SLURM_ARRAY_JOB_ID", raising=False)
     with StopRequest() as stop:
         signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            leave(stop)
+    assert slurm.calls("scontrol") == []
+
+
+def test_a_worker_of_several_in_one_task_leaves_asking_to_who_began_it(
+    slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slurm.program("scontrol", "JobState=RUNNING")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv(OF_LAUNCHER, "1")
+    with StopRequest() as stop:
+        signal.raise_signal(signal.SIGUSR1)
         with pytest.raises(KeyboardInterrupt):
             leave(stop)
     assert slurm.calls("scontrol") == []

@@ -4,7 +4,7 @@
         ...
         leave(stop)              # KeyboardInterrupt, after Slurm was asked to begin the task again
 
-Public names: ``leave``, ``KILL_SECONDS``.
+Public names: ``leave``, ``OF_LAUNCHER``, ``KILL_SECONDS``.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ from typing import NoReturn
 
 from experiments.slurm_task import SlurmTask, requeue
 from experiments.stop_request import StopRequest
+
+OF_LAUNCHER = "RUN_SWEEP_OF_LAUNCHER"
+"""Set for workers: who began them speaks with Slurm for all of them."""
 
 KILL_SECONDS = 60.0
 """How long a task that will be begun again waits for Slurm to end it."""
@@ -28,7 +31,7 @@ def leave(stop: StopRequest) -> NoReturn:
     """
     stop.finished()
     task = SlurmTask.of(os.environ)
-    if task is not None and stop.signal is not None:
+    if task is not None and stop.signal is not None and OF_LAUNCHER not in os.environ:
         refused = requeue(task)
         print(f"{stop.signal.name}: task {task.job} {refused or 'asked Slurm to begin it again'}", file=sys.stderr)
         if refused is None:

@@ -6,6 +6,7 @@ Public name: ``launch_local``.
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -13,32 +14,46 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 import torch
 from tqdm import tqdm
 
 from experiments.campaign import Progress
 from experiments.campaign_folder import CampaignFolder
+from experiments.commands.leaving import OF_LAUNCHER
 from experiments.config import ExperimentConfig
 from experiments.contexts import check_plan
 from experiments.plan import make_plan
 from experiments.row_counter import RowCounter
-from experiments.stop_request import StopRequest
+from experiments.shard_states import shards_left
+from experiments.shards import Shard
+from experiments.stop_request import TERM_SECONDS, StopRequest
 
 PROGRAM = Path(__file__).resolve().parents[2] / "run_sweep.py"
 
 LOOK_SECONDS = 0.2
 """How often the files of the workers are looked at."""
 
+WAIT_SECONDS = 0.05
+"""How often it is looked whether workers that were asked to stop have ended."""
+
+
+PATIENCE_SECONDS = 10.0
+"""How much longer than their grace time workers are waited for: they close their files after it."""
+
 
 def launch_local(
-    config: ExperimentConfig, options: Sequence[str], workers: int, stop: StopRequest, *, overwrite: bool
+    config: ExperimentConfig, options: Sequence[str], workers: int, stop: StopRequest, *, overwrite: bool, quiet: bool
 ) -> int:
-    """Run one process for each shard and wait for all; return the worst exit status.
+    """Run one process for each shard with something left and wait for all; return the worst exit status.
 
     Every process computes with ``run.threads`` threads, as a single one would: the same bits, whatever the number of
-    workers. Where there are GPUs each process sees one of them, in turn. If this process is asked to stop, so are all
-    workers, and waited for.
+    workers. Where there are GPUs each process sees one of them, in turn. If this process is asked to stop, the signal
+    is passed on to all workers, and they are waited for.
+
+    Raises:
+        KeyboardInterrupt: this process was asked to stop before all was done; no worker is left.
     """
     plan = make_plan(config)
     check_plan(plan)
@@ -47,10 +62,13 @@ def launch_local(
     if overwrite:
         folder.clear_all()
     folder.check_same(config)
-    _warn_of_too_many(workers, config.run.threads)
+    shards = [Shard(number, workers) for number in shards_left(folder, plan, workers)]
+    _warn_of_too_many(len(shards), config.run.threads)
     counter = RowCounter(folder)
     done = counter.count()
-    with Progress(done, len(plan.runs) - done) as progress, _started(options, workers, config) as processes:
+    options = [*options, "--grace", f"{stop.grace:.0f}"]
+    bar = Progress(done, len(plan.runs) - done, quiet=quiet)
+    with bar as progress, _started(options, shards, config, stop) as processes:
         working = True
         while working:
             if stop.requested():
@@ -62,50 +80,83 @@ def launch_local(
                 progress.advance(done - before)
     # A process that a signal ended has a negative status; its runs are missing, like those that failed.
     statuses = [process.wait() for process in processes]
-    return max(1 if status < 0 else status for status in statuses)
+    if stop.requested() and any(statuses):
+        # Who signals all processes of a job at once can be faster than this loop.
+        raise KeyboardInterrupt
+    return max((1 if status < 0 else status for status in statuses), default=0)
 
 
 @contextmanager
-def _started(options: Sequence[str], workers: int, config: ExperimentConfig) -> Iterator[list[subprocess.Popen[str]]]:
+def _started(
+    options: Sequence[str], shards: Sequence[Shard], config: ExperimentConfig, stop: StopRequest
+) -> Iterator[list[subprocess.Popen[str]]]:
     """Start the workers; whatever ends the block, none of them is left."""
     said = _Said()
     gpus = _gpus(config)
     processes: list[subprocess.Popen[str]] = []
     readers: list[threading.Thread] = []
     try:
-        for number in range(1, workers + 1):
+        for place, shard in enumerate(shards):
             process = subprocess.Popen(
-                [sys.executable, str(PROGRAM), *options, "--shard", f"{number}/{workers}", "--quiet"],
-                env={**os.environ, **_environment(number, config.run.threads, gpus)},
+                [sys.executable, str(PROGRAM), *options, "--shard", f"{shard.number}/{shard.count}", "--quiet"],
+                env={**os.environ, **_environment(place, config.run.threads, gpus)},
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 text=True,
             )
             processes.append(process)
-            readers.append(threading.Thread(target=said.pass_on, args=(number, process), daemon=True))
+            readers.append(threading.Thread(target=said.pass_on, args=(shard.number, process), daemon=True))
             readers[-1].start()
         yield processes
     finally:
-        _end(processes)
+        _end(processes, stop)
         for process, reader in zip(processes, readers, strict=False):
             reader.join()
             if process.stderr is not None:
                 process.stderr.close()
 
 
-def _end(processes: Sequence[subprocess.Popen[str]]) -> None:
-    """Ask those that still run to stop, and wait for them; who interrupts the wait has them killed."""
+def _end(processes: Sequence[subprocess.Popen[str]], stop: StopRequest) -> None:
+    """Pass the request to stop on to those that still run, and wait for them; who interrupts the wait has them killed.
+
+    They have their grace time, and a little to close their files; then they are killed. Signals that come meanwhile are
+    passed on, too: a later one can only shorten it.
+    """
     running = [process for process in processes if process.poll() is None]
-    for process in running:
-        process.terminate()
+    # The alarm of this process would end the wait before theirs end the passes in hand.
+    stop.finished()
+    end = time.monotonic() + _longest(stop, stop.signal) + PATIENCE_SECONDS
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        nonlocal end
+        if callable(noted := handlers[signal.Signals(number)]):
+            noted(number, frame)
+            stop.finished()
+        for process in running:
+            process.send_signal(number)
+        end = min(end, time.monotonic() + _longest(stop, number) + PATIENCE_SECONDS)
+
     try:
+        for number in handlers:
+            signal.signal(number, pass_on)
         for process in running:
-            process.wait()
-    except KeyboardInterrupt:
+            process.send_signal(stop.signal or signal.SIGTERM)
+        while any(process.poll() is None for process in running) and time.monotonic() < end:
+            time.sleep(WAIT_SECONDS)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         for process in running:
-            process.kill()
-            process.wait()
-        raise
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+
+
+def _longest(stop: StopRequest, number: int | None) -> float:
+    """Return how long a worker may take after a signal; after Ctrl-C it is told by SIGTERM."""
+    return stop.grace if number == signal.SIGUSR1 else min(stop.grace, TERM_SECONDS)
 
 
 class _Said:
@@ -124,10 +175,10 @@ class _Said:
                     tqdm.write(f"worker {number}: {line.rstrip()}", file=sys.stderr)
 
 
-def _environment(number: int, threads: int, gpus: Sequence[str]) -> dict[str, str]:
+def _environment(place: int, threads: int, gpus: Sequence[str]) -> dict[str, str]:
     # Libraries that were not told would start a thread on every core, in every worker.
-    own = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-    return own | ({"CUDA_VISIBLE_DEVICES": gpus[(number - 1) % len(gpus)]} if gpus else {})
+    own = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), OF_LAUNCHER: str(os.getpid())}
+    return own | ({"CUDA_VISIBLE_DEVICES": gpus[place % len(gpus)]} if gpus else {})
 
 
 def _gpus(config: ExperimentConfig) -> list[str]:

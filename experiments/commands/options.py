@@ -37,9 +37,12 @@ def take_value(arguments: list[str], name: str) -> str | None:
     return None
 
 
-def whole_number(text: str) -> bool:
-    """Whether a text is a whole number in ASCII digits."""
-    return text.isascii() and text.isdigit()
+def whole_number(text: str, *, most: int | None = None) -> bool:
+    """Whether a text is a whole number in ASCII digits; with ``most``, one from 1 to that."""
+    if not (text.isascii() and text.isdigit()):
+        return False
+    # Python refuses to read thousands of digits.
+    return most is None or (len(text.lstrip("0")) <= len(str(most)) and 1 <= int(text.lstrip("0") or "0") <= most)
 
 
 def one_folder(command: str, arguments: Sequence[str]) -> CampaignFolder:

@@ -5,6 +5,8 @@ Public names: ``launch_slurm``, ``print_scripts``.
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import shlex
 import shutil
 import time
@@ -15,59 +17,101 @@ from experiments.config import ExperimentConfig
 from experiments.csv_file import write_text
 from experiments.errors import CheckRefusedError, MissingResourceError
 from experiments.plan import Plan
-from experiments.shards import shard_numbers
-from experiments.slurm_task import ask, task_states
-from experiments.submission import Submission
+from experiments.shard_states import shards_left
+from experiments.slurm_task import ask
+from experiments.submission import Submission, check_over
 
-_WAITING_OR_RUNNING = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "RESIZING")
+SUBMIT_SECONDS = 120.0
+"""How long ``sbatch`` may take: it asks a busy controller again for a while."""
 
 
-def launch_slurm(config: ExperimentConfig, plan: Plan, workers: int, *, overwrite: bool) -> int:
+def launch_slurm(
+    config: ExperimentConfig,
+    plan: Plan,
+    workers: int,
+    *,
+    overwrite: bool,
+    grace: int | None = None,
+    quiet: bool = False,
+) -> int:
     """Write the plan and the scripts, submit them, say how to follow them, and return at once.
 
     Only shards with something left to do become tasks. The merge runs when all of them have ended, however they did.
+    An earlier campaign that is to be overwritten is removed when Slurm has taken the array, and is back if it has not.
+
+    Args:
+        config: the campaign.
+        plan: its runs.
+        workers: how many shards.
+        overwrite: forget an earlier campaign of this name.
+        grace: seconds, of the workers; see ``BatchFiles``.
+        quiet: of the workers.
 
     Raises:
-        MissingResourceError: ``sbatch`` is not here.
+        MissingResourceError: ``sbatch`` is not here, or does not answer.
         CheckRefusedError: Slurm refuses, in its own words; or an earlier submission of the campaign is not over.
-        UsageError: the folder holds another campaign, or cannot be written.
+        UsageError: the folder holds another campaign, or cannot be written, or its path cannot be said in a script.
     """
     if shutil.which("sbatch") is None:
         raise MissingResourceError("sbatch: not found; --launcher slurm needs Slurm's programs on this machine")
     folder = CampaignFolder.of(config)
+    BatchFiles(folder, config, workers)
     folder.check_writable()
-    _check_over(folder)
-    if overwrite:
-        folder.clear_all()
-    folder.check_same(config)
-    left = _shards_left(folder, plan, workers)
-    if not left:
-        print(f"all {len(plan.runs)} runs are done; then: run_sweep.py merge {folder.path}")
-        return 0
-    folder.begin(config, plan)
-    files = BatchFiles(folder, config, workers)
-    run, merge = folder.file("run.sbatch"), folder.file("merge.sbatch")
-    write_text(run, files.run())
-    write_text(merge, files.merge())
-    folder.file("logs").mkdir(exist_ok=True)
-    job = _submit(f"--array={_array(config, left)}", str(run))
-    submission = Submission(job, None, workers, left, time.time())
-    submission.write(folder)
-    try:
-        merge_job = _submit(f"--dependency=afterany:{job}", str(merge))
-    except CheckRefusedError as error:
-        raise CheckRefusedError(f"array job {job} was submitted, but not the merge behind it: {error}") from error
-    Submission(job, merge_job, workers, left, submission.submitted).write(folder)
-    _say(folder, plan, config, left, job, merge_job)
+    check_over(folder)
+    with folder.replaced() if overwrite else contextlib.nullcontext():
+        folder.check_same(config)
+        left = shards_left(folder, plan, workers)
+        if not left:
+            # A stopping rule spares some of them.
+            number = "" if config.stop.margin is not None else f" {len(plan.runs)}"
+            print(f"all{number} runs are done; then: run_sweep.py merge {folder.path}")
+            return 0
+        folder.begin(config, plan)
+        files = BatchFiles(folder, config, workers, grace, quiet)
+        write_text(folder.file("run.sbatch"), files.run())
+        write_text(folder.file("merge.sbatch"), files.merge())
+        folder.file("logs").mkdir(exist_ok=True)
+        submission = _submit_array(folder, config, workers, left)
+    merge_job = _submit_merge(folder, submission)
+    _say(folder, plan, config, left, submission.job, merge_job)
     return 0
 
 
-def print_scripts(config: ExperimentConfig, plan: Plan, workers: int) -> None:
-    """Print the scripts and the commands that would submit them."""
+def _submit_array(folder: CampaignFolder, config: ExperimentConfig, workers: int, left: list[int]) -> Submission:
+    """Submit the workers and write down the number of their job."""
+    try:
+        job = _submit(f"--array={_array(config, left)}", str(folder.file("run.sbatch")))
+    except MissingResourceError as error:
+        raise MissingResourceError(
+            f"{error}; whether Slurm took the array is not known: look with squeue --name={config.name}, scancel what "
+            "is there, and submit again"
+        ) from error
+    submission = Submission(job, None, workers, left, time.time())
+    submission.write(folder)
+    return submission
+
+
+def _submit_merge(folder: CampaignFolder, submission: Submission) -> str:
+    job = submission.job
+    try:
+        merge_job = _submit(f"--dependency=afterany:{job}", str(folder.file("merge.sbatch")))
+    except (CheckRefusedError, MissingResourceError) as error:
+        raise type(error)(
+            f"array job {job} was submitted, but not the merge behind it ({error}); when it is over: run_sweep.py "
+            f"merge {folder.path}"
+        ) from error
+    dataclasses.replace(submission, merge_job=merge_job).write(folder)
+    return merge_job
+
+
+def print_scripts(
+    config: ExperimentConfig, plan: Plan, workers: int, *, grace: int | None = None, quiet: bool = False
+) -> None:
+    """Print the scripts and the commands that would submit them; ``grace``, ``quiet`` like ``launch_slurm``."""
     folder = CampaignFolder.of(config)
-    files = BatchFiles(folder, config, workers)
+    files = BatchFiles(folder, config, workers, grace, quiet)
     run, merge = (shlex.quote(str(folder.file(name))) for name in ("run.sbatch", "merge.sbatch"))
-    left = _shards_left(folder, plan, workers)
+    left = shards_left(folder, plan, workers)
     print(f"\n--- {run}\n{files.run()}\n--- {merge}\n{files.merge()}")
     if left:
         print(f"sbatch --parsable --array={_array(config, left)} {run}")
@@ -75,31 +119,13 @@ def print_scripts(config: ExperimentConfig, plan: Plan, workers: int) -> None:
     print("nothing was written or submitted")
 
 
-def _shards_left(folder: CampaignFolder, plan: Plan, workers: int) -> list[int]:
-    finished = folder.finished_runs()
-    numbers = shard_numbers(plan, workers).tolist()
-    return sorted({number for run, number in zip(plan.runs, numbers, strict=True) if run.run_id not in finished})
-
-
 def _array(config: ExperimentConfig, shards: list[int]) -> str:
     limit = config.slurm.array_limit
     return array_text(shards) + (f"%{limit}" if limit else "")
 
 
-def _check_over(folder: CampaignFolder) -> None:
-    """Refuse a second submission beside the first: runs would be done twice, and shards have one writer each."""
-    before = Submission.read(folder)
-    if before is not None:
-        active = [job for job, state in task_states(before.job).items() if state in _WAITING_OR_RUNNING]
-        if active:
-            raise CheckRefusedError(
-                f"{folder.path}: {len(active)} tasks of job {before.job} are waiting or running; let them end, or: "
-                f"scancel {before.job}"
-            )
-
-
 def _submit(*arguments: str) -> str:
-    answer = ask("sbatch", "--parsable", *arguments)
+    answer = ask("sbatch", "--parsable", *arguments, seconds=SUBMIT_SECONDS)
     if answer.returncode:
         raise CheckRefusedError(f"sbatch: {' '.join(answer.stderr.split()) or f'exit status {answer.returncode}'}")
     # JOB or JOB;CLUSTER

@@ -30,7 +30,7 @@ def status(arguments: Sequence[str]) -> int:
     done = sum(run.run_id in finished for run in plan.runs)
     unneeded = grid_of(folder, plan).unneeded()
     failed = {run_id: reason for run_id, reason in failure_reasons(folder).items() if run_id not in finished}
-    states = shard_states(folder, plan, finished | unneeded)
+    states = shard_states(folder, plan, finished, unneeded)
     running = [state for state in states if state.holder is not None]
     print(f"{folder.path}: {done} of {len(plan.runs)} runs done, {len(failed)} failed, "
           + (f"{len(unneeded)} not needed (stop.margin), " if unneeded else "")

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from experiments.campaign import run_campaign
 from experiments.campaign_folder import CampaignFolder
-from experiments.commands.leaving import leave
+from experiments.commands.leaving import OF_LAUNCHER, leave
 from experiments.commands.listing import print_list
 from experiments.commands.local_launcher import launch_local
 from experiments.commands.options import take_flag, take_value, whole_number
@@ -25,11 +25,15 @@ from experiments.errors import UsageError
 from experiments.merge import Merged, merge_campaign
 from experiments.plan import Plan, make_plan
 from experiments.shard_states import MISSING_COLUMNS, missing_runs, shard_states
-from experiments.shards import Shard, parse_shard, shard_of
+from experiments.shards import MOST_SHARDS, Shard, parse_shard, shard_of
 from experiments.slurm_task import SlurmTask
 from experiments.stop_request import StopRequest
+from experiments.submission import check_over
 
 SHOWN_RUNS, SHOWN_SHARDS = 5, 20
+
+
+MOST_GRACE_SECONDS = 86400
 
 
 def sweep(arguments: Sequence[str], stop: StopRequest) -> int:
@@ -39,13 +43,13 @@ def sweep(arguments: Sequence[str], stop: StopRequest) -> int:
     quiet = take_flag(options, "--quiet")
     what, shard_text = take_value(options, "--list"), take_value(options, "--shard")
     launcher, workers = take_value(options, "--launcher"), take_value(options, "--workers")
-    grace = take_value(options, "--grace")
+    grace_text = take_value(options, "--grace")
     config = load_config(options)
     if what is not None:
         print_list(what, config)
         return 0
-    if grace is not None:
-        stop.grace = _grace(grace)
+    grace = None if grace_text is None else _grace(grace_text)
+    stop.grace = stop.grace if grace is None else grace
     shard = parse_shard(shard_text, os.environ)
     count = _workers(launcher, workers, shard_text)
     overwrite = overwrite and _may_overwrite(CampaignFolder.of(config), shard, alone=count is not None or dry_run)
@@ -53,14 +57,17 @@ def sweep(arguments: Sequence[str], stop: StopRequest) -> int:
         plan = make_plan(config)
         check_plan(plan)
         if not dry_run:
-            return launch_slurm(config, plan, count or 1, overwrite=overwrite)
+            return launch_slurm(config, plan, count or 1, overwrite=overwrite, grace=grace, quiet=quiet)
         _print_plan(plan, shard)
         if launcher == "slurm":
-            print_scripts(config, plan, count or 1)
+            print_scripts(config, plan, count or 1, grace=grace, quiet=quiet)
         return 0
-    if count is not None:
-        return _finish(CampaignFolder.of(config), launch_local(config, options, count, stop, overwrite=overwrite))
+    folder = CampaignFolder.of(config)
+    if OF_LAUNCHER not in os.environ:
+        check_over(folder)
     try:
+        if count is not None:
+            return _finish(folder, launch_local(config, options, count, stop, overwrite=overwrite, quiet=quiet))
         status = run_campaign(
             config, shard=shard, overwrite=overwrite, arguments=arguments, stopping=stop.requested, quiet=quiet
         )
@@ -81,6 +88,8 @@ def sweep(arguments: Sequence[str], stop: StopRequest) -> int:
 def _may_overwrite(folder: CampaignFolder, shard: Shard, *, alone: bool) -> bool:
     """Whether ``--overwrite`` means anything: not to a task that Slurm begins again; its first life has done that.
 
+    Of several processes in one task, the one that began the others asks, when they have ended.
+
     Raises:
         UsageError: one of several tasks of an array, unless ``alone`` (it does not run a shard of the array itself).
     """
@@ -97,10 +106,10 @@ def _may_overwrite(folder: CampaignFolder, shard: Shard, *, alone: bool) -> bool
     return False
 
 
-def _grace(text: str) -> float:
-    if not whole_number(text) or int(text) < 1:
-        raise UsageError(f"--grace: got {text}, allowed a whole number of seconds, 1 or more")
-    return float(text)
+def _grace(text: str) -> int:
+    if not whole_number(text, most=MOST_GRACE_SECONDS):
+        raise UsageError(f"--grace: got {text}, allowed a whole number of seconds from 1 to {MOST_GRACE_SECONDS:,}")
+    return int(text)
 
 
 def _finish(folder: CampaignFolder, exit_status: int) -> int:
@@ -153,8 +162,8 @@ def _workers(launcher: str | None, workers: str | None, shard: str | None) -> in
     check_choice("--launcher", launcher or "local", ("local", "slurm"))
     if shard is not None:
         raise UsageError("--shard: cannot be given together with --launcher; the launcher makes the shards")
-    if workers is None or not whole_number(workers) or int(workers) < 1:
-        raise UsageError(f"--workers: got {workers}, allowed a whole number of 1 or more")
+    if workers is None or not whole_number(workers, most=MOST_SHARDS):
+        raise UsageError(f"--workers: got {workers}, allowed a whole number from 1 to {MOST_SHARDS:,}")
     return int(workers)
 
 

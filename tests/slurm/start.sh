@@ -54,10 +54,14 @@ install_packages() {
 
 # Slurm looks its own host up and asks for addresses of a kind that the machine has besides 127.0.0.1.
 name_the_host() {
+    mkdir -p "$folder/added"
     if command -v ip >/dev/null && [ -z "$(ip -o -4 addr show scope global 2>/dev/null)" ]; then
-        ip addr add 198.51.100.1/32 dev lo 2>/dev/null || true
+        ip addr add 198.51.100.1/32 dev lo 2>/dev/null && touch "$folder/added/address" || true
     fi
-    getent ahostsv4 "$host" >/dev/null || echo "127.0.0.1 $host" >>/etc/hosts
+    if ! getent ahostsv4 "$host" >/dev/null; then
+        echo "127.0.0.1 $host" >>/etc/hosts
+        echo "127.0.0.1 $host" >"$folder/added/hosts"
+    fi
 }
 
 write_configuration() {
@@ -127,10 +131,17 @@ start_daemons() {
     done
 }
 
+installed() {
+    local program
+    for program in "$@"; do
+        command -v "$program" >/dev/null || return 1
+    done
+}
+
 all_idle() { [ "$(timeout 5 sinfo -h -N -p main -t idle,mixed,alloc -o %N | wc -l)" = $nodes ]; }
 
 [ "$(id -u)" = 0 ] || give_up "needs root"
-if ! command -v munged slurmctld slurmd sbatch scontrol >/dev/null; then
+if ! installed munged slurmctld slurmd sbatch squeue scontrol scancel sinfo; then
     command -v apt-get >/dev/null || give_up "no Slurm here, and no apt-get to install it with"
     install_packages
 fi

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Stops the Slurm that start.sh started in a folder, its jobs first; other daemons and other folders are left alone.
+# Stops the Slurm that start.sh started in a folder, its jobs first, and takes back the address and the line of
+# /etc/hosts that it added; other daemons and other folders are left alone.
 #
 #   tests/slurm/stop.sh FOLDER
 set -uo pipefail
@@ -26,3 +27,15 @@ for file in "$folder"/run/slurmd.*.pid "$folder/run/slurmctld.pid" "$folder/run/
     done
     [ ! -e "/proc/$pid" ] || kill -KILL "$pid"
 done
+# Another Slurm of this machine may have come to need them.
+if ! pgrep -x slurmctld >/dev/null; then
+    if [ -e "$folder/added/address" ]; then
+        ip addr del 198.51.100.1/32 dev lo && rm "$folder/added/address"
+    fi
+    if [ -e "$folder/added/hosts" ]; then
+        # Written in place: containers mount this file, so it cannot be replaced by another.
+        others=$(grep -vxFf "$folder/added/hosts" /etc/hosts)
+        printf '%s\n' "$others" >/etc/hosts && rm "$folder/added/hosts"
+    fi
+fi
+exit 0
