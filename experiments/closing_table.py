@@ -9,11 +9,8 @@ Public names: ``closing_table``, ``wilson_interval``.
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -25,6 +22,7 @@ from experiments.analysis.distinct import HARMFUL, distinct_faults
 from experiments.analysis.intervals import wilson_interval
 from experiments.analysis.rates import rate_table
 from experiments.campaign_folder import CampaignFolder
+from experiments.looking import AXES, clean_of, detectors_of
 from experiments.result import OUTCOMES
 from experiments.watcher import is_oracle
 from experiments.weighted_rate import regression_estimate
@@ -32,9 +30,6 @@ from fault_injection import LOCATIONS
 from fault_injection.bits import FIELDS
 
 __all__ = ["closing_table", "wilson_interval"]
-
-SWEPT = ("detect.tolerance", "detect.detectors")
-"""Axes that decide which rows of ``clean.csv`` belong to a table."""
 
 READ_COLUMNS = (
     *("run_id", "fault_id", "location", "bit_field", "effective", "scope", "outcome", "execution"),
@@ -69,12 +64,12 @@ def closing_table(folder: CampaignFolder) -> str:
     lines: list[str] = []
     for values, part in plan.groupby(axes, sort=False, dropna=False):
         heading = ", ".join(f"{axis} = {value}" for axis, value in zip(axes, values, strict=True))
-        own = {axis: json.loads(part[axis].iloc[0]) for axis in SWEPT if axis in axes}
+        own = {axis: str(part[axis].iloc[0]) for axis in AXES if axis in axes}
         lines += [f"== {heading}", *_table(folder, runs[runs.run_id.isin(part.run_id)], own), ""]
     return "\n".join(lines)
 
 
-def _table(folder: CampaignFolder, runs: pd.DataFrame, swept: Mapping[str, Any] = MappingProxyType({})) -> list[str]:
+def _table(folder: CampaignFolder, runs: pd.DataFrame, point: Mapping[str, str] = MappingProxyType({})) -> list[str]:
     if runs.empty:
         return ["no finished runs"]
     distinct = distinct_faults(runs)
@@ -91,7 +86,7 @@ def _table(folder: CampaignFolder, runs: pd.DataFrame, swept: Mapping[str, Any] 
     order = {name: i for i, name in enumerate((*LOCATIONS, *FIELDS))}
     for (location, field), group in sorted(groups, key=lambda item: [order.get(name, 99) for name in item[0]]):
         lines.append(_line(str(location), str(field), group))
-    lines += [_line("all", "", distinct), "", *_detector_lines(folder, distinct, swept)]
+    lines += [_line("all", "", distinct), "", *_detector_lines(folder, distinct, point)]
     return [*lines, *_correction_lines(distinct), *_times_lines(runs)]
 
 
@@ -137,18 +132,15 @@ def _rate(runs: pd.DataFrame, seen: NDArray[np.bool_]) -> str:
     return f"{100 * row.rate:5.1f} % ({100 * row.low:.1f} - {100 * row.high:.1f})"
 
 
-def _detector_lines(folder: CampaignFolder, distinct: pd.DataFrame, swept: Mapping[str, Any]) -> list[str]:
+def _detector_lines(folder: CampaignFolder, distinct: pd.DataFrame, point: Mapping[str, str]) -> list[str]:
     """Return a line for each detector: what it saw, and its false positives on the fault-free passes."""
-    config = folder.config().detect
-    clean = pd.read_csv(folder.file("clean.csv"))
-    if "detect.tolerance" in swept:
-        clean = clean[clean.tolerance == swept["detect.tolerance"]]
-    names = dataclasses.replace(config, detectors=swept.get("detect.detectors", config.detectors)).names()
+    every = pd.read_csv(folder.file("clean.csv"))
+    names = detectors_of(folder.config().detect, point)
     # An oracle does not judge fault-free passes; it looks where the detector does whose bounds it takes from there.
     judge = {name: name.removeprefix("oracle_") if is_oracle(name) else name for name in names}
-    applying = set(clean[clean.applicable.astype(bool)].detector)
-    known = [name for name in names if judge[name] in set(clean.detector)]
-    clean = clean[clean.detector.isin(known)]
+    applying = set(every[every.applicable.astype(bool)].detector)
+    known = [name for name in names if judge[name] in set(every.detector)]
+    clean = clean_of(every, point)
     hits = fired(distinct, known)
     harmful = distinct.outcome.isin(HARMFUL).to_numpy(bool)
 

@@ -17,10 +17,12 @@ _PAGE = "figures.md"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write the figures and a page with their captions; return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m experiments.figures", description=__doc__, allow_abbrev=False)
-    parser.add_argument("campaign", nargs="+", type=Path, help="folder of a campaign, or of several that are pooled")
+    parser.add_argument(
+        "campaign", nargs="+", type=Path, help="folder (or runs.csv) of one campaign or of several"
+    )
     parser.add_argument("--out", type=Path, help="where to write (default: figures/ in the first campaign's folder)")
     options = parser.parse_args(arguments)
-    out: Path = options.out or options.campaign[0] / "figures"
+    out: Path = options.out or _folder(options.campaign[0]) / "figures"
     try:
         if out.exists() and not out.is_dir():
             raise UsageError(f"--out: got {out}, which is a file; allowed a folder")
@@ -32,8 +34,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (UsageError, MissingResourceError, CheckRefusedError) as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_status
+    except OSError as error:
+        # A place that cannot be written to, a full disk.
+        print(f"error: {error}", file=sys.stderr)
+        return MissingResourceError.exit_status
     print(f"{sum(bool(entry.files) for entry in written)} of {len(written)} figures and {_PAGE} in {out}")
     return 0
+
+
+def _folder(campaign: Path) -> Path:
+    """Return a campaign's folder; it may be named by its ``runs.csv``."""
+    return campaign.parent if campaign.is_file() else campaign
 
 
 def page(written: Sequence[Written]) -> str:

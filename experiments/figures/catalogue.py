@@ -51,12 +51,14 @@ class FigureEntry:
         draw: makes the figure from the tables that ``needs`` names, in that order; ``NoDataError`` says why it cannot.
         caption: says in words what it shows and of how many faults; takes the same tables.
         needs: ``runs``, ``clean``, ``propagation``.
+        takes: further tables that it makes itself where nobody did before, as keywords.
     """
 
     title: str
     draw: Callable[..., Figure]
     caption: Callable[..., str]
     needs: tuple[str, ...] = ("runs",)
+    takes: tuple[str, ...] = ()
 
     def make(self, tables: Tables) -> tuple[Figure, str]:
         """Return the figure and its caption.
@@ -66,7 +68,8 @@ class FigureEntry:
         """
         need_rows(tables["runs"], "this campaign has no finished run")
         arguments = [tables[name] for name in self.needs]
-        return self.draw(*arguments), self.caption(*arguments)
+        made = {name: tables[name] for name in self.takes if name in tables}
+        return self.draw(*arguments, **made), self.caption(*arguments, **made)
 
 
 FIGURES: Mapping[str, FigureEntry] = MappingProxyType(
@@ -87,7 +90,11 @@ FIGURES: Mapping[str, FigureEntry] = MappingProxyType(
             "Harm and detection by type of fault and depth", maps.fault_depth_map, maps.fault_depth_map_caption
         ),
         "detector_recall": FigureEntry(
-            "Detectors compared", detectors.detector_recall, detectors.detector_recall_caption, ("runs", "clean")
+            "Detectors compared",
+            detectors.detector_recall,
+            detectors.detector_recall_caption,
+            ("runs", "clean"),
+            ("compared",),
         ),
         "loss_change_by_bit": FigureEntry(
             "Change of the loss by bit", change_by_bit.loss_change_by_bit, change_by_bit.loss_change_by_bit_caption

@@ -28,15 +28,20 @@ _KINDS = {
 
 
 @styled
-def detector_recall(runs: pd.DataFrame, clean: pd.DataFrame) -> Figure:
+def detector_recall(runs: pd.DataFrame, clean: pd.DataFrame, compared: pd.DataFrame | None = None) -> Figure:
     """Draw the recall of harmful faults and the share of all faults that each detector saw, with intervals.
 
     False positives stand at the right: rows in violation among the rows it checked in fault-free passes.
 
+    Args:
+        runs: of one setting of the detectors.
+        clean: their fault-free passes.
+        compared: ``detector_comparison`` of the two, where it is made already.
+
     Raises:
         NoDataError: no detector looked, or runs differ in a field of ``detect``.
     """
-    table = _table(runs, clean)
+    table = _table(runs, clean, compared)
     places = _places(table)
     figure = new_figure(7.2, 1.0 + 0.2 * (float(places.max()) + 1))
     axes = figure.subplots()
@@ -53,11 +58,11 @@ def detector_recall(runs: pd.DataFrame, clean: pd.DataFrame) -> Figure:
     return figure
 
 
-def _table(runs: pd.DataFrame, clean: pd.DataFrame) -> pd.DataFrame:
+def _table(runs: pd.DataFrame, clean: pd.DataFrame, compared: pd.DataFrame | None) -> pd.DataFrame:
     for axis in runs.columns:
         if str(axis).startswith("detect.") and runs[axis].nunique() > 1:
             raise NoDataError(f"its runs differ in {axis}: the same fault would count once for every value")
-    table = detector_comparison(runs, clean)
+    table = detector_comparison(runs, clean) if compared is None else compared
     need_rows(table, "no detector looked in this campaign")
     order = {kind: place for place, kind in enumerate(_KINDS)}
     kinds = table["kind"].astype(str).map(order).fillna(len(order))
@@ -100,9 +105,9 @@ def _label(axes: Axes, table: pd.DataFrame, places: np.ndarray) -> None:
             axes.text(0.01, first - 0.55, _KINDS[kind].replace("\n", " "), fontsize=7, style="italic", va="center")
 
 
-def detector_recall_caption(runs: pd.DataFrame, clean: pd.DataFrame) -> str:
+def detector_recall_caption(runs: pd.DataFrame, clean: pd.DataFrame, compared: pd.DataFrame | None = None) -> str:
     """Return what the figure shows, and of how many faults."""
-    table = _table(runs, clean)
+    table = _table(runs, clean, compared)
     harmful = _harmful(table)
     none = "" if harmful else " None was harmful."
     if propagated(runs).empty:

@@ -1,6 +1,6 @@
 """Every figure of the catalogue that a campaign has data for.
 
-    drawn, left_out = draw_gallery(inputs, inputs.runs)
+    drawn, left_out = draw_gallery(inputs, summarize(inputs))
     left_out                          # [("Propagation through depth", "this campaign has no propagation.csv"), ...]
 
 Public names: ``Drawing``, ``draw_gallery``.
@@ -18,6 +18,7 @@ from experiments.figures import FIGURES, FigureEntry, NoDataError
 from experiments.report.drawings import figure_markup
 from experiments.report.followed import followed
 from experiments.report.inputs import ReportInputs
+from experiments.report.summary import Summary
 
 
 @dataclass(frozen=True)
@@ -30,10 +31,15 @@ class Drawing:
     markup: Markup
 
 
-def draw_gallery(inputs: ReportInputs, runs: pd.DataFrame) -> tuple[list[Drawing], list[tuple[str, str]]]:
-    """Return the drawings of some runs, and (title, reason) of each figure that this campaign has no data for."""
-    propagation, step = followed(inputs.folder, runs)
-    tables = {"runs": _slim(runs), "clean": inputs.clean, "propagation": propagation}
+def draw_gallery(inputs: ReportInputs, summary: Summary) -> tuple[list[Drawing], list[tuple[str, str]]]:
+    """Return the drawings of the chosen runs, and (title, reason) of each figure that there are no data for."""
+    propagation, step = followed(inputs.folder, summary.chosen)
+    tables = {
+        "runs": _slim(summary.chosen),
+        "clean": summary.clean,
+        "propagation": propagation,
+        "compared": summary.compared,
+    }
     drawn: list[Drawing] = []
     left_out: list[tuple[str, str]] = []
     for name, entry in FIGURES.items():

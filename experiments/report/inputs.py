@@ -117,6 +117,9 @@ def _provenance(path: Path) -> dict[str, Any]:
         raise CheckRefusedError(f"{path}: is no JSON ({error}); the file is damaged") from error
     if not isinstance(content, dict):
         raise CheckRefusedError(f"{path}: must hold a mapping, got {type(content).__name__}")
+    arguments = content.get("arguments")
+    if arguments is not None and not (isinstance(arguments, list) and all(isinstance(one, str) for one in arguments)):
+        raise CheckRefusedError(f"{path}: arguments: got {arguments!r}, allowed a list of texts; the file is damaged")
     return content
 
 

@@ -53,7 +53,7 @@ def render_page(inputs: ReportInputs, summary: Summary) -> str:
     script = _own_file("sort.js")
     tables = page_tables(inputs, summary)
     settings = setting_list(inputs.settings, inputs.axes, inputs.provenance.get("arguments"))
-    drawn, left_out = draw_gallery(inputs, summary.chosen)
+    drawn, left_out = draw_gallery(inputs, summary)
     contexts = context_rows(inputs.provenance)
     return environment.get_template("page.html").render(
         name=inputs.name,
@@ -73,7 +73,7 @@ def render_page(inputs: ReportInputs, summary: Summary) -> str:
         environment=environment_rows(inputs.provenance),
         contexts=contexts[:MOST_CONTEXTS],
         contexts_left_out=max(0, len(contexts) - MOST_CONTEXTS),
-        limits=list(limit_sentences(inputs, summary.points)),
+        limits=list(limit_sentences(inputs, summary.points, summary.ends)),
         style=Markup(_own_file("page.css")),
         script=Markup(script),
         script_hash=f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}",

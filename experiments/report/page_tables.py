@@ -11,7 +11,9 @@ from typing import Any
 import pandas as pd
 
 from experiments.report.grouping import MEASURES
+from experiments.report.head_ranking import KEY_VALUE_HEADS
 from experiments.report.inputs import ReportInputs
+from experiments.report.stopped import CellEnds
 from experiments.report.summary import MOST_POINTS, Summary
 from experiments.report.tables import (
     DASH,
@@ -57,21 +59,43 @@ def page_tables(inputs: ReportInputs, summary: Summary) -> dict[str, Table]:
     """Return the tables of the page by name."""
     tables = [
         _points(summary),
-        _rates("outcomes", "What the faults did and who saw them, by location and bit field", summary.outcomes),
-        _rates("cells", "Every cell of the grid", summary.cells),
+        _rates(
+            "outcomes", "What the faults did and who saw them, by location and bit field", summary.outcomes,
+            _pooled_note(summary.ends),
+        ),
+        _rates(
+            "cells", "Every cell of the grid", summary.cells,
+            _pooled_note(summary.ends) if summary.by_location else _cells_note(summary.ends),
+        ),
         _detectors(summary.detectors, inputs),
-        _ranking(summary.ranking),
+        *_rankings(summary.ranking),
         _worst(summary.worst),
         _seconds(summary.seconds),
         _plain("execution", "Who computed the runs", summary.execution, {"runs"}),
         _plain("failures", "Runs that raised", inputs.failures),
-    ]
+    ]  # fmt: skip
     if inputs.stops is not None:
         tables.append(_plain("stops", "Cells of the grid that ended early", inputs.stops))
     return {table.name: table for table in tables}
 
 
-def _rates(name: str, caption: str, table: pd.DataFrame) -> Table:
+def _pooled_note(ends: CellEnds | None) -> str:
+    if ends is None:
+        return ""
+    return "Cells count by their numbers of runs, which differ; no interval here is adjusted for stopping early."
+
+
+def _cells_note(ends: CellEnds | None) -> str:
+    if ends is None:
+        return ""
+    return (
+        f"The cells of stops.csv have their numbers in the column {ends.rate}: of all runs up to the last look, equal "
+        "faults included, with limits of the confidence sequence, which allow for stopping early. The intervals of the "
+        "other columns are not adjusted for it."
+    )
+
+
+def _rates(name: str, caption: str, table: pd.DataFrame, note: str = "") -> Table:
     labels = list(table.columns[: list(table.columns).index("runs")])
     columns = [
         *(Column(label.replace("_", " ")) for label in labels),
@@ -84,7 +108,7 @@ def _rates(name: str, caption: str, table: pd.DataFrame) -> Table:
             cells = [_label(row[label]) for label in labels]
             yield (*cells, count_cell(row["runs"]), *(_measure(row, measure) for measure in MEASURES))
 
-    return Table(name, caption, tuple(columns), tuple(rows()), _cut(table))
+    return Table(name, caption, tuple(columns), tuple(rows()), " ".join(filter(None, [note, _cut(table)])))
 
 
 def _measure(row: Mapping[Any, Any], measure: str) -> Cell:
@@ -101,7 +125,7 @@ def _label(value: Any) -> Cell:
 
 
 def _points(summary: Summary) -> Table:
-    table = _rates("points", "All faults together", summary.points)
+    table = _rates("points", "All faults together", summary.points, _pooled_note(summary.ends))
     columns = (*table.columns, Column("false positives", True, "rows of fault-free passes in violation"))
     rows = (
         (*cells, Cell(f"{row['false_positives']:,}", float(row["false_positives"]), f"of {row['clean_rows']:,} rows"))
@@ -151,21 +175,31 @@ def _share_cell(row: Mapping[Any, Any], measure: str, n: Any = None) -> Cell:
     return cell if n is not None else Cell(cell.text, cell.key, cell.detail.partition(";")[0])
 
 
-def _ranking(table: pd.DataFrame) -> Table:
+def _rankings(table: pd.DataFrame) -> Iterator[Table]:
+    parts = [table[table["heads"] == heads] for heads in table["heads"].drop_duplicates()] or [table]
+    for name, part in zip(("ranking", "ranking_of_keys"), parts, strict=False):
+        yield _ranking(name, part)
+
+
+def _ranking(name: str, table: pd.DataFrame) -> Table:
+    models = ["model"] if "model" in table.columns else []
+    keys = " (faults in k and v)" if (table["heads"] == KEY_VALUE_HEADS).any() else ""
+    heads = f", {table['heads'].iloc[0]}{keys}" if len(table) else ""
     columns = (
-        Column("layer", True), Column("head", True), Column("harmful", True, "critical or nonfinite faults"),
+        *map(Column, models), Column("layer", True), Column("head", True),
+        Column("harmful", True, "critical or nonfinite faults"),
         Column("p", True, "of no difference from the rest"), Column("p adjusted", True, "by Holm, over all cells"),
         Column("evidence"),
     )  # fmt: skip
     rows = tuple(
         (
-            count_cell(row["layer"]), count_cell(row["index_head"]),
+            *(text_cell(row[model]) for model in models), count_cell(row["layer"]), count_cell(row["index_head"]),
             rate_cell(row["successes"], row["n"], row["rate"], row["low"], row["high"]),
             number_cell(row["p_value"]), number_cell(row["p_adjusted"]), Cell("yes" if row["evidence"] else "no"),
         )
         for row in table.head(MOST_ROWS).to_dict("records")
     )  # fmt: skip
-    return Table("ranking", "Layers and heads by harm", columns, rows, _cut(table))
+    return Table(name, f"Layers and heads by harm{heads}", columns, rows, _cut(table))
 
 
 def _worst(table: pd.DataFrame) -> Table:

@@ -5,7 +5,7 @@
     summary.verdict                 # sentences
 
 Points of the grid that differ in fields of ``detect`` or ``run`` alone look at the same faults, so nothing is ever
-added up over them.
+added up over them. Detectors are credited with nothing at a point that they did not look at.
 
 Public names: ``Summary``, ``summarize``.
 """
@@ -16,9 +16,12 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from experiments.analysis import detector_comparison, false_positive_rate, overhead, rank_cells
+from experiments.analysis import detector_comparison, false_positive_rate, overhead
+from experiments.looking import clean_of
 from experiments.report.grouping import Groups, counted_faults, wide_rates
+from experiments.report.head_ranking import rank_heads
 from experiments.report.inputs import ReportInputs
+from experiments.report.stopped import CellEnds, cell_ends, not_adjusted, with_ends
 from experiments.report.verdict import verdict_sentences
 from experiments.report.worst_runs import worst_runs
 from experiments.watcher import is_oracle
@@ -40,18 +43,22 @@ class Summary:
 
     Attributes:
         verdict: sentences, one list for the whole campaign.
-        points: rates of all runs, for each point of swept ``detect`` and ``run`` fields; with the false positives.
+        points: rates of all runs, for each point of swept ``detect`` and ``run`` fields; with the false positives, and
+            where cells ended early with the means of the cells' rates (``harmful_mean_of_cells``).
         outcomes: rates by location and bit field, and by what else was swept but is no part of the fault.
         cells: rates of each cell of the grid: what ``summary.csv`` holds.
         by_location: whether ``cells`` are locations and bit fields, as there is no grid or too large a one.
         detectors: the comparison of detectors.
-        ranking: which heads are more sensitive than the rest.
+        ranking: which heads are more sensitive than the rest, query heads and key/value heads apart.
         ranking_verdict: the same in a sentence.
         seconds: mean times by part of a run.
         execution: runs by engine.
         worst: the runs that did the most harm.
         focus: what the runs of the ranking, the worst runs and the figures have in common; empty if these are all runs.
         chosen: those runs.
+        compared: the comparison of detectors on them.
+        clean: the fault-free passes under the same detectors.
+        ends: how cells ended early; ``None`` without a stopping rule.
     """
 
     verdict: tuple[str, ...]
@@ -67,51 +74,60 @@ class Summary:
     worst: pd.DataFrame
     focus: str
     chosen: pd.DataFrame
+    compared: pd.DataFrame
+    clean: pd.DataFrame
+    ends: CellEnds | None
 
 
 def summarize(inputs: ReportInputs) -> Summary:
     """Compute every number of the report."""
     runs, faults = inputs.runs, counted_faults(inputs.runs)
     watching = Groups.by(inputs.points([axis for axis in inputs.axes if axis.startswith(("detect.", "run."))]))
-    points = _with_false_positives(wide_rates(faults, watching), inputs.clean)
-    outcomes = _outcomes(inputs, faults)
-    grid = _grid(inputs, faults)
-    chosen, focus = _focus(points, watching, runs)
-    ranking = rank_cells(chosen, ["layer", "index_head"])
+    ends = cell_ends(inputs)
+    points = _with_false_positives(not_adjusted(wide_rates(faults, watching), ends), inputs.clean)
+    outcomes = not_adjusted(_outcomes(inputs, faults), ends)
+    grid = _grid(inputs, faults, ends)
+    if ends is not None and grid is not None:
+        points = _with_means_of_cells(points, grid, list(watching.labels.columns))
+    place = _focus(points)
+    chosen = runs[watching.codes == place] if len(points) > 1 else runs
+    detectors = _detectors(inputs, watching, place)
+    ranking, ranking_verdict = rank_heads(chosen)
     return Summary(
-        verdict=tuple(verdict_sentences(inputs, points)),
+        verdict=tuple(verdict_sentences(inputs, points, ends)),
         points=points,
         outcomes=outcomes,
         cells=outcomes if grid is None else grid,
         by_location=grid is None,
-        detectors=_detectors(inputs, watching),
+        detectors=_labelled(detectors, watching),
         ranking=ranking,
-        ranking_verdict=str(ranking.attrs.get("verdict", "")),
+        ranking_verdict=ranking_verdict,
         seconds=overhead(runs),
         execution=runs["execution"].value_counts().rename_axis("execution").reset_index(name="runs"),
         worst=worst_runs(chosen),
-        focus=focus,
+        focus=", ".join(f"{axis} = {value}" for axis, value in watching.labels.iloc[place].items()),
         chosen=chosen,
+        compared=detectors[place],
+        clean=clean_of(inputs.clean, _texts(watching.labels.iloc[place])),
+        ends=ends,
     )
 
 
-def _focus(points: pd.DataFrame, watching: Groups, runs: pd.DataFrame) -> tuple[pd.DataFrame, str]:
-    """Return the runs of one point of swept ``detect`` and ``run`` fields, the first with outcomes, and its label."""
-    if len(points) == 1:
-        return runs, ""
-    place = int((points["harmful_n"] > 0).to_numpy().argmax())
-    label = ", ".join(f"{axis} = {value}" for axis, value in watching.labels.iloc[place].items())
-    return runs[watching.codes == place], label
+def _focus(points: pd.DataFrame) -> int:
+    """Return the place of one point of swept ``detect`` and ``run`` fields: the first with outcomes."""
+    return int((points["harmful_n"] > 0).to_numpy().argmax())
+
+
+def _texts(label: pd.Series) -> dict[str, str]:
+    return {str(axis): str(value) for axis, value in label.items()}
 
 
 def _with_false_positives(points: pd.DataFrame, clean: pd.DataFrame) -> pd.DataFrame:
-    """Add what the proved detectors said of the fault-free passes, at each point's own tolerance."""
+    """Add what the proved detectors said of the fault-free passes, at each point by its own detectors and tolerance."""
     counted = clean[clean["applicable"] & clean["proved"] & ~clean["detector"].map(is_oracle).astype(bool)]
     columns: dict[str, list[float]] = {name: [] for name in ("false_positives", "clean_rows", "low", "high")}
-    for label in points.to_dict("records"):
-        tolerance = label.get("detect.tolerance")
-        own = counted if tolerance is None else counted[counted["tolerance"] == float(tolerance)]
-        found = false_positive_rate(own).iloc[0]
+    for _, label in points.iterrows():
+        found = false_positive_rate(clean_of(counted, _texts(label))).iloc[0]
         for name, part in zip(columns, ("successes", "n", "low", "high"), strict=True):
             columns[name].append(found[part])
     renamed = {"low": "false_positive_low", "high": "false_positive_high"}
@@ -134,24 +150,41 @@ def _outcomes(inputs: ReportInputs, faults: pd.DataFrame) -> pd.DataFrame:
     return table.loc[ranks.sort_values(list(ranks.columns), kind="stable").index].reset_index(drop=True)
 
 
-def _grid(inputs: ReportInputs, faults: pd.DataFrame) -> pd.DataFrame | None:
+def _with_means_of_cells(points: pd.DataFrame, grid: pd.DataFrame, axes: list[str]) -> pd.DataFrame:
+    """Add the means of the cells' rates: where cells have different numbers of runs, pooled ones favour the longer."""
+    names = {f"{measure}_rate": f"{measure}_mean_of_cells" for measure in ("detected", "harmful")}
+    rates = grid[list(names)].astype("float64")
+    if not axes:
+        return points.assign(**{name: rates[rate].mean() for rate, name in names.items()})
+    means = rates.rename(columns=names).groupby([grid[axis] for axis in axes], sort=False, dropna=False).mean()
+    return points.merge(means.reset_index(), on=axes, how="left", validate="one_to_one")
+
+
+def _grid(inputs: ReportInputs, faults: pd.DataFrame, ends: CellEnds | None) -> pd.DataFrame | None:
     """Return the rates of every cell of the grid; nothing where there is no grid, or one of too many cells."""
     cells = Groups.by(inputs.plan)
     if not inputs.axes or len(cells.labels) > MOST_CELLS:
         return None
     codes = pd.Series(cells.codes.to_numpy()[inputs.places], index=inputs.runs.index)
     # Of the plan, not of the runs: a cell all of whose runs are missing has a row too.
-    return wide_rates(faults, Groups(cells.labels, codes))
+    return with_ends(wide_rates(faults, Groups(cells.labels, codes)), ends, list(cells.labels.columns))
 
 
-def _detectors(inputs: ReportInputs, watching: Groups) -> pd.DataFrame:
-    """Return the comparison of detectors at each point of swept ``detect`` and ``run`` fields."""
-    tables = []
-    for code, label in list(watching.labels.iterrows())[:MOST_POINTS]:
-        tolerance = label.get("detect.tolerance")
-        clean = inputs.clean if tolerance is None else inputs.clean[inputs.clean["tolerance"] == float(tolerance)]
-        found = detector_comparison(inputs.runs[watching.codes == code], clean)
-        for place, (axis, value) in enumerate(label.items()):
-            found.insert(place, axis, value)
-        tables.append(found)
-    return pd.concat(tables, ignore_index=True)
+def _detectors(inputs: ReportInputs, watching: Groups, focus: int) -> dict[int, pd.DataFrame]:
+    """Return the comparison of detectors at the first points of swept ``detect`` and ``run`` fields and at one more."""
+    tables = {}
+    for code in {**dict.fromkeys(range(min(MOST_POINTS, len(watching.labels)))), focus: None}:
+        clean = clean_of(inputs.clean, _texts(watching.labels.iloc[code]))
+        tables[code] = detector_comparison(inputs.runs[watching.codes == code], clean)
+    return tables
+
+
+def _labelled(tables: dict[int, pd.DataFrame], watching: Groups) -> pd.DataFrame:
+    """Return the comparisons below one another, each with the values of its point in front."""
+    shown = list(tables.items())[:MOST_POINTS]
+    parts = [pd.concat([_repeated(watching.labels.iloc[code], table), table], axis=1) for code, table in shown]
+    return pd.concat(parts, ignore_index=True)
+
+
+def _repeated(label: pd.Series, table: pd.DataFrame) -> pd.DataFrame:
+    return pd.DataFrame({axis: [value] * len(table) for axis, value in label.items()}, index=table.index)

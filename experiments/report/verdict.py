@@ -11,26 +11,35 @@ from typing import Any
 import pandas as pd
 
 from experiments.report.inputs import ReportInputs
-from experiments.report.tables import rate_text
+from experiments.report.stopped import CellEnds
+from experiments.report.tables import is_missing, rate_text
 
 MOST_POINTS = 6
 """Most points of swept ``detect`` and ``run`` fields that the verdict speaks of; a table has the others."""
 
 
-def verdict_sentences(inputs: ReportInputs, points: pd.DataFrame) -> Iterator[str]:
+def verdict_sentences(inputs: ReportInputs, points: pd.DataFrame, ends: CellEnds | None = None) -> Iterator[str]:
     """Yield the verdict: runs, distinct faults, harm, what was seen of it, false positives."""
-    runs, planned = len(inputs.runs), inputs.planned
+    unneeded = ends.unneeded if ends is not None else 0
+    missing = inputs.planned - len(inputs.runs) - unneeded
     yield _begun(inputs)
-    if runs < planned:
+    if missing > 0:
         yield (
-            f"The campaign is not complete: {planned - runs:,} of {planned:,} runs are missing, "
+            f"The campaign is not complete: {missing:,} of {inputs.planned:,} runs are missing, "
             f"{len(inputs.failures):,} of them failed."
+        )
+    if unneeded and ends is not None:
+        yield (
+            f"{unneeded:,} of {inputs.planned:,} planned runs were not needed: their cells know their {ends.rate} rate "
+            f"to ±{100 * ends.margin:g} % (stop.margin)."
         )
     axes = [name for name in points.columns if name.startswith(("detect.", "run."))]
     records = points.to_dict("records")
     for point in records[:MOST_POINTS]:
         where = ", ".join(f"{axis} = {point[axis]}" for axis in axes)
         yield from _of_point(point, f"With {where}: " if where else "")
+        if ends is not None:
+            yield from _of_cells(point, ends)
     if len(records) > MOST_POINTS:
         yield f"{len(records) - MOST_POINTS} more points of {', '.join(axes)} stand in the table below."
 
@@ -62,13 +71,31 @@ def _of_point(point: dict[str, Any], where: str) -> Iterator[str]:
         yield "No row of a fault-free pass was checked, so nothing is known of false positives."
 
 
-def limit_sentences(inputs: ReportInputs, points: pd.DataFrame) -> Iterator[str]:
+def _of_cells(point: dict[str, Any], ends: CellEnds) -> Iterator[str]:
+    """Say by what the cells count in the rates of a point, and what they give when each counts once."""
+    if ends.fewest == ends.most:
+        return
+    counted = f"In these rates a cell of the grid counts by its number of runs ({ends.fewest:,} to {ends.most:,})"
+    means = {name: point.get(f"{name}_mean_of_cells") for name in ("harmful", "detected")}
+    shown = [f"{100 * mean:.1f} % {name}" for name, mean in means.items() if not is_missing(mean)]
+    yield f"{counted}; with every cell counted once they are {' and '.join(shown)}." if shown else f"{counted}."
+
+
+def limit_sentences(inputs: ReportInputs, points: pd.DataFrame, ends: CellEnds | None = None) -> Iterator[str]:
     """Yield what a reader must not read into the numbers."""
     runs = inputs.runs
+    uneven = ends is not None and ends.fewest != ends.most
+    weight = "counts by its number of runs" if uneven else "counts alike"
     yield (
-        "A rate is an average over the faults that this campaign drew: every point of its grid counts alike. It is no "
+        f"A rate is an average over the faults that this campaign drew: every point of its grid {weight}. It is no "
         "rate per hour of operation, and hardware that favours some bits or locations has another one."
     )
+    if ends is not None:
+        yield (
+            f"Cells could end when their {ends.rate} rate was known to ±{100 * ends.margin:g} %. Only the limits of "
+            "stops.csv, and the same in the table of cells, are right after that; no other interval and no p-value of "
+            "this page is adjusted for stopping early."
+        )
     models, batches = runs["model"].nunique(), len(runs[["source", "batch_index"]].drop_duplicates())
     yield (
         f"The faults hit {_several(models, 'model')} on {_several(batches, 'batch', 'batches')} of text. "
