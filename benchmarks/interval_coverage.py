@@ -9,7 +9,9 @@ log-normal.
 
 Where two effects cross, every input and every head has one of its own (random, independent), and runs that share
 either are correlated; a run is a hit where the sum of both and its own noise, all normal, passes a threshold. The
-correlation given is that of two runs which share the input alone, or the head alone. 2,000 campaigns know a coverage to half a percentage point (one standard error).
+correlation given is that of two runs which share the input alone, or the head alone.
+
+2,000 campaigns know a coverage to half a percentage point (one standard error).
 
 Public names: ``main``, ``RateSetting``, ``CrossedSetting``, ``MeanSetting``, ``Coverage``, ``rate_coverage``,
 ``crossed_coverage``, ``mean_coverage``, ``RATES``, ``CROSSED``, ``MEANS``.
@@ -200,13 +202,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"{100 * found.naive:6.1f} % {found.width:7.3f}",
             flush=True,
         )
-    print(
-        f"\n{'inputs':>8} {'heads':>6} {'runs':>6} {'rate':>6} {'correlations':>11}  {'printed':>8} {'naive':>8} {'width':>7}"
-    )
+    print(f"\n{'inputs':>8} {'heads':>6} {'runs':>6} {'rate':>6} {'correlations':>12}", end="  ")
+    print(f"{'printed':>8} {'naive':>8} {'width':>7}")
     for two in CROSSED:
         found = crossed_coverage(two, chosen.campaigns, chosen.seed)
         print(
-            f"{two.inputs:8} {two.heads:6} {two.runs:6} {two.rate:6} {two.of_inputs:5} {two.of_heads:6}  "
+            f"{two.inputs:8} {two.heads:6} {two.runs:6} {two.rate:6} {two.of_inputs:6} {two.of_heads:5}  "
             f"{100 * found.printed:6.1f} % {100 * found.naive:6.1f} % {found.width:7.3f}",
             flush=True,
         )

@@ -269,11 +269,13 @@ class Grouping:
         for position, key in enumerate(self.keys):
             yield (
                 key,
-                {
-                    ways: ClusterSums(*(column[part.span(position)] for column in totals[ways]))
-                    for ways, part in self._partitions.items()
-                },
+                {ways: _sliced(totals[ways], part.span(position)) for ways, part in self._partitions.items()},
             )
+
+
+def _sliced(columns: list[Floats], span: slice) -> ClusterSums:
+    values, weights, runs, squares, hits = (column[span] for column in columns)
+    return ClusterSums(values, weights, runs, squares, hits)
 
 
 def crossed(parts: Mapping[Ways, ClusterSums]) -> ClusterSums:

@@ -37,7 +37,7 @@ from experiments.analysis.clusters import (
     ratio,
 )
 from experiments.analysis.distinct import listed, measured, require_columns, sampling_weights
-from experiments.analysis.intervals import CONFIDENCE, clustered_interval, wilson_limits
+from experiments.analysis.intervals import CONFIDENCE, clustered_interval, exact_limits, wilson_limits
 from experiments.analysis.rates import By, rate_of, table_of
 
 COMPARISON_COLUMNS = (
@@ -99,9 +99,9 @@ def compare(
     weights = np.concatenate([sampling_weights(faults_a), sampling_weights(faults_b)])
     first = np.arange(len(frame)) < len(faults_a)
     grouping = Grouping(frame, names, cluster)
-    sides = [grouping.parts(hits, weights, counted=side) for side in (first, ~first)]
+    found = [grouping.parts(hits, weights, counted=side) for side in (first, ~first)]
     weighted = bool((weights != 1).any())
-    rows = [(key, _row(in_a, in_b, paired, weighted)) for (key, in_a), (_, in_b) in zip(*sides, strict=True)]
+    rows = [(key, _row(in_a, in_b, paired, weighted)) for (key, in_a), (_, in_b) in zip(*found, strict=True)]
     types = faults_a.dtypes if len(faults_a) else frame.dtypes
     return table_of(frame.astype({name: types[name] for name in names if types[name] != "category"}), names, rows,
                     COMPARISON_COLUMNS)  # fmt: skip
@@ -122,12 +122,16 @@ def _paired(
 def _row(a: Parts, b: Parts, paired: bool, weighted: bool) -> dict[str, Any]:
     first, second = crossed(a), crossed(b)
     rate_a, rate_b = (rate_of(side, weighted) for side in (first, second))
-    if rate_a["n"] and rate_b["n"]:
-        sides = _Sides(first, second, weighted, _correlation(a, b, first, second))
-        (low, high), p_value, method = sides.limits(CONFIDENCE), sides.p_value(), METHOD
-    else:
+    if not rate_a["n"] or not rate_b["n"]:
         low = high = p_value = math.nan
         method = "none: no runs on one side"
+    elif paired and all(np.array_equal(a[ways].values, b[ways].values) for ways in a):
+        # Not one cluster in which they differ: at most so many clusters do, in either direction.
+        high = exact_limits(0.0, first.effective_clusters)[1]
+        low, p_value, method = -high, 1.0, "Clopper-Pearson over clusters, no difference seen"
+    else:
+        sides = _Sides(first, second, weighted, _correlation(a, b, first, second))
+        (low, high), p_value, method = sides.limits(CONFIDENCE), sides.p_value(), METHOD
     return {
         **{f"{name}_a": rate_a[name] for name in ("successes", "n", "rate")},
         **{f"{name}_b": rate_b[name] for name in ("successes", "n", "rate")},
@@ -184,19 +188,21 @@ class _Sides:
 def _correlation(a: Parts, b: Parts, first: ClusterSums, second: ClusterSums) -> float:
     """Return how much of both rates' errors is in common, from the clusters that have runs on both sides.
 
-    Where it is positive it is corrected for continuity, as Newcombe does that of pairs: 1 / (2 n sqrt(a (1 - a) b (1 -
-    b))) is taken off, n being the effective number of runs. Else equal pairs would leave no uncertainty at all.
+    Where it is positive it is corrected for continuity, as Newcombe does that of n pairs:
+    1 / (2 n sqrt(a (1 - a) b (1 - b))) is taken off.
     """
     one, other = ratio(first), ratio(second)
     if not (one.variance > 0 and other.variance > 0 and 0 < one.value < 1 and 0 < other.value < 1):
         return 0.0
     error = math.sqrt(one.variance * other.variance)
-    shared = 0.0
-    for ways in a:
-        together = changes(a[ways]) * changes(b[ways])
-        # A way with a single cluster on a side has no part in that side's variance.
-        if np.isfinite(together).all():
-            shared += (-1) ** (len(ways) + 1) * float(together.sum())
-    correction = error / (2 * one.value * (1 - one.value) * other.value * (1 - other.value))
+    # A way with a single cluster on a side has no part in that side's variance.
+    several = {way for way, *more in a if not more and min((side[(way,)].runs > 0).sum() for side in (a, b)) > 1}
+    shared = sum(
+        (-1) ** (len(ways) + 1) * float((changes(a[ways]) * changes(b[ways])).sum())
+        for ways in a
+        if several >= set(ways)
+    )
+    runs = math.sqrt(first.effective_runs * second.effective_runs)
+    spread = math.sqrt(one.value * (1 - one.value) * other.value * (1 - other.value))
     found = min(1.0, shared / error)
-    return max(-1.0, found) if found <= 0 else max(0.0, found - correction)
+    return max(-1.0, found) if found <= 0 else max(0.0, found - 1 / (2 * runs * spread))

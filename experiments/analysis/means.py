@@ -4,8 +4,8 @@
     overhead(runs)
 
 Every table has the columns of ``by`` and ``n, mean, median, low, high, clusters, method``; ``low`` and ``high`` are the
-95 % limits of the mean, and NaN where no two clusters differ: that says nothing about others. Values that are missing or not finite are left out: ``n`` counts the others. Sampling weights
-count, if there are any, as they do in rates.
+95 % limits of the mean, and NaN where all clusters agree, which says nothing about others. Values that are missing or
+not finite are left out: ``n`` counts the others. Sampling weights count, if there are any, as they do in rates.
 
 Public names: ``epsilon_distribution``, ``margin_statistics``, ``bound_tightness``, ``loss_change``, ``overhead``,
 ``mean_table``, ``MEAN_COLUMNS``.
