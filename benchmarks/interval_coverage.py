@@ -5,10 +5,16 @@
 A campaign has clusters of runs. Each cluster draws its own probability from a beta distribution around the rate, with
 the intra-cluster correlation as its width (beta-binomial); its runs then follow that. Printed beside: the naive limits
 (Wilson's), which take all runs for independent. Of means: each cluster draws a centre, each run a value around it, both
-log-normal. 2,000 campaigns know a coverage to half a percentage point (one standard error).
+log-normal.
 
-Public names: ``main``, ``RateSetting``, ``MeanSetting``, ``Coverage``, ``rate_coverage``, ``mean_coverage``, ``RATES``,
-``MEANS``.
+Where two effects cross, every input and every head has one of its own (random, independent), and runs that share
+either are correlated; a run is a hit where the sum of both and its own noise, all normal, passes a threshold. The
+correlation given is that of two runs which share the input alone, or the head alone.
+
+2,000 campaigns know a coverage to half a percentage point (one standard error).
+
+Public names: ``main``, ``RateSetting``, ``CrossedSetting``, ``MeanSetting``, ``Coverage``, ``rate_coverage``,
+``crossed_coverage``, ``mean_coverage``, ``RATES``, ``CROSSED``, ``MEANS``.
 """
 
 from __future__ import annotations
@@ -19,11 +25,13 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.optimize import brentq
+from scipy.stats import multivariate_normal, norm
 
-from experiments.analysis.clusters import ClusterSums, ratio
+from experiments.analysis.clusters import ClusterSums, crossed, ratio
 from experiments.analysis.intervals import wilson_limits
 from experiments.analysis.rates import rate_of
-from experiments.analysis.resampling import bootstrap_limits, ratio_influence
+from experiments.analysis.resampling import mean_limits
 
 
 @dataclass(frozen=True)
@@ -35,6 +43,18 @@ class RateSetting:
     rate: float
     correlation: float
     uneven: bool = False
+
+
+@dataclass(frozen=True)
+class CrossedSetting:
+    """A campaign of ``runs`` runs of every head on every input, each of which has an effect of its own."""
+
+    inputs: int
+    heads: int
+    runs: int
+    rate: float
+    of_inputs: float
+    of_heads: float
 
 
 @dataclass(frozen=True)
@@ -70,6 +90,18 @@ RATES = (
     RateSetting(144, 10, 0.1, 0.1, uneven=True),
 )
 
+CROSSED = (
+    CrossedSetting(16, 16, 3, 0.2, 0.05, 0.05),
+    CrossedSetting(16, 16, 3, 0.2, 0.1, 0.1),
+    CrossedSetting(16, 16, 3, 0.05, 0.05, 0.05),
+    CrossedSetting(60, 16, 3, 0.2, 0.05, 0.05),
+    CrossedSetting(60, 16, 3, 0.05, 0.05, 0.05),
+    CrossedSetting(16, 16, 3, 0.2, 0.05, 0.0),
+    CrossedSetting(16, 16, 3, 0.2, 0.0, 0.05),
+    CrossedSetting(16, 16, 3, 0.2, 0.0, 0.0),
+    CrossedSetting(60, 60, 1, 0.2, 0.05, 0.05),
+)
+
 MEANS = (MeanSetting(60, 16, 0.5, 0.5), MeanSetting(30, 16, 0.5, 0.5), MeanSetting(15, 4, 0.5, 1.0))
 
 
@@ -89,6 +121,41 @@ def rate_coverage(setting: RateSetting, campaigns: int, seed: int = 0) -> Covera
     return _coverage(limits, setting.rate)
 
 
+def crossed_coverage(setting: CrossedSetting, campaigns: int, seed: int = 0) -> Coverage:
+    """Return how often limits of a rate contain it where inputs and heads have effects."""
+    generator = np.random.default_rng(seed)
+    threshold = float(norm.ppf(setting.rate))
+    shares = [_latent(setting.rate, correlation) for correlation in (setting.of_inputs, setting.of_heads)]
+    limits = np.empty((campaigns, 4))
+    for place in range(campaigns):
+        inputs = generator.normal(0, shares[0] ** 0.5, (setting.inputs, 1))
+        heads = generator.normal(0, shares[1] ** 0.5, (1, setting.heads))
+        chances = norm.cdf((threshold - inputs - heads) / (1 - sum(shares)) ** 0.5)
+        hits = generator.binomial(setting.runs, chances).astype(np.float64)
+        parts = {(0,): hits.sum(axis=1), (1,): hits.sum(axis=0), (0, 1): hits.ravel()}
+        sums = {}
+        for ways, found in parts.items():
+            runs = np.full(len(found), setting.runs * hits.size / len(found))
+            sums[ways] = ClusterSums(found, runs, runs, runs, found)
+        row = rate_of(crossed(sums))
+        limits[place] = [row[name] for name in ("low", "high", "wilson_low", "wilson_high")]
+    return _coverage(limits, setting.rate)
+
+
+def _latent(rate: float, correlation: float) -> float:
+    """Return the correlation of two normal numbers whose being below the threshold of ``rate`` has this one."""
+    if not correlation:
+        return 0.0
+    threshold = float(norm.ppf(rate))
+    both = rate**2 + correlation * rate * (1 - rate)
+
+    def beyond(latent: float) -> float:
+        joint = multivariate_normal.cdf([threshold, threshold], mean=[0.0, 0.0], cov=[[1.0, latent], [latent, 1.0]])
+        return float(joint) - both
+
+    return float(brentq(beyond, 0.0, 0.99))
+
+
 def mean_coverage(setting: MeanSetting, campaigns: int, seed: int = 0) -> Coverage:
     """Return how often limits of a mean contain it; naive are those of the normal distribution over all runs."""
     generator = np.random.default_rng(seed)
@@ -101,7 +168,7 @@ def mean_coverage(setting: MeanSetting, campaigns: int, seed: int = 0) -> Covera
         totals = values.sum(axis=1)
         sums = ClusterSums(totals, runs, runs, runs, totals)
         mean = ratio(sums).value
-        found = bootstrap_limits(mean, ratio_influence(sums))
+        found = mean_limits(sums)
         half = 1.96 * float(values.std(ddof=1)) / values.size**0.5
         limits[place] = found.low, found.high, mean - half, mean + half
     return _coverage(limits, truth)
@@ -133,6 +200,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(
             f"{setting.clusters:8} {runs:>6} {setting.rate:6} {setting.correlation:11}  {100 * found.printed:6.1f} % "
             f"{100 * found.naive:6.1f} % {found.width:7.3f}",
+            flush=True,
+        )
+    print(f"\n{'inputs':>8} {'heads':>6} {'runs':>6} {'rate':>6} {'correlations':>12}", end="  ")
+    print(f"{'printed':>8} {'naive':>8} {'width':>7}")
+    for two in CROSSED:
+        found = crossed_coverage(two, chosen.campaigns, chosen.seed)
+        print(
+            f"{two.inputs:8} {two.heads:6} {two.runs:6} {two.rate:6} {two.of_inputs:6} {two.of_heads:5}  "
+            f"{100 * found.printed:6.1f} % {100 * found.naive:6.1f} % {found.width:7.3f}",
             flush=True,
         )
     print(f"\n{'clusters':>8} {'runs':>6} {'between':>7} {'within':>10}  {'printed':>8} {'naive':>8} {'width':>7}")

@@ -5,30 +5,54 @@
 Campaigns that differ in detectors or in the engine alone inject the same faults: where both tables have a fault, it is
 compared with itself. What clusters have in common, one input for both, cancels in the difference in any case.
 
+Each side keeps its own limits, from its own clusters and their degrees of freedom; the distances of both rates to them
+add like standard errors, less what the sides have in common. So few clusters on one side, or a rate of 0 or 1, widen
+the limits as they should. The p-value is read off the same limits: it is below 0.05 exactly where 0 is outside.
+
+Sources: R. G. Newcombe, Statistics in Medicine 17:873, 1998 (two samples), 17:2635 (pairs); G. Y. Zou, A. Donner,
+Statistics in Medicine 27:1693, 2008 (any limits, and a correlation).
+
 Public names: ``compare``, ``COMPARISON_COLUMNS``.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from scipy.stats import fisher_exact
 
-from experiments.analysis.clusters import DEFAULT_CLUSTER, ClusterSums, Grouping
+from experiments.analysis.clusters import (
+    DEFAULT_CLUSTER,
+    Cluster,
+    ClusterSums,
+    Grouping,
+    Ways,
+    changes,
+    cluster_columns,
+    crossed,
+    ratio,
+)
 from experiments.analysis.distinct import listed, measured, require_columns, sampling_weights
-from experiments.analysis.intervals import exact_limits
+from experiments.analysis.intervals import CONFIDENCE, clustered_interval, exact_limits, wilson_limits
 from experiments.analysis.rates import By, rate_of, table_of
-from experiments.analysis.resampling import Limits, bootstrap_limits, ratio_influence
 
 COMPARISON_COLUMNS = (
     *("successes_a", "n_a", "rate_a", "successes_b", "n_b", "rate_b"),
     *("difference", "low", "high", "p_value", "paired", "clusters", "method"),
 )
+
+METHOD = "both rates' limits (MOVER)"
+
+SMALLEST = 1e-12
+"""The smallest p-value that is told from 0."""
+
+BISECTIONS = 40
+
+Parts = Mapping[Ways, ClusterSums]
 
 LEAST_SHARED = 0.5
 """Share of the smaller table's faults that must be in the other for a comparison of pairs alone."""
@@ -40,13 +64,13 @@ def compare(
     by: By = None,
     measure: str = "detected",
     *,
-    cluster: Sequence[str] = DEFAULT_CLUSTER,
+    cluster: Cluster = DEFAULT_CLUSTER,
 ) -> pd.DataFrame:
     """Return the rate in ``a`` minus the rate in ``b``, for each group.
 
     Where at least half of the smaller table's faults are in the other one too (by ``fault_id``), only the faults that
     both have count (``paired``). ``low`` and ``high`` are the 95 % limits of the difference, ``p_value`` is that of "no
-    difference", both from a bootstrap over clusters.
+    difference", from the same limits. ``clusters`` is the number of the side that has fewer.
 
     Args:
         a: runs.
@@ -67,19 +91,17 @@ def compare(
     names = listed(by)
     sides = [measured(runs, measure) for runs in (a, b)]
     for faults, _ in sides:
-        require_columns(faults, [*names, *cluster])
+        require_columns(faults, [*names, *cluster_columns(cluster)])
     (faults_a, hits_a), (faults_b, hits_b), paired = _paired(*sides)
-    needed = list(dict.fromkeys([*names, *cluster]))
+    needed = list(dict.fromkeys([*names, *cluster_columns(cluster)]))
     frame = pd.concat([faults_a[needed].astype(object), faults_b[needed].astype(object)], ignore_index=True)
     hits = np.concatenate([hits_a, hits_b])
     weights = np.concatenate([sampling_weights(faults_a), sampling_weights(faults_b)])
     first = np.arange(len(frame)) < len(faults_a)
     grouping = Grouping(frame, names, cluster)
-    both = [(grouping.sums(hits & side, weights * side), grouping.sums(side)) for side in (first, ~first)]
+    found = [grouping.parts(hits, weights, counted=side) for side in (first, ~first)]
     weighted = bool((weights != 1).any())
-    rows = []
-    for (key, in_a), (_, of_a), (_, in_b), (_, of_b) in zip(*both[0], *both[1], strict=True):
-        rows.append((key, _row(_side(in_a, of_a), _side(in_b, of_b), paired, weighted)))
+    rows = [(key, _row(in_a, in_b, paired, weighted)) for (key, in_a), (_, in_b) in zip(*found, strict=True)]
     types = faults_a.dtypes if len(faults_a) else frame.dtypes
     return table_of(frame.astype({name: types[name] for name in names if types[name] != "category"}), names, rows,
                     COMPARISON_COLUMNS)  # fmt: skip
@@ -97,54 +119,90 @@ def _paired(
     return (a[0][in_b], a[1][in_b]), (b[0][in_a], b[1][in_a]), True
 
 
-def _side(sums: ClusterSums, counted: ClusterSums) -> ClusterSums:
-    """Return the sums of one side; clusters without a run there have weight 0."""
-    return ClusterSums(sums.values, sums.weights, counted.hits, sums.squares, sums.hits)
-
-
-def _row(a: ClusterSums, b: ClusterSums, paired: bool, weighted: bool) -> dict[str, Any]:
-    rate_a, rate_b = (rate_of(_present(side), weighted) for side in (a, b))
-    difference = rate_a["rate"] - rate_b["rate"]
-    influence = ratio_influence(a) - ratio_influence(b)
+def _row(a: Parts, b: Parts, paired: bool, weighted: bool) -> dict[str, Any]:
+    first, second = crossed(a), crossed(b)
+    rate_a, rate_b = (rate_of(side, weighted) for side in (first, second))
     if not rate_a["n"] or not rate_b["n"]:
-        limits = Limits(math.nan, math.nan, math.nan, "none: no runs on one side")
-    elif np.isfinite(influence).all() and (influence != 0).any():
-        limits = bootstrap_limits(difference, influence)
-    elif paired and difference == 0:
+        low = high = p_value = math.nan
+        method = "none: no runs on one side"
+    elif paired and all(np.array_equal(a[ways].values, b[ways].values) for ways in a):
         # Not one cluster in which they differ: at most so many clusters do, in either direction.
-        unseen = exact_limits(0.0, a.effective_clusters)[1]
-        limits = Limits(-unseen, unseen, 1.0, "Clopper-Pearson over clusters, no difference seen")
+        high = exact_limits(0.0, first.effective_clusters)[1]
+        low, p_value, method = -high, 1.0, "Clopper-Pearson over clusters, no difference seen"
     else:
-        limits = _worst(rate_a, rate_b, a.effective_clusters, b.effective_clusters)
+        sides = _Sides(first, second, weighted, _correlation(a, b, first, second))
+        (low, high), p_value, method = sides.limits(CONFIDENCE), sides.p_value(), METHOD
     return {
         **{f"{name}_a": rate_a[name] for name in ("successes", "n", "rate")},
         **{f"{name}_b": rate_b[name] for name in ("successes", "n", "rate")},
-        "difference": difference,
-        "low": max(-1.0, limits.low),
-        "high": min(1.0, limits.high),
-        "p_value": limits.p_value,
+        "difference": rate_a["rate"] - rate_b["rate"],
+        "low": low,
+        "high": high,
+        "p_value": p_value,
         "paired": paired,
-        "clusters": len(a.runs),
-        "method": limits.method,
+        "clusters": min(rate_a["clusters"], rate_b["clusters"]),
+        "method": method,
     }
 
 
-def _present(side: ClusterSums) -> ClusterSums:
-    held = side.runs > 0
-    return ClusterSums(*(column[held] for column in vars(side).values()))
+class _Sides:
+    """Two rates, each with limits of its own, and the correlation of their errors."""
+
+    def __init__(self, a: ClusterSums, b: ClusterSums, weighted: bool, correlation: float) -> None:
+        self._sides, self._estimates = (a, b), (ratio(a), ratio(b))
+        self._weighted, self._correlation = weighted, correlation
+        self._difference = self._estimates[0].value - self._estimates[1].value
+
+    def limits(self, confidence: float) -> tuple[float, float]:
+        """Return limits of the difference: each side's distance to its own limits, added like standard errors."""
+        a, b = (estimate.value for estimate in self._estimates)
+        (low_a, high_a), (low_b, high_b) = (self._own(side, confidence) for side in (0, 1))
+        below, above = self._added(a - low_a, high_b - b), self._added(high_a - a, b - low_b)
+        return max(-1.0, self._difference - below), min(1.0, self._difference + above)
+
+    def p_value(self) -> float:
+        """Return the p-value whose limits have 0 at their edge: below 0.05 exactly where the 95 % limits exclude 0."""
+        if self._difference == 0:
+            return 1.0
+        inside, outside = math.log(SMALLEST), 0.0
+        middle = math.log(1 - CONFIDENCE)
+        for _ in range(BISECTIONS):
+            low, high = self.limits(-math.expm1(middle))
+            inside, outside = (middle, outside) if low <= 0 <= high else (inside, middle)
+            middle = (inside + outside) / 2
+        return math.exp(middle)
+
+    def _own(self, side: int, confidence: float) -> tuple[float, float]:
+        sums, estimate = self._sides[side], self._estimates[side]
+        runs = float(sums.runs.sum())
+        if sums.are_singletons and not self._weighted:
+            return wilson_limits(estimate.value, runs, confidence)
+        return clustered_interval(
+            estimate.value, estimate.variance, estimate.degrees, runs, sums.effective_clusters, confidence
+        )
+
+    def _added(self, one: float, other: float) -> float:
+        return math.sqrt(max(0.0, one**2 + other**2 - 2 * self._correlation * one * other))
 
 
-def _worst(rate_a: dict[str, Any], rate_b: dict[str, Any], clusters_a: float, clusters_b: float) -> Limits:
-    """Return limits where no cluster differs from the others: those of both rates, put together the wide way.
+def _correlation(a: Parts, b: Parts, first: ClusterSums, second: ClusterSums) -> float:
+    """Return how much of both rates' errors is in common, from the clusters that have runs on both sides.
 
-    The p-value is Fisher's, of as many trials as there are clusters.
+    Where it is positive it is corrected for continuity, as Newcombe does that of n pairs:
+    1 / (2 n sqrt(a (1 - a) b (1 - b))) is taken off.
     """
-    table = [
-        [rate * clusters, (1 - rate) * clusters]
-        for rate, clusters in ((rate_a["rate"], clusters_a), (rate_b["rate"], clusters_b))
-    ]
-    counts = [[math.floor(cell) for cell in row] for row in table]
-    p_value = float(fisher_exact(counts).pvalue) if rate_a["rate"] != rate_b["rate"] else 1.0
-    return Limits(
-        rate_a["low"] - rate_b["high"], rate_a["high"] - rate_b["low"], p_value, "limits of both rates together"
+    one, other = ratio(first), ratio(second)
+    if not (one.variance > 0 and other.variance > 0 and 0 < one.value < 1 and 0 < other.value < 1):
+        return 0.0
+    error = math.sqrt(one.variance * other.variance)
+    # A way with a single cluster on a side has no part in that side's variance.
+    several = {way for way, *more in a if not more and min((side[(way,)].runs > 0).sum() for side in (a, b)) > 1}
+    shared = sum(
+        (-1) ** (len(ways) + 1) * float((changes(a[ways]) * changes(b[ways])).sum())
+        for ways in a
+        if several >= set(ways)
     )
+    runs = math.sqrt(first.effective_runs * second.effective_runs)
+    spread = math.sqrt(one.value * (1 - one.value) * other.value * (1 - other.value))
+    found = min(1.0, shared / error)
+    return max(-1.0, found) if found <= 0 else max(0.0, found - 1 / (2 * runs * spread))

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from bounds import get_detector, list_detectors
 from bounds.suites import SUITES
-from experiments.analysis.clusters import DEFAULT_CLUSTER, Grouping
+from experiments.analysis.clusters import DEFAULT_CLUSTER, Cluster, Grouping, cluster_columns
 from experiments.analysis.distinct import distinct_faults, harmful, propagated, require_columns, weights_of
 from experiments.analysis.rates import rate_of
 from experiments.errors import UsageError
@@ -50,7 +50,7 @@ class Lookers:
 
 
 def detector_comparison(
-    runs: pd.DataFrame, clean: pd.DataFrame | None = None, *, cluster: Sequence[str] = DEFAULT_CLUSTER
+    runs: pd.DataFrame, clean: pd.DataFrame | None = None, *, cluster: Cluster = DEFAULT_CLUSTER
 ) -> pd.DataFrame:
     """Return a row for each detector, and for each suite whose members all looked.
 
@@ -71,13 +71,13 @@ def detector_comparison(
     Args:
         runs: of campaigns whose detectors looked at every fault.
         clean: their ``clean.csv``; without it there are only detectors that fired, and no false positives.
-        cluster: columns that make clusters.
+        cluster: columns that make clusters, or a list of such lists: several ways.
 
     Raises:
         UsageError: an unknown column, or runs that differ in a field of ``detect``: the same fault would count for
             several settings.
     """
-    require_columns(runs, [*KINDS, "effective", *cluster])
+    require_columns(runs, [*KINDS, "effective", *cluster_columns(cluster)])
     _check_one_setting(runs)
     faults = distinct_faults(runs)
     clean = _same_tolerance(faults, clean)
@@ -154,7 +154,7 @@ def fired(runs: pd.DataFrame, names: Iterable[str]) -> dict[str, Hits]:
 class _Shares:
     """Rates over one subset of the faults, for any detector."""
 
-    def __init__(self, faults: pd.DataFrame, rows: Hits, cluster: Sequence[str]) -> None:
+    def __init__(self, faults: pd.DataFrame, rows: Hits, cluster: Cluster) -> None:
         self._rows, self._weights = rows, weights_of(faults)
         self._grouping = Grouping(faults, None, cluster)
 

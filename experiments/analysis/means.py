@@ -4,8 +4,8 @@
     overhead(runs)
 
 Every table has the columns of ``by`` and ``n, mean, median, low, high, clusters, method``; ``low`` and ``high`` are the
-95 % limits of the mean. Values that are missing or not finite are left out: ``n`` counts the others. Sampling weights
-count, if there are any, as they do in rates.
+95 % limits of the mean, and NaN where all clusters agree, which says nothing about others. Values that are missing or
+not finite are left out: ``n`` counts the others. Sampling weights count, if there are any, as they do in rates.
 
 Public names: ``epsilon_distribution``, ``margin_statistics``, ``bound_tightness``, ``loss_change``, ``overhead``,
 ``mean_table``, ``MEAN_COLUMNS``.
@@ -14,17 +14,16 @@ Public names: ``epsilon_distribution``, ``margin_statistics``, ``bound_tightness
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from experiments.analysis.clusters import DEFAULT_CLUSTER, ClusterSums, Grouping, ratio
+from experiments.analysis.clusters import DEFAULT_CLUSTER, Cluster, ClusterSums, Grouping, ratio
 from experiments.analysis.distinct import distinct_faults, listed, propagated, require_columns, weights_of
 from experiments.analysis.rates import By, rate_table, table_of
-from experiments.analysis.resampling import bootstrap_limits, ratio_influence
+from experiments.analysis.resampling import mean_limits
 
 MEAN_COLUMNS = ("n", "mean", "median", "low", "high", "clusters", "method")
 
@@ -34,9 +33,7 @@ PARTS = ("injection", "bounds", "detection", "correction")
 Floats = NDArray[np.float64]
 
 
-def epsilon_distribution(
-    runs: pd.DataFrame, by: By = None, *, cluster: Sequence[str] = DEFAULT_CLUSTER
-) -> pd.DataFrame:
+def epsilon_distribution(runs: pd.DataFrame, by: By = None, *, cluster: Cluster = DEFAULT_CLUSTER) -> pd.DataFrame:
     """Return the mean of ``epsilon``: of the row of the first injected layer that is nearest to its bounds.
 
     >>> runs = pd.DataFrame({"fault_id": list("abc"), "scope": "full", "outcome": "benign", "model": "m",
@@ -48,7 +45,7 @@ def epsilon_distribution(
     return mean_table(faults, _numbers(faults, "epsilon"), by, cluster)
 
 
-def margin_statistics(runs: pd.DataFrame, by: By = None, *, cluster: Sequence[str] = DEFAULT_CLUSTER) -> pd.DataFrame:
+def margin_statistics(runs: pd.DataFrame, by: By = None, *, cluster: Cluster = DEFAULT_CLUSTER) -> pd.DataFrame:
     """Return the mean of ``epsilon_margin``, and how often it is negative: epsilon outside its bounds.
 
     Further columns: ``outside``, ``outside_n``, ``share_outside``, ``outside_low``, ``outside_high``. A margin that is
@@ -68,7 +65,7 @@ def margin_statistics(runs: pd.DataFrame, by: By = None, *, cluster: Sequence[st
     return table.merge(added, on=names, how="left") if names else table.join(added)
 
 
-def bound_tightness(runs: pd.DataFrame, by: By = None, *, cluster: Sequence[str] = DEFAULT_CLUSTER) -> pd.DataFrame:
+def bound_tightness(runs: pd.DataFrame, by: By = None, *, cluster: Cluster = DEFAULT_CLUSTER) -> pd.DataFrame:
     """Return how far the bounds lie from epsilon: column ``quantity`` is one of the two ratios below; 1 is tight.
 
     ``upper_over_epsilon`` is ``epsilon_upper / epsilon``, ``epsilon_over_lower`` is ``epsilon / epsilon_lower``; a run
@@ -80,7 +77,7 @@ def bound_tightness(runs: pd.DataFrame, by: By = None, *, cluster: Sequence[str]
     return _stacked(faults, ratios, "quantity", by, cluster)
 
 
-def loss_change(runs: pd.DataFrame, by: By = None, *, cluster: Sequence[str] = DEFAULT_CLUSTER) -> pd.DataFrame:
+def loss_change(runs: pd.DataFrame, by: By = None, *, cluster: Cluster = DEFAULT_CLUSTER) -> pd.DataFrame:
     """Return the mean of ``loss_diff`` of propagated faults, nats.
 
     A further column ``nonfinite`` counts the faults that made the loss NaN or infinite and are in no mean.
@@ -93,7 +90,7 @@ def loss_change(runs: pd.DataFrame, by: By = None, *, cluster: Sequence[str] = D
     return table.assign(nonfinite=[round(float(part.hits.sum())) for _, part in sums])
 
 
-def overhead(runs: pd.DataFrame, by: By = None, *, cluster: Sequence[str] = DEFAULT_CLUSTER) -> pd.DataFrame:
+def overhead(runs: pd.DataFrame, by: By = None, *, cluster: Cluster = DEFAULT_CLUSTER) -> pd.DataFrame:
     """Return the seconds of each part of a run, and the overhead of detection; column ``part`` says which.
 
     The ``mean`` of ``overhead`` is the ratio of sums, (bounds + detection) / injection, its ``median`` that of the
@@ -112,7 +109,7 @@ def mean_table(
     frame: pd.DataFrame,
     values: Floats,
     by: By = None,
-    cluster: Sequence[str] = DEFAULT_CLUSTER,
+    cluster: Cluster = DEFAULT_CLUSTER,
     denominators: Floats | None = None,
 ) -> pd.DataFrame:
     """Return the mean of values in each group, or the ratio of their sum to that of ``denominators``.
@@ -121,7 +118,7 @@ def mean_table(
         frame: one row per run; duplicates are the caller's to drop.
         values: one number for each; what is not finite is left out.
         by: columns that make groups, or None for one row.
-        cluster: columns that make clusters.
+        cluster: columns that make clusters, or a list of such lists: several ways.
         denominators: one number for each, 1 if left out; the median is then that of the quotients.
 
     Raises:
@@ -133,29 +130,26 @@ def mean_table(
     finite = np.isfinite(values) & np.isfinite(below)
     given = weights_of(frame)
     weights = np.where(finite, 1.0 if given is None else given, 0.0)
-    above = grouping.sums(np.where(finite, values, 0.0), weights)
-    counted = grouping.sums(np.where(finite, below, 0.0), weights)
-    kept = grouping.sums(finite)
+    kept = finite & (weights > 0)
+    sums = grouping.sums(
+        np.where(finite, values, 0.0), weights, counted=kept, denominators=np.where(finite, below, 0.0)
+    )
     quotients = values if denominators is None else _quotient(values, below)
     medians = [_median(quotients[rows], weights[rows]) for rows in grouping.rows()]
-    found = [
-        (key, _mean_row(part, some.values, int(every.hits.sum()), median, every.hits > 0))
-        for (key, part), (_, some), (_, every), median in zip(above, counted, kept, medians, strict=True)
-    ]
+    found = [(key, _mean_row(part, median)) for (key, part), median in zip(sums, medians, strict=True)]
     return table_of(frame, names, found, MEAN_COLUMNS)
 
 
-def _mean_row(above: ClusterSums, below: Floats, n: int, median: float, held: NDArray[np.bool_]) -> dict[str, Any]:
-    sums = ClusterSums(above.values[held], below[held], above.runs[held], above.squares[held], above.hits[held])
-    mean = ratio(sums).value
-    limits = bootstrap_limits(mean, ratio_influence(sums))
+def _mean_row(sums: ClusterSums, median: float) -> dict[str, Any]:
+    estimate = ratio(sums)
+    limits = mean_limits(sums)
     return {
-        "n": n,
-        "mean": mean,
+        "n": round(float(sums.runs.sum())),
+        "mean": estimate.value,
         "median": median,
         "low": limits.low,
         "high": limits.high,
-        "clusters": int(held.sum()),
+        "clusters": len(sums.runs),
         "method": limits.method,
     }
 
@@ -172,9 +166,7 @@ def _median(values: Floats, weights: Floats) -> float:
     return float(ordered[first] + ordered[min(last, len(ordered) - 1)]) / 2
 
 
-def _stacked(
-    frame: pd.DataFrame, values: dict[str, Floats], column: str, by: By, cluster: Sequence[str]
-) -> pd.DataFrame:
+def _stacked(frame: pd.DataFrame, values: dict[str, Floats], column: str, by: By, cluster: Cluster) -> pd.DataFrame:
     tables = []
     for name, numbers in values.items():
         table = mean_table(frame, numbers, by, cluster)

@@ -25,7 +25,7 @@ import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import hypergeom
 
-from experiments.analysis.clusters import DEFAULT_CLUSTER, ClusterSums, Grouping, ratio
+from experiments.analysis.clusters import DEFAULT_CLUSTER, Cluster, ClusterSums, Grouping, cluster_columns, ratio
 from experiments.analysis.distinct import listed, measured, require_columns, weights_of
 from experiments.analysis.rates import By, rate_of, table_of
 from experiments.errors import UsageError
@@ -43,7 +43,7 @@ def rank_cells(
     by: By = ("layer", "index_head"),
     measure: str = "harmful",
     *,
-    cluster: Sequence[str] = DEFAULT_CLUSTER,
+    cluster: Cluster = DEFAULT_CLUSTER,
 ) -> pd.DataFrame:
     """Return the cells, most sensitive first.
 
@@ -55,7 +55,7 @@ def rank_cells(
         runs: of one or several campaigns.
         by: the columns that make cells.
         measure: ``harmful`` or ``detected``.
-        cluster: columns that make clusters.
+        cluster: columns that make clusters, or a list of such lists: several ways.
 
     Raises:
         UsageError: an unknown column or measure, or no column to rank by.
@@ -63,7 +63,7 @@ def rank_cells(
     names = listed(by)
     if not names:
         raise UsageError("by: got no column, allowed one or more that make cells, such as layer and index_head")
-    require_columns(runs, [*names, *cluster])
+    require_columns(runs, [*names, *cluster_columns(cluster)])
     faults, hits = measured(runs, measure)
     inside = faults[names].notna().all(axis=1).to_numpy(bool)
     faults, hits = faults[inside], hits[inside]

@@ -12,7 +12,7 @@ Every table has the columns of ``by`` and
 | ``low``, ``high`` | the 95 % limits to print; they respect clusters |
 | ``wilson_low``, ``wilson_high`` | Wilson's limits, which take all runs for independent |
 | ``exact_low``, ``exact_high`` | Clopper and Pearson's, which do so too |
-| ``clusters`` | how many groups of runs share input, layer and head |
+| ``clusters`` | how many there are: inputs, or heads if these are worth fewer |
 | ``method`` | what ``low`` and ``high`` are |
 
 A rate of nothing (n = 0) is NaN, and so are its limits.
@@ -31,7 +31,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from experiments.analysis.clusters import DEFAULT_CLUSTER, ClusterSums, Grouping, ratio
+from experiments.analysis.clusters import DEFAULT_CLUSTER, Cluster, ClusterSums, Grouping, ratio
 from experiments.analysis.distinct import (
     detected,
     distinct_faults,
@@ -64,7 +64,7 @@ INDEPENDENT = "Wilson"
 NOTHING = "none"
 
 
-def detection_rate(runs: pd.DataFrame, by: By = None, *, cluster: Sequence[str] = DEFAULT_CLUSTER) -> pd.DataFrame:
+def detection_rate(runs: pd.DataFrame, by: By = None, *, cluster: Cluster = DEFAULT_CLUSTER) -> pd.DataFrame:
     """Return the share of distinct faults that a proved detector saw.
 
     >>> runs = pd.DataFrame({"fault_id": list("abcd"), "scope": "full", "outcome": "benign", "model": "m",
@@ -78,7 +78,7 @@ def detection_rate(runs: pd.DataFrame, by: By = None, *, cluster: Sequence[str] 
     return rate_table(faults, seen, by, cluster)
 
 
-def outcome_rates(runs: pd.DataFrame, by: By = None, *, cluster: Sequence[str] = DEFAULT_CLUSTER) -> pd.DataFrame:
+def outcome_rates(runs: pd.DataFrame, by: By = None, *, cluster: Cluster = DEFAULT_CLUSTER) -> pd.DataFrame:
     """Return the share of each outcome among propagated faults: a row per group and outcome, in column ``outcome``.
 
     >>> runs = pd.DataFrame({"fault_id": list("abcd"), "scope": "full", "model": "m", "batch_index": 0,
@@ -100,7 +100,7 @@ def outcome_rates(runs: pd.DataFrame, by: By = None, *, cluster: Sequence[str] =
     )
 
 
-def critical_rate(runs: pd.DataFrame, by: By = None, *, cluster: Sequence[str] = DEFAULT_CLUSTER) -> pd.DataFrame:
+def critical_rate(runs: pd.DataFrame, by: By = None, *, cluster: Cluster = DEFAULT_CLUSTER) -> pd.DataFrame:
     """Return the share of harmful outcomes (critical or nonfinite) among propagated faults.
 
     >>> runs = pd.DataFrame({"fault_id": list("ab"), "scope": "full", "model": "m", "batch_index": 0,
@@ -112,9 +112,7 @@ def critical_rate(runs: pd.DataFrame, by: By = None, *, cluster: Sequence[str] =
     return rate_table(faults, bad, by, cluster)
 
 
-def coverage_of_critical(
-    runs: pd.DataFrame, by: By = None, *, cluster: Sequence[str] = DEFAULT_CLUSTER
-) -> pd.DataFrame:
+def coverage_of_critical(runs: pd.DataFrame, by: By = None, *, cluster: Cluster = DEFAULT_CLUSTER) -> pd.DataFrame:
     """Return the share of harmful faults that a proved detector saw.
 
     >>> runs = pd.DataFrame({"fault_id": list("abc"), "scope": "full", "model": "m", "batch_index": 0,
@@ -156,7 +154,7 @@ def false_positive_rate(clean: pd.DataFrame, by: By = None) -> pd.DataFrame:
 
 
 def rate_table(
-    frame: pd.DataFrame, hits: NDArray[np.bool_], by: By = None, cluster: Sequence[str] = DEFAULT_CLUSTER
+    frame: pd.DataFrame, hits: NDArray[np.bool_], by: By = None, cluster: Cluster = DEFAULT_CLUSTER
 ) -> pd.DataFrame:
     """Return the share of rows that are hits, for each group.
 
@@ -164,7 +162,7 @@ def rate_table(
         frame: one row per run; duplicates are the caller's to drop.
         hits: for each row whether it counts.
         by: columns that make groups, or None for one row.
-        cluster: columns that make clusters.
+        cluster: columns that make clusters, or a list of such lists: several ways.
 
     Raises:
         UsageError: an unknown column, or a wrong sampling weight.

@@ -20,12 +20,14 @@ from experiments.analysis import (
     distinct_faults,
     outcome_rates,
 )
+from experiments.analysis.clusters import cluster_columns
 from experiments.result import OUTCOMES
 
 MEASURES = ("detected", *OUTCOMES, "harmful", "harmful_detected")
 """What is counted: faults that proved detectors saw, each outcome, harmful ones, and those of them that were seen."""
 
-_GROUP, _CLUSTER = "group", "cluster"
+_GROUP = "group"
+_CLUSTERS = [[f"cluster_{way}"] for way in range(len(DEFAULT_CLUSTER))]
 
 
 @dataclass(frozen=True)
@@ -52,16 +54,20 @@ class Groups:
 
 
 def counted_faults(runs: pd.DataFrame) -> pd.DataFrame:
-    """Return the distinct faults, reduced to what rates need: texts as numbers, and the clusters in one column.
+    """Return the distinct faults, reduced to what rates need: texts as numbers, and each way of clusters one column.
 
     The rate functions drop duplicates and look for clusters each time they are called; of this table, that is quick.
     """
-    known = ["fault_id", "scope", "outcome", "violation_detected", "sampling_weight", "campaign", *DEFAULT_CLUSTER]
+    sharing = cluster_columns(DEFAULT_CLUSTER)
+    known = ["fault_id", "scope", "outcome", "violation_detected", "sampling_weight", "campaign", *sharing]
     watching = [name for name in runs.columns if str(name).startswith(("detect.", "run."))]
     faults = distinct_faults(runs[[*known, *watching]])
-    cluster = faults.groupby(list(DEFAULT_CLUSTER), dropna=False, observed=True, sort=False).ngroup()
-    faults = faults.assign(fault_id=pd.factorize(faults["fault_id"])[0], **{_CLUSTER: cluster})
-    return faults.drop(columns=list(DEFAULT_CLUSTER))
+    clusters = {
+        name: faults.groupby(list(way), dropna=False, observed=True, sort=False).ngroup()
+        for [name], way in zip(_CLUSTERS, DEFAULT_CLUSTER, strict=True)
+    }
+    faults = faults.assign(fault_id=pd.factorize(faults["fault_id"])[0], **clusters)
+    return faults.drop(columns=sharing)
 
 
 def wide_rates(faults: pd.DataFrame, groups: Groups) -> pd.DataFrame:
@@ -76,12 +82,12 @@ def wide_rates(faults: pd.DataFrame, groups: Groups) -> pd.DataFrame:
     """
     frame = faults.assign(**{_GROUP: groups.codes.reindex(faults.index)})
     table = groups.labels.assign(runs=groups.codes.value_counts().reindex(groups.labels.index, fill_value=0))
-    outcomes = outcome_rates(frame, _GROUP, cluster=[_CLUSTER])
+    outcomes = outcome_rates(frame, _GROUP, cluster=_CLUSTERS)
     rates = {
-        "detected": detection_rate(frame, _GROUP, cluster=[_CLUSTER]),
+        "detected": detection_rate(frame, _GROUP, cluster=_CLUSTERS),
         **{outcome: outcomes[outcomes["outcome"] == outcome] for outcome in OUTCOMES},
-        "harmful": critical_rate(frame, _GROUP, cluster=[_CLUSTER]),
-        "harmful_detected": coverage_of_critical(frame, _GROUP, cluster=[_CLUSTER]),
+        "harmful": critical_rate(frame, _GROUP, cluster=_CLUSTERS),
+        "harmful_detected": coverage_of_critical(frame, _GROUP, cluster=_CLUSTERS),
     }
     columns: dict[str, pd.Series] = {}
     for measure in MEASURES:
