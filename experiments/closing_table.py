@@ -18,14 +18,13 @@ from numpy.typing import NDArray
 
 from bounds.suites import SUITES
 from experiments.analysis.detectors import fired
-from experiments.analysis.distinct import HARMFUL, distinct_faults
+from experiments.analysis.distinct import HARMFUL, distinct_faults, weights_of
 from experiments.analysis.intervals import wilson_interval
-from experiments.analysis.rates import rate_table
+from experiments.analysis.rates import critical_rate, rate_table
 from experiments.campaign_folder import CampaignFolder
 from experiments.looking import AXES, clean_of, detectors_of
 from experiments.result import OUTCOMES
 from experiments.watcher import is_oracle
-from experiments.weighted_rate import regression_estimate
 from fault_injection import LOCATIONS
 from fault_injection.bits import FIELDS
 
@@ -86,7 +85,7 @@ def _table(folder: CampaignFolder, runs: pd.DataFrame, point: Mapping[str, str] 
     order = {name: i for i, name in enumerate((*LOCATIONS, *FIELDS))}
     for (location, field), group in sorted(groups, key=lambda item: [order.get(name, 99) for name in item[0]]):
         lines.append(_line(str(location), str(field), group))
-    lines += [_line("all", "", distinct), "", *_detector_lines(folder, distinct, point)]
+    lines += [_line("all", "", distinct, whole=True), "", *_detector_lines(folder, distinct, point)]
     return [*lines, *_correction_lines(distinct), *_times_lines(runs)]
 
 
@@ -103,32 +102,34 @@ def _scope_lines(runs: pd.DataFrame) -> list[str]:
 
 
 def _weight_lines(runs: pd.DataFrame) -> list[str]:
-    """Return the harmful share of all faults, if runs were not drawn uniformly (``fault.aim``)."""
-    propagated = runs[runs.scope == "full"]
-    if (runs.sampling_weight == 1).all() or len(propagated) < 2:
+    """Return what the numbers below are, and the harmful share, if runs were not drawn uniformly (``fault.aim``)."""
+    if weights_of(runs) is None:
         return []
-    harmful = propagated.outcome.isin(HARMFUL).to_numpy(float)
-    found = regression_estimate(harmful, propagated.sampling_weight.to_numpy(float))
+    said = "drawn with unequal probabilities (fault.aim): counts are of these runs, shares with intervals are weighted"
+    found = critical_rate(runs).iloc[0]
+    if not found.n:
+        return [said]
     return [
-        f"not drawn uniformly (fault.aim): the shares below are those of these runs; by sampling_weight "
-        f"{100 * found.rate:.2f} +- {100 * found.margin:.2f} % of all faults are harmful (95 % interval)"
+        f"{said}; {100 * found.rate:.2f} % ({100 * found.low:.2f} - {100 * found.high:.2f}) of all faults are harmful "
+        f"({found.method})"
     ]
 
 
-def _line(location: str, field: str, group: pd.DataFrame) -> str:
+def _line(location: str, field: str, group: pd.DataFrame, whole: bool = False) -> str:
     counts = [int((group.outcome == outcome).sum()) for outcome in OUTCOMES]
     harmful = group[group.outcome.isin(HARMFUL)]
     seen = f"{int(harmful.violation_detected.sum())}/{len(harmful)}" if len(harmful) else "-"
     detecting = 1e3 * float((group.bounds_seconds + group.detection_seconds).mean())
     return (
         f"{location:9}{field:10}{len(group):6}{counts[0]:8}{counts[1]:8}{counts[2]:9}{counts[3]:8}"
-        f"  {_rate(group, group.violation_detected.to_numpy(bool)):27}{seen:>11}"
+        f"  {_rate(group, group.violation_detected.to_numpy(bool), whole):27}{seen:>11}"
         f"{1e3 * float(group.injection_seconds.mean()):11.2f}{detecting:11.2f}"
     )
 
 
-def _rate(runs: pd.DataFrame, seen: NDArray[np.bool_]) -> str:
-    row = rate_table(runs, seen).iloc[0]
+def _rate(runs: pd.DataFrame, seen: NDArray[np.bool_], whole: bool = False) -> str:
+    """Return a share and its interval; ``whole``: of all faults of a table, not of those that are such and such."""
+    row = rate_table(runs, seen, whole=whole).iloc[0]
     return f"{100 * row.rate:5.1f} % ({100 * row.low:.1f} - {100 * row.high:.1f})"
 
 
@@ -145,8 +146,8 @@ def _detector_lines(folder: CampaignFolder, distinct: pd.DataFrame, point: Mappi
     harmful = distinct.outcome.isin(HARMFUL).to_numpy(bool)
 
     def shares(seen: NDArray[np.bool_]) -> str:
-        both = ((distinct, seen), (distinct[harmful], seen[harmful]))
-        return "".join(f"{_rate(faults, of) if len(faults) else '-':27}" for faults, of in both)
+        of_harmful = _rate(distinct[harmful], seen[harmful]) if harmful.any() else "-"
+        return f"{_rate(distinct, seen, whole=True):27}{of_harmful:27}"
 
     lines = [f"{'detector':18}{'detected':27}{'of harmful':27}{'false positives':>16}{'in clean rows':>15}"]
     for suite, members in SUITES.items():

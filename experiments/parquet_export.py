@@ -10,6 +10,7 @@ Public names: ``export_parquet``, ``ROWS_IN_GROUP``.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,8 @@ def export_parquet(source: Path, row_type: type[Any], target: Path) -> int:
     """Write the CSV file ``source`` as the Parquet file ``target``, whole or not at all; return the number of rows.
 
     Raises:
-        CheckRefusedError: the file has other columns, or a cell that is not of its column's type.
+        CheckRefusedError: the file is cut off or is no text, has other columns, or a cell that is not of its column's
+            type.
     """
     schema = arrow_schema(row_type)
     try:
@@ -44,6 +46,8 @@ def export_parquet(source: Path, row_type: type[Any], target: Path) -> int:
                 writer.write_table(group, row_group_size=ROWS_IN_GROUP)
                 rows += group.num_rows
             return rows
+    except UnicodeDecodeError as error:
+        raise CheckRefusedError(f"{source}: holds bytes that are no UTF-8 text ({error}); merge again") from error
     except pyarrow.ArrowInvalid as error:
         raise CheckRefusedError(
             f"{source}: {' '.join(str(error).split())}; merge again, or see results/README.md for its columns"
@@ -88,6 +92,10 @@ def _batches(source: Path, row_type: type[Any]) -> Iterator[Any]:
 
 
 def _check_header(source: Path, row_type: type[Any]) -> None:
-    with source.open(encoding="utf-8", newline="") as stream:
-        if stream.readline().rstrip("\r\n") != ",".join(columns(row_type)):
+    with source.open("rb") as stream:
+        if stream.readline().decode("utf-8").rstrip("\r\n") != ",".join(columns(row_type)):
             raise CheckRefusedError(f"{source}: its columns are not those of this version; merge again")
+        # Without its last newline a number may have lost digits, and still be a number.
+        stream.seek(-1, os.SEEK_END)
+        if stream.read(1) != b"\n":
+            raise CheckRefusedError(f"{source}: its last line is cut off; merge again")

@@ -12,6 +12,7 @@ Public name: ``sample_size``.
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 from scipy.stats import norm
 
@@ -33,9 +34,10 @@ def sample_size(margin: float, confidence: float, population: int | None = None,
             raise ValueError(f"{name}: got {value}, allowed a number between 0 and 1")
     if population is not None and population < 1:
         raise ValueError(f"population: got {population}, allowed 1 or more")
-    quantile = float(norm.isf((1 - confidence) / 2))
-    unlimited = quantile**2 * rate * (1 - rate) / margin**2
-    if population is None:
+    # Fractions: of a margin of 1e-200 the square is 0 as a float, and the size no float at all.
+    quantile, share = Fraction(float(norm.isf((1 - confidence) / 2))), Fraction(rate)
+    unlimited = quantile**2 * share * (1 - share) / Fraction(margin) ** 2
+    if population is None or not unlimited:
         return max(1, math.ceil(unlimited))
     # The equation as n = N u / (u + N - 1), with u its limit for an unlimited population.
     return min(population, max(1, math.ceil(population * unlimited / (unlimited + population - 1))))

@@ -6,8 +6,8 @@
 The mean of weight times outcome is unbiased (Horvitz and Thompson, JASA 47, 1952). The regression uses that the mean
 weight is 1, and has the smallest variance of the three for many runs; the ratio is Hajek's. See docs/sampling.md.
 
-Public names: ``Estimate``, ``uniform_share``, ``mean_estimate``, ``regression_estimate``, ``ratio_estimate``,
-``Numbers``.
+Public names: ``Estimate``, ``uniform_share``, ``mean_estimate``, ``regression_estimate``, ``regression_parts``,
+``ratio_estimate``, ``Numbers``.
 
 >>> uniform_share(np.array([1.0, 0.0, 0.0, 0.0]))
 Estimate(rate=0.25, variance=0.1875, runs=4)
@@ -52,11 +52,22 @@ def mean_estimate(counts: Numbers, weight: Numbers) -> Estimate:
 
 def regression_estimate(counts: Numbers, weight: Numbers) -> Estimate:
     """Return the mean of weight times outcome, corrected by the mean weight, which is 1 but for chance."""
-    if float(weight.var()) == 0:
-        return mean_estimate(counts, weight)
-    slope = float(np.cov(weight * counts, weight)[0, 1] / weight.var(ddof=1))
-    parts = weight * counts - slope * (weight - 1)
+    parts = regression_parts(counts, weight)
     return Estimate(float(parts.mean()), float(parts.var(ddof=1)), len(counts))
+
+
+def regression_parts(counts: Numbers, weight: Numbers) -> Numbers:
+    """Return what each run contributes to the regression estimate, which is their mean: ``w h - b (w - 1)``.
+
+    ``b`` is the slope of ``w h`` over ``w``; without two different weights it is 0.
+
+    >>> regression_parts(np.array([1.0, 1.0, 0.0]), np.array([0.5, 0.5, 2.0])).tolist()
+    [0.33333333333333337, 0.33333333333333337, 0.33333333333333326]
+    """
+    if len(weight) < 2 or float(weight.var()) == 0:
+        return weight * counts
+    slope = float(np.cov(weight * counts, weight)[0, 1] / weight.var(ddof=1))
+    return weight * counts - slope * (weight - 1)
 
 
 def ratio_estimate(counts: Numbers, weight: Numbers) -> Estimate:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from experiments.column_types import column_types
 from experiments.csv_file import write_rows
 from experiments.result import ExperimentResult, cells, columns
 
@@ -50,8 +51,12 @@ def simulated(
 def write_campaign(
     folder: Path, rows: Sequence[Mapping[str, Any]], axes: Mapping[str, Sequence[Any]] | None = None
 ) -> Path:
-    """Write ``runs.csv`` and ``plan.csv`` with these values and return the folder."""
-    results = [ExperimentResult(**{"run_id": f"{place:016x}", **row}) for place, row in enumerate(rows)]
+    """Write ``runs.csv`` and ``plan.csv`` with these values and return the folder; what needs a value has one."""
+    zeros = {str: "", bool: False, int: 0, float: 0.0}
+    types = column_types(ExperimentResult).items()
+    needed = {name: zeros[column.kind] for name, column in types if not column.optional}
+    needed |= {"model": "m", "location": "q", "scope": "full", "fault_id": "f"}
+    results = [ExperimentResult(**{**needed, "run_id": f"{place:016x}", **row}) for place, row in enumerate(rows)]
     write_rows(folder / "runs.csv", columns(ExperimentResult), map(cells, results))
     swept = axes or {}
     plan = [

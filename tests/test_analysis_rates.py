@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -15,10 +17,12 @@ from experiments.analysis import (
     false_positive_rate,
     hajek,
     outcome_rates,
+    rank_cells,
 )
 from experiments.analysis.clusters import Grouping
 from experiments.analysis.intervals import exact_interval, wilson_interval
 from experiments.errors import UsageError
+from experiments.weighted_rate import regression_estimate
 
 
 def test_a_fault_counts_once_and_with_its_outcome() -> None:
@@ -119,7 +123,7 @@ def test_weighted_rates_are_hajek_estimates() -> None:
     assert row.rate == pytest.approx(hajek(np.array(seen, float), weights)[0])
     assert (row.successes, row.n) == (4, 6)
     assert row.low < row.rate < row.high
-    assert row.method.startswith("weighted")
+    assert row.method.startswith("ratio, ")
     with pytest.raises(UsageError, match=r"sampling_weight: got -1\.0 in 1 runs"):
         detection_rate(runs.assign(sampling_weight=[-1.0, 1, 1, 1, 1, 1]))
 
@@ -136,3 +140,79 @@ def test_false_positives() -> None:
     assert table.successes.to_dict() == {"ranger": 3, "s@w": 0}
     assert round(table.wilson_high["s@w"], 4) == 0.0038
     assert table.high["s@w"] > 0.5, "two passes tell little about the next one"
+
+
+def aimed(
+    generator: np.random.Generator, runs: int, rate: float = 0.04, share: float = 0.05
+) -> tuple[pd.DataFrame, float]:
+    """Return draws by aim from a population in which harm is nearly all in a small part that is drawn half the time."""
+    risky = generator.random(runs) < 0.5
+    weights = np.where(risky, share / 0.5, (1 - share) / 0.5)
+    chances = np.where(risky, 0.99 * rate / share, 0.01 * rate / (1 - share))
+    outcome = np.where(generator.random(runs) < chances, "critical", "benign")
+    frame = runs_of(runs, sampling_weight=weights, outcome=outcome, bit=risky.astype(int),
+                    batch_index=generator.integers(0, 200, runs))  # fmt: skip
+    return frame, rate
+
+
+def test_weighted_draws_give_narrower_limits_than_uniform_ones_and_hold() -> None:
+    generator, held, widths = np.random.default_rng(4), 0, []
+    for _ in range(120):
+        runs, truth = aimed(generator, 2000)
+        row = critical_rate(runs).iloc[0]
+        held += row.low <= truth <= row.high
+        uniform = wilson_interval(round(truth * len(runs)), len(runs))
+        widths.append((uniform[1] - uniform[0]) / (row.high - row.low))
+    assert row.method.startswith("regression, ")
+    assert np.mean(widths) > 5**0.5
+    assert held >= 120 * 0.95 - 3 * (120 * 0.95 * 0.05) ** 0.5
+
+
+def test_the_regression_is_for_all_that_was_drawn_and_the_ratio_for_parts_of_it() -> None:
+    runs, _ = aimed(np.random.default_rng(5), 2000)
+    harm = (runs.outcome == "critical").to_numpy(float)
+    expected = regression_estimate(harm, runs.sampling_weight.to_numpy())
+    assert critical_rate(runs).rate[0] == pytest.approx(expected.rate, rel=1e-12)
+    swept = critical_rate(runs.assign(**{"run.scope": ["full", "full", "site", "site"] * 500}), "run.scope")
+    assert [method.split(",")[0] for method in swept.method] == ["regression"] * 2
+    parts = critical_rate(runs, "bit")
+    assert [method.split(",")[0] for method in parts.method] == ["ratio"] * 2
+    assert parts.rate[1] == pytest.approx(harm[runs.bit == 1].mean())
+    chosen = critical_rate(runs[runs.bit == 1]).iloc[0]
+    assert (chosen.method.split(",")[0], chosen.rate) == ("ratio", pytest.approx(parts.rate[1])), "its mean is not 1"
+
+
+def test_weights_of_nothing_are_refused() -> None:
+    with pytest.raises(UsageError, match="sampling_weight: got 0 in all 4 runs"):
+        critical_rate(runs_of(4, sampling_weight=0.0))
+
+
+def swept_detectors(**values: object) -> pd.DataFrame:
+    """Return two faults that each of two settings looked at; a setting sees all or nothing."""
+    return runs_of(4, fault_id=list("aabb"), outcome=["critical"] * 2 + ["benign"] * 2, layer=[0, 0, 1, 1],
+                   violation_detected=[True, False] * 2, **{"detect.detectors": ["x", "y"] * 2}, **values)  # fmt: skip
+
+
+def test_harm_counts_a_fault_once_for_all_detectors_that_look() -> None:
+    runs = swept_detectors()
+    assert critical_rate(runs)[["successes", "n"]].values.tolist() == [[1, 2]]
+    assert outcome_rates(runs).n.tolist() == [2] * 4
+    assert critical_rate(runs, "detect.detectors").n.tolist() == [2, 2]
+    assert rank_cells(runs).n.tolist() == [1, 1]
+    harsher = runs.rename(columns={"detect.detectors": "detect.critical_loss"})
+    assert critical_rate(harsher).n.tolist() == [4], "what is critical is another question"
+
+
+def test_weighted_draws_count_once_for_all_detectors_that_look() -> None:
+    runs = swept_detectors(sampling_weight=[0.5, 0.5, 2.0, 2.0], repeat=[0, 0, 1, 1])
+    row = critical_rate(runs).iloc[0]
+    assert (row.successes, row.n, row.rate) == (1, 2, pytest.approx(0.2))
+
+
+@pytest.mark.parametrize("rate", [detection_rate, coverage_of_critical])
+def test_what_was_seen_is_that_of_one_setting(rate: Any) -> None:
+    runs = swept_detectors()
+    with pytest.raises(UsageError, match=r"detect\.detectors: got runs with x, y, allowed runs of one value"):
+        rate(runs)
+    assert rate(runs, "detect.detectors").rate.tolist() == [1.0, 0.0]
+    assert rate(runs[runs["detect.detectors"] == "x"]).rate.tolist() == [1.0]

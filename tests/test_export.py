@@ -168,6 +168,7 @@ def test_another_table_and_another_place(tmp_path: Path) -> None:
     folder = campaign(tmp_path)
     merge_campaign(folder)
     target = tmp_path / "elsewhere" / "d.parquet"
+    target.parent.mkdir()
     assert main(["export", str(folder.path), "--table", "detections", "--format=parquet", "--output", str(target)]) == 0
     assert pyarrow.parquet.read_table(target).num_rows == 1
     assert not folder.file("detections.parquet").exists()
@@ -178,8 +179,12 @@ def test_another_table_and_another_place(tmp_path: Path) -> None:
     [
         (["--table", "run"], 2, "--table: got 'run', allowed runs, detections, .*did you mean 'runs'"),
         (["--format", "csv"], 2, "--format: got 'csv', allowed parquet"),
-        (["--output", "{folder}"], 2, "--output: got .*, allowed a new file"),
-        (["--output", "{folder}/runs.csv"], 2, "--output: got .*, allowed a new file"),
+        (["--output", "{folder}"], 2, "--output: got .*, allowed a file that ends in .parquet"),
+        *(
+            (["--output", f"{{folder}}/{name}"], 2, "--output: got .*, allowed a file that ends in .parquet")
+            for name in ("runs.csv", "clean.csv", "config.yaml", "shards", "runs", "provenance.json")
+        ),
+        (["--output", "{folder}/none/runs.parquet"], 2, "allowed a file in a folder that exists; .*none does not"),
         (["more"], 2, "export: needs one campaign folder"),
     ],
 )

@@ -21,19 +21,35 @@ from numpy.typing import NDArray
 from bounds import get_detector, list_detectors
 from bounds.suites import SUITES
 from experiments.analysis.clusters import DEFAULT_CLUSTER, Cluster, Grouping, cluster_columns
-from experiments.analysis.distinct import distinct_faults, harmful, propagated, require_columns, weights_of
-from experiments.analysis.rates import rate_of
-from experiments.errors import UsageError
+from experiments.analysis.distinct import (
+    check_one_setting,
+    distinct_faults,
+    harmful,
+    propagated,
+    require_columns,
+    weights_of,
+)
+from experiments.analysis.rates import group_rates
 from experiments.watcher import is_oracle
 
 DETECTOR_COLUMNS = (
-    *("detector", "kind", "n", "detected", "detected_low", "detected_high", "harmful_n"),
-    *("recall_critical", "recall_critical_low", "recall_critical_high"),
-    *("recall_effective", "recall_effective_low", "recall_effective_high"),
+    *("detector", "kind", "n", "seen", "detected", "detected_low", "detected_high"),
+    *("harmful_n", "seen_harmful", "recall_critical", "recall_critical_low", "recall_critical_high"),
+    *("effective_n", "seen_effective", "recall_effective", "recall_effective_low", "recall_effective_high"),
     *("exclusive", "union", "false_positives", "clean_rows", "cost"),
 )
 
-COUNTS = ("n", "harmful_n", "exclusive", "false_positives", "clean_rows")
+_COUNTS_OF = {
+    "detected": ("n", "seen"),
+    "recall_critical": ("harmful_n", "seen_harmful"),
+    "recall_effective": ("effective_n", "seen_effective"),
+}
+"""By share, the columns of how many faults it is of, and how many of them were seen."""
+
+COUNTS = (
+    *(name for names in _COUNTS_OF.values() for name in names),
+    *("exclusive", "false_positives", "clean_rows"),
+)
 
 KINDS = {"detectors": "proved", "unproved_detectors": "unproved", "oracle_detectors": "oracle"}
 """By column of ``runs.csv``, the kind of the detectors it names; also the order of the rows."""
@@ -59,7 +75,8 @@ def detector_comparison(
     | ``kind`` | ``proved``, ``unproved``, ``oracle`` or ``suite`` |
     | ``n``, ``detected`` | distinct faults, and the share of them it saw |
     | ``harmful_n``, ``recall_critical`` | propagated faults with a harmful outcome, and the share it saw |
-    | ``recall_effective`` | the share it saw of the faults that changed a bit pattern |
+    | ``effective_n``, ``recall_effective`` | faults that changed a bit pattern, and the share it saw |
+    | ``seen``, ``seen_harmful``, ``seen_effective`` | how many it saw of each; never weighted, as shares may be |
     | ``exclusive`` | harmful faults that no other detector (oracles apart) saw |
     | ``union`` | share of the harmful faults that it or one in a row above saw; of oracles and suites NaN |
     | ``false_positives``, ``clean_rows`` | rows in violation and rows checked, in the fault-free passes |
@@ -78,7 +95,7 @@ def detector_comparison(
             several settings.
     """
     require_columns(runs, [*KINDS, "effective", *cluster_columns(cluster)])
-    _check_one_setting(runs)
+    check_one_setting(runs)
     faults = distinct_faults(runs)
     clean = _same_tolerance(faults, clean)
     lookers = looked(faults, clean)
@@ -88,7 +105,8 @@ def detector_comparison(
         "recall_critical": harmful(faults) & faults.index.isin(propagated(faults).index),
         "recall_effective": faults["effective"].to_numpy(bool),
     }
-    shares = {name: _Shares(faults[rows], rows, cluster) for name, rows in subsets.items()}
+    # Which faults are harmful or effective is up to the draw: only all of them have weights of mean 1.
+    shares = {name: _Shares(faults[rows], rows, cluster, name == "detected") for name, rows in subsets.items()}
     bad = subsets["recall_critical"]
     online = [name for name, kind in lookers.kinds.items() if kind != "oracle"]
     count = sum((seen[name].astype(np.int64) for name in online), np.zeros(len(faults), np.int64))
@@ -154,13 +172,13 @@ def fired(runs: pd.DataFrame, names: Iterable[str]) -> dict[str, Hits]:
 class _Shares:
     """Rates over one subset of the faults, for any detector."""
 
-    def __init__(self, faults: pd.DataFrame, rows: Hits, cluster: Cluster) -> None:
-        self._rows, self._weights = rows, weights_of(faults)
+    def __init__(self, faults: pd.DataFrame, rows: Hits, cluster: Cluster, whole: bool) -> None:
+        self._rows, self._weights, self._whole = rows, weights_of(faults), whole
         self._grouping = Grouping(faults, None, cluster)
 
     def of(self, seen: Hits) -> dict[str, Any]:
-        [(_, sums)] = self._grouping.sums(seen[self._rows], self._weights)
-        return rate_of(sums, self._weights is not None)
+        [(_, row)] = group_rates(self._grouping, seen[self._rows], self._weights, self._whole)
+        return row
 
 
 def _row(seen: Hits, shares: dict[str, _Shares]) -> dict[str, Any]:
@@ -168,7 +186,7 @@ def _row(seen: Hits, shares: dict[str, _Shares]) -> dict[str, Any]:
     for name, share in shares.items():
         rate = share.of(seen)
         row |= {name: rate["rate"], f"{name}_low": rate["low"], f"{name}_high": rate["high"]}
-        row |= {{"detected": "n", "recall_critical": "harmful_n"}.get(name, "effective_n"): rate["n"]}
+        row |= dict(zip(_COUNTS_OF[name], (rate["n"], rate["successes"]), strict=True))
     return row
 
 
@@ -187,14 +205,6 @@ def _cost(name: str) -> str:
 def _names(column: pd.Series) -> list[str]:
     lists = column.astype(object).fillna("").unique()
     return sorted({name for text in lists for name in str(text).split(";") if name})
-
-
-def _check_one_setting(runs: pd.DataFrame) -> None:
-    for axis in [name for name in runs.columns if str(name).startswith("detect.")]:
-        values = runs[axis].dropna().unique()
-        if len(values) > 1:
-            given = ", ".join(map(str, values[:4]))
-            raise UsageError(f"{axis}: got runs with {given}, allowed runs of one value; select them before comparing")
 
 
 def _same_tolerance(runs: pd.DataFrame, clean: pd.DataFrame | None) -> pd.DataFrame | None:

@@ -82,7 +82,14 @@ def exact_limits(rate: float, trials: float, confidence: float = CONFIDENCE) -> 
 
 
 def clustered_interval(
-    rate: float, variance: float, degrees: float, trials: float, clusters: float, confidence: float = CONFIDENCE
+    rate: float,
+    variance: float,
+    degrees: float,
+    trials: float,
+    clusters: float,
+    confidence: float = CONFIDENCE,
+    *,
+    weighted: bool = False,
 ) -> Limits:
     """Return the limits of a rate whose trials come in clusters.
 
@@ -98,6 +105,8 @@ def clustered_interval(
         trials: how many runs there are.
         clusters: how many clusters there are; if they differ in size, what they are worth: (sum n)^2 / sum n^2.
         confidence: of the interval.
+        weighted: whether the runs were drawn with unequal probabilities. These can tell more than as many uniform ones,
+            that is what they are for: the effective number of trials may then be larger than ``trials``.
 
     >>> rate, clusters, runs = 0.2, 60, 960
     >>> alone = rate * (1 - rate) / runs
@@ -114,4 +123,5 @@ def clustered_interval(
         return wilson_limits(rate, trials, confidence)
     tail = (1 + confidence) / 2
     factor = float(stdtrit(trials - 1, tail) / stdtrit(degrees, tail)) ** 2
-    return wilson_limits(rate, min(trials, rate * (1 - rate) / variance * factor), confidence)
+    effective = rate * (1 - rate) / variance * factor
+    return wilson_limits(rate, effective if weighted else min(trials, effective), confidence)

@@ -28,6 +28,7 @@ from pyarrow import csv as arrow_csv
 
 from experiments import result
 from experiments.analysis.axes import axis_columns, typed_axis
+from experiments.analysis.cell_checks import check_cells
 from experiments.errors import MissingResourceError, UsageError, nearest
 from experiments.result import CleanRow, DetectionRow, ExperimentResult, PropagationRow
 
@@ -47,7 +48,8 @@ def load_runs(path: Paths, columns: Sequence[str] | None = None) -> pd.DataFrame
 
     Raises:
         MissingResourceError: no such file.
-        UsageError: an empty, truncated or damaged file, a missing column, or files of two schemas.
+        UsageError: an empty, truncated or damaged file, a missing column, files of two schemas, or a cell that no run
+            can have written; see ``experiments.analysis.cell_checks``.
     """
     names = None if columns is None else list(dict.fromkeys([*columns, "run_id"]))
     files = _files(path, "runs.csv")
@@ -159,6 +161,7 @@ def _read(file: Path, campaign: str, row_type: type[Any], wanted: Sequence[str] 
         table = arrow_csv.read_csv(file, convert_options=options)
     except (pa.ArrowInvalid, pa.ArrowKeyError) as error:
         raise UsageError(f"{file}: is damaged: {str(error).splitlines()[0]}") from error
+    check_cells(table, file, row_type)
     label = pa.DictionaryArray.from_arrays(np.zeros(len(table), np.int32), pa.array([campaign]))
     return table.append_column("campaign", label)
 

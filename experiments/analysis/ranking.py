@@ -49,7 +49,7 @@ def rank_cells(
 
     ``p_value`` is that of "this cell is no more sensitive than the rest", ``p_adjusted`` the same after Holm,
     ``evidence`` whether that is at most 0.05. ``attrs["verdict"]`` says it in a sentence. Runs that belong to no one
-    cell (a fault in several heads) are left out.
+    cell (a fault in several heads) are left out; a cell whose runs weigh nothing has a p-value of 1.
 
     Args:
         runs: of one or several campaigns.
@@ -64,7 +64,7 @@ def rank_cells(
     if not names:
         raise UsageError("by: got no column, allowed one or more that make cells, such as layer and index_head")
     require_columns(runs, [*names, *cluster_columns(cluster)])
-    faults, hits = measured(runs, measure)
+    faults, hits = measured(runs, measure, names)
     inside = faults[names].notna().all(axis=1).to_numpy(bool)
     faults, hits = faults[inside], hits[inside]
     weights = weights_of(faults)
@@ -77,8 +77,10 @@ def rank_cells(
         tested = {"p_value": p_value, "p_adjusted": p_adjusted, "evidence": bool(p_adjusted <= SIGNIFICANCE)}
         rows.append((key, {**row, **tested}))
     table = table_of(faults, names, rows, RANKING_COLUMNS)
-    table = table.sort_values(["p_value", "rate"], ascending=[True, False], kind="stable").reset_index(drop=True)
-    table.attrs["verdict"] = _verdict(table, names, measure)
+    order = table.sort_values(["p_value", "rate"], ascending=[True, False], kind="stable").index
+    elsewhere = _elsewhere([sums for _, sums in cells])[order]
+    table = table.loc[order].reset_index(drop=True)
+    table.attrs["verdict"] = _verdict(table, elsewhere, names, measure)
     return table
 
 
@@ -119,7 +121,8 @@ def _against_the_rest(cells: Sequence[ClusterSums]) -> list[float]:
     """Return for each cell the p-value of having so many hits or more, given all cells' hits."""
     effect = design_effect(cells)
     runs = np.array([sums.effective_runs for sums in cells]) / effect
-    hits = np.array([ratio(sums).value for sums in cells]) * runs
+    # A cell without weight has no rate, nor any runs to test.
+    hits = np.array([ratio(sums).value if size else 0.0 for sums, size in zip(cells, runs, strict=True)]) * runs
     p_values = []
     for place in range(len(cells)):
         # Rounded so that the cell looks no worse and the rest no better than they are. A hair is added and taken off,
@@ -131,21 +134,27 @@ def _against_the_rest(cells: Sequence[ClusterSums]) -> list[float]:
     return p_values
 
 
-def _verdict(table: pd.DataFrame, names: list[str], measure: str) -> str:
+def _elsewhere(cells: Sequence[ClusterSums]) -> NDArray[np.float64]:
+    """Return for each cell the rate, weighted as those of the cells are, in all others together."""
+    values = np.array([sums.values.sum() for sums in cells])
+    weights = np.array([sums.weights.sum() for sums in cells])
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return (values.sum() - values) / (weights.sum() - weights)
+
+
+def _verdict(table: pd.DataFrame, elsewhere: NDArray[np.float64], names: list[str], measure: str) -> str:
     if len(table) < 2:
         return "fewer than two cells: nothing to compare"
     found = table[table["evidence"].to_numpy(bool)]
     if found.empty:
         smallest = float(table["p_adjusted"].min())
         return f"no evidence that cells differ ({len(table)} cells, smallest adjusted p-value {smallest:.2g})"
-    named = [_sentence(row, table, names, measure) for _, row in found.head(NAMED).iterrows()]
+    named = [_sentence(row, elsewhere[place], names, measure) for place, row in found.head(NAMED).iterrows()]
     more = [f"and {len(found) - NAMED} more"] if len(found) > NAMED else []
     return "; ".join([*named, *more])
 
 
-def _sentence(row: Any, table: pd.DataFrame, names: list[str], measure: str) -> str:
-    rest = table[table.index != row.name]
-    elsewhere = rest["successes"].sum() / rest["n"].sum()
+def _sentence(row: Any, elsewhere: float, names: list[str], measure: str) -> str:
     cell = " ".join(f"{name} {row[name]}" for name in names)
     return (
         f"{cell}: {measure} in {100 * row['rate']:.1f} % ({100 * row['low']:.1f} - {100 * row['high']:.1f}) against "

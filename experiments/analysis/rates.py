@@ -8,7 +8,7 @@ Every table has the columns of ``by`` and
 | column | meaning |
 |---|---|
 | ``successes``, ``n`` | counts of distinct faults |
-| ``rate`` | successes / n; with sampling weights the Hajek estimate |
+| ``rate`` | successes / n; with sampling weights an estimate for uniform drawing, see below |
 | ``low``, ``high`` | the 95 % limits to print; they respect clusters |
 | ``wilson_low``, ``wilson_high`` | Wilson's limits, which take all runs for independent |
 | ``exact_low``, ``exact_high`` | Clopper and Pearson's, which do so too |
@@ -17,8 +17,14 @@ Every table has the columns of ``by`` and
 
 A rate of nothing (n = 0) is NaN, and so are its limits.
 
+Of runs drawn with unequal probabilities (``fault.aim``) there are two estimates, and ``method`` says which it was.
+*Regression* uses that the weights of all draws have mean 1. That holds for all runs together and for groups that were
+fixed before the draw (``drawn_apart``: campaigns, models, swept fields); it can be several times sharper. *Ratio*
+(Hajek) is for groups that the draw itself makes, such as bits or layers, and where the mean weight says that the table
+is a part of what was drawn. So group with ``by`` rather than select rows. See ``experiments.analysis.estimates``.
+
 Public names: ``detection_rate``, ``outcome_rates``, ``critical_rate``, ``coverage_of_critical``,
-``false_positive_rate``, ``rate_table``, ``rate_of``, ``table_of``, ``RATE_COLUMNS``.
+``false_positive_rate``, ``rate_table``, ``group_rates``, ``rate_of``, ``table_of``, ``drawn_apart``, ``RATE_COLUMNS``.
 """
 
 from __future__ import annotations
@@ -31,17 +37,18 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from experiments.analysis.clusters import DEFAULT_CLUSTER, Cluster, ClusterSums, Grouping, ratio
+from experiments.analysis.clusters import DEFAULT_CLUSTER, Cluster, ClusterSums, Grouping, Ratio, ratio
 from experiments.analysis.distinct import (
+    check_one_setting,
     detected,
-    distinct_faults,
     harmful,
     listed,
     measured,
-    propagated,
+    outcome_faults,
     require_columns,
     weights_of,
 )
+from experiments.analysis.estimates import regressions
 from experiments.analysis.intervals import (
     clustered_interval,
     exact_interval,
@@ -64,6 +71,15 @@ INDEPENDENT = "Wilson"
 NOTHING = "none"
 
 
+def drawn_apart(by: By) -> bool:
+    """Return whether groups by these columns are fixed before faults are drawn: swept fields, campaigns, models.
+
+    >>> drawn_apart(None), drawn_apart("run.scope"), drawn_apart(["detect.tolerance", "bit"])
+    (True, True, False)
+    """
+    return all(name in ("campaign", "seed", "model", "dtype", "source") or "." in name for name in listed(by))
+
+
 def detection_rate(runs: pd.DataFrame, by: By = None, *, cluster: Cluster = DEFAULT_CLUSTER) -> pd.DataFrame:
     """Return the share of distinct faults that a proved detector saw.
 
@@ -74,8 +90,8 @@ def detection_rate(runs: pd.DataFrame, by: By = None, *, cluster: Cluster = DEFA
     >>> int(row.successes), int(row.n), row.method, round(float(row.low), 2), round(float(row.high), 2)
     (3, 4, 'Wilson', 0.3, 0.95)
     """
-    faults, seen = measured(runs, "detected")
-    return rate_table(faults, seen, by, cluster)
+    faults, seen = measured(runs, "detected", listed(by))
+    return rate_table(faults, seen, by, cluster, whole=drawn_apart(by))
 
 
 def outcome_rates(runs: pd.DataFrame, by: By = None, *, cluster: Cluster = DEFAULT_CLUSTER) -> pd.DataFrame:
@@ -87,13 +103,13 @@ def outcome_rates(runs: pd.DataFrame, by: By = None, *, cluster: Cluster = DEFAU
     [['masked', 3, 4, 0.75], ['benign', 0, 4, 0.0], ['critical', 1, 4, 0.25], ['nonfinite', 0, 4, 0.0]]
     """
     names = listed(by)
-    faults = propagated(distinct_faults(runs))
+    faults = outcome_faults(runs, names)
     weights = weights_of(faults)
     grouping = Grouping(faults, names, cluster)
     rows = []
     for outcome in OUTCOMES:
-        sums = grouping.sums((faults["outcome"] == outcome).to_numpy(bool), weights)
-        rows.append([(key, {"outcome": outcome, **rate_of(part, weights is not None)}) for key, part in sums])
+        found = group_rates(grouping, (faults["outcome"] == outcome).to_numpy(bool), weights, drawn_apart(by))
+        rows.append([(key, {"outcome": outcome, **row}) for key, row in found])
     # Group by group, the four outcomes of each together.
     return table_of(
         faults, names, [row for group in zip(*rows, strict=True) for row in group], ["outcome", *RATE_COLUMNS]
@@ -108,8 +124,8 @@ def critical_rate(runs: pd.DataFrame, by: By = None, *, cluster: Cluster = DEFAU
     >>> float(critical_rate(runs).rate.iloc[0])
     0.5
     """
-    faults, bad = measured(runs, "harmful")
-    return rate_table(faults, bad, by, cluster)
+    faults, bad = measured(runs, "harmful", listed(by))
+    return rate_table(faults, bad, by, cluster, whole=drawn_apart(by))
 
 
 def coverage_of_critical(runs: pd.DataFrame, by: By = None, *, cluster: Cluster = DEFAULT_CLUSTER) -> pd.DataFrame:
@@ -121,7 +137,8 @@ def coverage_of_critical(runs: pd.DataFrame, by: By = None, *, cluster: Cluster 
     >>> coverage_of_critical(runs)[["successes", "n", "rate"]].values.tolist()
     [[1.0, 2.0, 0.5]]
     """
-    faults = propagated(distinct_faults(runs))
+    check_one_setting(runs, listed(by))
+    faults = outcome_faults(runs, listed(by))
     bad = faults[harmful(faults)]
     return rate_table(bad, detected(bad), by, cluster)
 
@@ -154,7 +171,12 @@ def false_positive_rate(clean: pd.DataFrame, by: By = None) -> pd.DataFrame:
 
 
 def rate_table(
-    frame: pd.DataFrame, hits: NDArray[np.bool_], by: By = None, cluster: Cluster = DEFAULT_CLUSTER
+    frame: pd.DataFrame,
+    hits: NDArray[np.bool_],
+    by: By = None,
+    cluster: Cluster = DEFAULT_CLUSTER,
+    *,
+    whole: bool = False,
 ) -> pd.DataFrame:
     """Return the share of rows that are hits, for each group.
 
@@ -163,18 +185,34 @@ def rate_table(
         hits: for each row whether it counts.
         by: columns that make groups, or None for one row.
         cluster: columns that make clusters, or a list of such lists: several ways.
+        whole: whether each group is all of what was drawn for it, so that its weights have mean 1.
 
     Raises:
         UsageError: an unknown column, or a wrong sampling weight.
     """
     names = listed(by)
-    weights = weights_of(frame)
-    sums = Grouping(frame, names, cluster).sums(hits, weights)
-    return table_of(frame, names, [(key, rate_of(part, weights is not None)) for key, part in sums], RATE_COLUMNS)
+    found = group_rates(Grouping(frame, names, cluster), hits, weights_of(frame), whole)
+    return table_of(frame, names, found, RATE_COLUMNS)
 
 
-def rate_of(sums: ClusterSums, weighted: bool = False) -> dict[str, Any]:
+def group_rates(
+    grouping: Grouping, hits: NDArray[np.bool_], weights: NDArray[np.float64] | None, whole: bool
+) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """Return the key and the row of each group."""
+    sums = list(grouping.sums(hits, weights))
+    if weights is None or not whole:
+        return [(key, rate_of(part, weights is not None)) for key, part in sums]
+    estimates = regressions(grouping, hits, weights)
+    return [(key, rate_of(part, True, estimate)) for (key, part), estimate in zip(sums, estimates, strict=True)]
+
+
+def rate_of(sums: ClusterSums, weighted: bool = False, regression: Ratio | None = None) -> dict[str, Any]:
     """Return a row of a table of rates, without its group.
+
+    Args:
+        sums: over the clusters of the group.
+        weighted: whether the runs were drawn with unequal probabilities.
+        regression: the estimate to take for these; the ratio of the sums if left out.
 
     >>> ones = np.ones(60)
     >>> sums = ClusterSums(0 * ones, 16 * ones, 16 * ones, 16 * ones, 0 * ones)
@@ -183,7 +221,7 @@ def rate_of(sums: ClusterSums, weighted: bool = False) -> dict[str, Any]:
     (960, 60, 0.004, 0.0602, 'Wilson, effective n of clusters')
     """
     successes, n = round(float(sums.hits.sum())), round(float(sums.runs.sum()))
-    estimate = ratio(sums)
+    estimate = regression or ratio(sums)
     if not n or math.isnan(estimate.value):
         wilson = exact = printed = (math.nan, math.nan)
         method = NOTHING
@@ -191,14 +229,16 @@ def rate_of(sums: ClusterSums, weighted: bool = False) -> dict[str, Any]:
         # Of weighted counts Wilson's limits take the number of runs of equal weight that would tell as much.
         wilson = wilson_limits(estimate.value, sums.effective_runs)
         exact = exact_limits(estimate.value, sums.effective_runs)
-        method = f"weighted (Hajek), {CLUSTERED}"
+        method = f"{'regression' if regression else 'ratio'}, {CLUSTERED}"
     else:
         wilson, exact = wilson_interval(successes, n), exact_interval(successes, n)
         method = CLUSTERED
     if n and not weighted and sums.are_singletons:
         printed, method = wilson, INDEPENDENT
     elif method != NOTHING:
-        printed = clustered_interval(estimate.value, estimate.variance, estimate.degrees, n, sums.effective_clusters)
+        printed = clustered_interval(
+            estimate.value, estimate.variance, estimate.degrees, n, sums.effective_clusters, weighted=weighted
+        )
     limits = zip(("", "wilson_", "exact_"), (printed, wilson, exact), strict=True)
     return {
         "successes": successes,

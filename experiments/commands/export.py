@@ -27,8 +27,7 @@ def export(arguments: Sequence[str]) -> int:
     source, target = folder.file(f"{table}.csv"), Path(output) if output else folder.file(f"{table}.{form}")
     if not source.is_file():
         raise MissingResourceError(f"{source}: is not there; run_sweep.py merge {folder.path} makes it")
-    if target.is_dir() or target.resolve() == source.resolve():
-        raise UsageError(f"--output: got {target}, allowed a new file or one that may be replaced")
+    _check_target(target, form)
     try:
         from experiments.parquet_export import export_parquet
     except ModuleNotFoundError as error:
@@ -40,3 +39,12 @@ def export(arguments: Sequence[str]) -> int:
     rows = export_parquet(source, TABLES[table], target)
     print(f"{rows} rows of {source} in {target}, {target.stat().st_size / 2**20:.1f} MiB")
     return 0
+
+
+def _check_target(target: Path, form: str) -> None:
+    """Raise ``UsageError`` unless a table may be written there; no file that a campaign needs ends in its format."""
+    # A link is replaced, not followed; yet what it names is what its user has in mind.
+    if target.is_dir() or any(path.suffix != f".{form}" for path in (target, target.resolve())):
+        raise UsageError(f"--output: got {target}, allowed a file that ends in .{form}, new or to be replaced")
+    if not target.parent.is_dir():
+        raise UsageError(f"--output: got {target}, allowed a file in a folder that exists; {target.parent} does not")

@@ -75,16 +75,18 @@ def _print_population(config: ExperimentConfig, margin: float, confidence: float
     several = next((key for key in config.sweep if key.startswith(("model.", "data.", "fault.index", "seed"))), None)
     if several is not None:
         raise UsageError(f"sweep.{several}: faults are counted for one model and data set; give --{several} one value")
-    if config.fault.kind not in (*BIT_KINDS, "zero"):
-        raise UsageError(
-            f"fault.kind: got {config.fault.kind!r}, allowed {', '.join(BIT_KINDS)} and zero: its faults are not "
-            "places times bits; give --population"
-        )
+    for kind in _kinds(config):
+        if kind not in (*BIT_KINDS, "zero"):
+            raise UsageError(
+                f"fault.kind: got {kind!r}, allowed {', '.join(BIT_KINDS)} and zero: its faults are not "
+                "places times bits; give --population"
+            )
     set_determinism(config.run.threads)
     plan, total = make_plan(config), 0
     with Contexts(TraceWriter(None)) as contexts:
         pairs = contexts.open(plan.config_of(plan.runs[0]))
-        print(f"{config.model.path}, {len(pairs.batches)} inputs: places x bits = faults")
+        several_kinds = f" (bits of {', '.join(_kinds(config))} together)" if len(_kinds(config)) > 1 else ""
+        print(f"{config.model.path}, {len(pairs.batches)} inputs: places x bits = faults{several_kinds}")
         print(f"{'location':10}{'layer':>9}{'places':>15}{'bits':>6}{'faults':>18}{'runs':>10}")
         for location in config.sweep.get("fault.location", [config.fault.location]):
             counts = list(_layers(pairs, config, location))
@@ -110,12 +112,17 @@ def _layers(pairs: PairedRunner, config: ExperimentConfig, location: str) -> Ite
         for batch_index in range(len(pairs.batches)):
             site = pairs.baseline(batch_index, first).sites[layer, location]
             places += len(ElementPool.of(site, fault.index.element(), include_masked=fault.include_masked))
-        yield layer, places, _choices(config, site.dtype)
+        yield layer, places, sum(_choices(config, kind, site.dtype) for kind in _kinds(config))
 
 
-def _choices(config: ExperimentConfig, dtype: torch.dtype) -> int:
-    """Return how many faults one element can have: distinct bits, or sets of them."""
-    if config.fault.kind == "zero":
+def _kinds(config: ExperimentConfig) -> list[str]:
+    """Return the different kinds of fault of the grid."""
+    return list(dict.fromkeys(config.sweep.get("fault.kind", [config.fault.kind])))
+
+
+def _choices(config: ExperimentConfig, kind: str, dtype: torch.dtype) -> int:
+    """Return how many faults of a kind one element can have: distinct bits, or sets of them."""
+    if kind == "zero":
         return 1
     width, found = float_format(dtype).width, set[tuple[int, ...]]()
     for value in config.sweep.get("fault.bit", [config.fault.bit]):

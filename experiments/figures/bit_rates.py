@@ -13,6 +13,7 @@ from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 
 from experiments.analysis import critical_rate, detection_rate
+from experiments.figures.no_data import need_one_setting
 from experiments.figures.population import population, propagated
 from experiments.figures.style import (
     OUTCOME_STYLES,
@@ -37,6 +38,7 @@ def rates_by_bit(runs: pd.DataFrame) -> Figure:
     Raises:
         NoDataError: no fault has exactly one bit.
     """
+    need_one_setting(runs)
     parts = list(by_tensor_dtype(runs))
     figure = new_figure(7.2, 0.8 + 2.6 * len(parts))
     handles: list[ErrorbarContainer] = []

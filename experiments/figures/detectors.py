@@ -14,7 +14,7 @@ from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 
 from experiments.analysis import detector_comparison
-from experiments.figures.no_data import NoDataError, need_rows
+from experiments.figures.no_data import need_one_setting, need_rows
 from experiments.figures.population import population, propagated
 from experiments.figures.style import OUTCOME_STYLES, SERIES_STYLES, error_bars, legend_above, new_figure, styled
 from experiments.figures.style import percent_axis as percent
@@ -59,9 +59,7 @@ def detector_recall(runs: pd.DataFrame, clean: pd.DataFrame, compared: pd.DataFr
 
 
 def _table(runs: pd.DataFrame, clean: pd.DataFrame, compared: pd.DataFrame | None) -> pd.DataFrame:
-    for axis in runs.columns:
-        if str(axis).startswith("detect.") and runs[axis].nunique() > 1:
-            raise NoDataError(f"its runs differ in {axis}: the same fault would count once for every value")
+    need_one_setting(runs)
     table = detector_comparison(runs, clean) if compared is None else compared
     need_rows(table, "no detector looked in this campaign")
     order = {kind: place for place, kind in enumerate(_KINDS)}

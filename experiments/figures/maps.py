@@ -12,7 +12,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from experiments.analysis import critical_rate, detection_rate
-from experiments.figures.no_data import need_rows
+from experiments.figures.no_data import need_one_setting, need_rows
 from experiments.figures.population import population, propagated, short_name
 from experiments.figures.rate_map import RateMap, cell_size, draw_map
 from experiments.figures.style import new_figure, styled
@@ -32,6 +32,7 @@ def _of(runs: pd.DataFrame) -> str:
 
 def _maps(runs: pd.DataFrame, row: str, column: str, harm: bool) -> list[RateMap]:
     """Return the map of harm, where any is known, and that of detection, with the same rows and columns."""
+    need_one_setting(runs)
     by = [row, column]
     found = RateMap.of(detection_rate(runs, by), row, column, title="detected")
     if not harm:

@@ -2,12 +2,15 @@
 
     raise NoDataError("no run of this campaign was propagated (run.scope = site), so there are no outcomes")
 
-Public names: ``NoDataError``, ``need_rows``, ``need_columns``.
+Public names: ``NoDataError``, ``need_rows``, ``need_columns``, ``need_one_setting``.
 """
 
 from __future__ import annotations
 
 import pandas as pd
+
+from experiments.analysis.distinct import check_one_setting
+from experiments.errors import UsageError
 
 
 class NoDataError(ValueError):
@@ -28,3 +31,11 @@ def need_rows(table: pd.DataFrame, reason: str) -> None:
     """Raise ``NoDataError`` with this reason if the table is empty."""
     if table.empty:
         raise NoDataError(reason)
+
+
+def need_one_setting(runs: pd.DataFrame) -> None:
+    """Raise ``NoDataError`` if runs differ in a field of ``detect``: what was seen is that of no one setting."""
+    try:
+        check_one_setting(runs)
+    except UsageError as error:
+        raise NoDataError(str(error)) from error

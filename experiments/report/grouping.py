@@ -21,12 +21,16 @@ from experiments.analysis import (
     outcome_rates,
 )
 from experiments.analysis.clusters import cluster_columns
+from experiments.analysis.rates import drawn_apart
 from experiments.result import OUTCOMES
 
 MEASURES = ("detected", *OUTCOMES, "harmful", "harmful_detected")
 """What is counted: faults that proved detectors saw, each outcome, harmful ones, and those of them that were seen."""
 
-_GROUP = "group"
+_GROUP, _CELL = "group", "grid.cell"
+"""Columns that are added. Groups of swept fields alone are called by a dotted name, as these fields are: they are fixed
+before faults are drawn, which the estimates of weighted draws need to know (``analysis.rates.drawn_apart``)."""
+
 _CLUSTERS = [[f"cluster_{way}"] for way in range(len(DEFAULT_CLUSTER))]
 
 
@@ -66,8 +70,9 @@ def counted_faults(runs: pd.DataFrame) -> pd.DataFrame:
         name: faults.groupby(list(way), dropna=False, observed=True, sort=False).ngroup()
         for [name], way in zip(_CLUSTERS, DEFAULT_CLUSTER, strict=True)
     }
-    faults = faults.assign(fault_id=pd.factorize(faults["fault_id"])[0], **clusters)
-    return faults.drop(columns=sharing)
+    # One number for a fault under one setting of what watches: every group is of one setting, and holds a fault once.
+    fault = faults.groupby(["fault_id", *watching], dropna=False, observed=True, sort=False).ngroup()
+    return faults.assign(fault_id=fault, **clusters).drop(columns=[*sharing, *watching])
 
 
 def wide_rates(faults: pd.DataFrame, groups: Groups) -> pd.DataFrame:
@@ -80,18 +85,19 @@ def wide_rates(faults: pd.DataFrame, groups: Groups) -> pd.DataFrame:
         faults: the result of ``counted_faults``.
         groups: of all runs.
     """
-    frame = faults.assign(**{_GROUP: groups.codes.reindex(faults.index)})
+    group = _CELL if drawn_apart([str(name) for name in groups.labels.columns]) else _GROUP
+    frame = faults.assign(**{group: groups.codes.reindex(faults.index)})
     table = groups.labels.assign(runs=groups.codes.value_counts().reindex(groups.labels.index, fill_value=0))
-    outcomes = outcome_rates(frame, _GROUP, cluster=_CLUSTERS)
+    outcomes = outcome_rates(frame, group, cluster=_CLUSTERS)
     rates = {
-        "detected": detection_rate(frame, _GROUP, cluster=_CLUSTERS),
+        "detected": detection_rate(frame, group, cluster=_CLUSTERS),
         **{outcome: outcomes[outcomes["outcome"] == outcome] for outcome in OUTCOMES},
-        "harmful": critical_rate(frame, _GROUP, cluster=_CLUSTERS),
-        "harmful_detected": coverage_of_critical(frame, _GROUP, cluster=_CLUSTERS),
+        "harmful": critical_rate(frame, group, cluster=_CLUSTERS),
+        "harmful_detected": coverage_of_critical(frame, group, cluster=_CLUSTERS),
     }
     columns: dict[str, pd.Series] = {}
     for measure in MEASURES:
-        found = rates[measure].set_index(_GROUP).reindex(table.index)
+        found = rates[measure].set_index(group).reindex(table.index)
         columns[measure] = found["successes"].fillna(0).astype("int64")
         columns[f"{measure}_n"] = found["n"].fillna(0).astype("int64")
         for part in ("rate", "low", "high", "method"):

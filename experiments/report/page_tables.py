@@ -158,21 +158,18 @@ def _detectors(table: pd.DataFrame, inputs: ReportInputs) -> Table:
 def _detector_cells(row: Mapping[Any, Any]) -> Iterator[Cell]:
     yield text_cell(row["detector"])
     yield text_cell(_KINDS.get(row["kind"], row["kind"]))
-    yield _share_cell(row, "detected", row["n"])
-    yield _share_cell(row, "recall_critical", row["harmful_n"])
-    yield _share_cell(row, "recall_effective")
+    yield _share_cell(row, "detected", row["seen"], row["n"])
+    yield _share_cell(row, "recall_critical", row["seen_harmful"], row["harmful_n"])
+    yield _share_cell(row, "recall_effective", row["seen_effective"], row["effective_n"])
     yield count_cell(row["exclusive"])
     yield Cell(NOTHING) if is_missing(row["union"]) else Cell(f"{100 * row['union']:.1f} %", row["union"])
     false = count_cell(row["false_positives"])
     yield Cell(false.text, false.key, "" if false.key is None else f"of {count_cell(row['clean_rows']).text} rows")
 
 
-def _share_cell(row: Mapping[Any, Any], measure: str, n: Any = None) -> Cell:
+def _share_cell(row: Mapping[Any, Any], measure: str, seen: Any, n: Any) -> Cell:
     share, low, high = row[measure], row[f"{measure}_low"], row[f"{measure}_high"]
-    if is_missing(share):
-        return Cell(NOTHING)
-    cell = rate_cell(0 if n is None else round(share * n), 1 if n is None else n, share, low, high)
-    return cell if n is not None else Cell(cell.text, cell.key, cell.detail.partition(";")[0])
+    return Cell(NOTHING) if is_missing(share) else rate_cell(seen, n, share, low, high)
 
 
 def _rankings(table: pd.DataFrame) -> Iterator[Table]:

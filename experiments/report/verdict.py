@@ -77,7 +77,7 @@ def _of_cells(point: dict[str, Any], ends: CellEnds) -> Iterator[str]:
         return
     counted = f"In these rates a cell of the grid counts by its number of runs ({ends.fewest:,} to {ends.most:,})"
     means = {name: point.get(f"{name}_mean_of_cells") for name in ("harmful", "detected")}
-    shown = [f"{100 * mean:.1f} % {name}" for name, mean in means.items() if not is_missing(mean)]
+    shown = [f"{100 * mean:.1f} % {name}" for name, mean in means.items() if mean is not None and not is_missing(mean)]
     yield f"{counted}; with every cell counted once they are {' and '.join(shown)}." if shown else f"{counted}."
 
 

@@ -1,0 +1,63 @@
+"""Cells that no run can have written, refused by file, column and line, before a number is computed from them.
+
+    check_cells(table, Path("results/default/runs.csv"), ExperimentResult)
+
+Public names: ``check_cells``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from experiments.column_types import column_types
+from experiments.errors import UsageError, nearest
+from experiments.result import OUTCOMES
+from fault_injection import LOCATIONS
+
+VOCABULARIES = MappingProxyType({"outcome": OUTCOMES, "scope": ("full", "site"), "location": LOCATIONS})
+"""By column the texts it may hold."""
+
+NEEDED_TEXTS = ("run_id", "model", "fault_id")
+"""Texts by which rows are told apart; others that always exist may be empty, such as ``detectors``."""
+
+
+def check_cells(table: pa.Table, file: Path, row_type: type[Any]) -> None:
+    """Raise ``UsageError`` for a cell that is empty and must not be, a word of no vocabulary, or a wrong weight.
+
+    Args:
+        table: as read from the file; the columns it has are checked.
+        file: named in the message.
+        row_type: the type of the rows.
+    """
+    types = column_types(row_type)
+    for name in table.column_names:
+        column, kind = table[name], types[name]
+        if not kind.optional and (kind.kind is not str or name in NEEDED_TEXTS or name in VOCABULARIES):
+            empty = pc.equal(pc.cast(column, pa.string()), "") if kind.kind is str else pc.is_null(column)
+            _refuse(empty, name, file, "got an empty cell, allowed a value in every row")
+        if name in VOCABULARIES:
+            _check_words(column, name, file)
+        if name == "sampling_weight":
+            wrong = pc.or_(pc.invert(pc.is_finite(column)), pc.less(column, 0.0))
+            _refuse(wrong, name, file, "got {}, allowed numbers from 0 on, or an empty cell in every row", column)
+
+
+def _check_words(column: pa.ChunkedArray, name: str, file: Path) -> None:
+    allowed = VOCABULARIES[name]
+    for word in pc.unique(column).to_pylist():
+        if word and word not in allowed:
+            said = f"got {word!r}, allowed {', '.join(allowed)}{nearest(word, allowed)}"
+            _refuse(pc.equal(column, word), name, file, said)
+
+
+def _refuse(wrong: pa.ChunkedArray, name: str, file: Path, said: str, column: pa.ChunkedArray | None = None) -> None:
+    """Raise for the first row in which ``wrong`` is true; the header is line 1."""
+    place = pc.index(pc.fill_null(wrong, False), True).as_py()
+    if place >= 0:
+        value = "" if column is None else column[place].as_py()
+        raise UsageError(f"{file}: column {name!r}, line {place + 2}: {said.format(value)}")
