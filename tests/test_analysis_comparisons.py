@@ -20,6 +20,7 @@ from experiments.analysis import (
     margin_statistics,
     overhead,
     rank_cells,
+    wilson_interval,
 )
 from experiments.analysis.clusters import ClusterSums
 from experiments.analysis.means import mean_table
@@ -47,7 +48,25 @@ def test_the_bootstrap_is_repeatable_and_as_wide_as_the_t_interval_for_normal_cl
     assert found == bootstrap_limits(1.0, influence)
     half = 1.972 * math.sqrt(200 * influence.var(ddof=1))
     assert (found.high - 1, 1 - found.low) == pytest.approx((half, half), rel=0.08)
-    assert found.p_value == pytest.approx(1 / 2000)
+
+
+def test_clusters_that_agree_say_nothing_of_the_width_of_a_mean() -> None:
+    row = mean_table(runs_of(12, batch_index=np.arange(12) // 3), np.tile([0.1, 0.2, 0.4], 4)).iloc[0]
+    assert row["mean"] == pytest.approx(0.7 / 3)
+    assert math.isnan(row.low)
+    assert math.isnan(row.high)
+    assert (row.clusters, row.method) == (4, "none: all clusters agree")
+
+
+def test_a_mean_of_two_ways_is_wider_than_of_the_wider_one() -> None:
+    generator = np.random.default_rng(12)
+    inputs, heads = np.arange(400) // 20, np.arange(400) % 20
+    values = generator.normal(size=20)[inputs] + generator.normal(size=20)[heads] + generator.normal(0, 0.1, 400)
+    runs = runs_of(400, batch_index=inputs, index_head=heads)
+    both = mean_table(runs, values).iloc[0]
+    alone = [mean_table(runs, values, cluster=[name]).iloc[0] for name in ("batch_index", "index_head")]
+    widths = [row.high - row.low for row in alone]
+    assert both.high - both.low == pytest.approx(math.hypot(*widths), rel=0.1)
 
 
 def test_a_mean_of_weighted_runs() -> None:
@@ -197,6 +216,60 @@ def test_comparison_by_group_and_of_extremes() -> None:
     assert table.difference.tolist() == [1.0, 0.0]
     assert table.low[0] > 0.8
     assert table.p_value[0] < 1e-6
+
+
+def sample(count: int, rate: float, clusters: int, side: str, generator: np.random.Generator) -> pd.DataFrame:
+    """Return runs of faults and inputs of their own, with a correlation of 0.2 within inputs."""
+    chances = generator.beta(4 * rate, 4 * (1 - rate), clusters) if rate else np.zeros(clusters)
+    inputs = np.arange(count) % clusters
+    harmful = generator.random(count) < chances[inputs]
+    return runs_of(count, fault_id=[f"{side}{place}" for place in range(count)], batch_index=inputs + 1000 * ord(side),
+                   outcome=np.where(harmful, "critical", "benign"))  # fmt: skip
+
+
+def test_a_side_of_three_runs_keeps_its_uncertainty() -> None:
+    many = runs_of(300, batch_index=range(300), outcome=["critical"] * 76 + ["benign"] * 224)
+    few = runs_of(3, batch_index=range(1000, 1003), fault_id=list("xyz"))
+    row = compare(many, few, measure="harmful").iloc[0]
+    low, high = wilson_interval(76, 300)
+    beyond = wilson_interval(0, 3)[1]
+    assert row.low == pytest.approx(76 / 300 - math.hypot(76 / 300 - low, beyond))
+    assert row.high == pytest.approx(high)
+    assert row.p_value > 0.2
+    assert row.clusters == 3
+
+
+def test_two_samples_against_newcombe() -> None:
+    """Statistics in Medicine 17:873, 1998, table II, method 10: 56/70 - 48/80."""
+    sides = [
+        runs_of(n, batch_index=np.arange(n) + 1000 * n, fault_id=[f"{n}-{place}" for place in range(n)],
+                outcome=["critical"] * hits + ["benign"] * (n - hits))
+        for hits, n in ((56, 70), (48, 80))
+    ]  # fmt: skip
+    row = compare(*sides, measure="harmful").iloc[0]
+    assert (round(row.low, 4), round(row.high, 4)) == (0.0524, 0.3339)
+
+
+@pytest.mark.parametrize("few", [2, 5, 20])
+def test_the_p_value_is_that_of_the_limits(few: int) -> None:
+    generator = np.random.default_rng(few)
+    outside = 0
+    for rate in np.linspace(0, 0.9, 20):
+        a, b = sample(20 * few, 0.2, few, "a", generator), sample(400, rate, 40, "b", generator)
+        row = compare(a, b, measure="harmful").iloc[0]
+        assert (row.p_value < 0.05) == (not row.low <= 0 <= row.high)
+        outside += row.p_value < 0.05
+    assert 0 < outside < 20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rate", [0.0, 0.2])
+@pytest.mark.parametrize("few", [2, 3, 5, 100])
+def test_few_clusters_on_one_side_raise_no_false_alarm(few: int, rate: float) -> None:
+    generator = np.random.default_rng(14)
+    pairs = [(sample(20 * few, rate, few, "a", generator), sample(2000, rate, 100, "b", generator)) for _ in range(200)]
+    alarms = sum(compare(a, b, measure="harmful").p_value[0] < 0.05 for a, b in pairs)
+    assert alarms <= 0.07 * 200
 
 
 @pytest.mark.slow

@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from benchmarks.interval_coverage import MEANS, RATES, main, mean_coverage, rate_coverage
+from benchmarks.interval_coverage import CROSSED, MEANS, RATES, crossed_coverage, main, mean_coverage, rate_coverage
 from experiments import closing_table
-from experiments.analysis.clusters import ClusterSums, ratio
+from experiments.analysis.clusters import ClusterSums, Grouping, cluster_columns, ratio
 from experiments.analysis.intervals import (
     clustered_interval,
     exact_interval,
@@ -21,6 +22,7 @@ from experiments.analysis.intervals import (
     wilson_limits,
 )
 from experiments.analysis.rates import rate_of
+from experiments.errors import UsageError
 
 # Newcombe, Statistics in Medicine 17:857, 1998, table I: score method without correction (3), exact method (5).
 NEWCOMBE = [
@@ -104,11 +106,43 @@ def test_skewed_clusters_leave_few_degrees_of_freedom() -> None:
     assert ratio(ClusterSums(skewed, ones, ones, ones, skewed)).degrees < 5
 
 
+def test_the_variance_of_two_ways_is_their_sum_less_that_of_both() -> None:
+    generator = np.random.default_rng(4)
+    frame = pd.DataFrame({"i": generator.integers(0, 12, 300), "h": generator.integers(0, 9, 300)})
+    hits = generator.random(300) < 0.1 + 0.05 * frame.i + 0.03 * frame.h
+    found = {}
+    for name, cluster in {"i": ["i"], "h": ["h"], "both": ["i", "h"], "two": [["i"], ["h"]]}.items():
+        [(_, sums)] = Grouping(frame, None, cluster).sums(hits.to_numpy())
+        found[name] = ratio(sums)
+    assert found["two"].variance == pytest.approx(
+        found["i"].variance + found["h"].variance - found["both"].variance, rel=1e-12
+    )
+    assert found["two"].degrees == min(found["i"].degrees, found["h"].degrees)
+    assert found["two"].variance > max(found["i"].variance, found["h"].variance)
+
+
+def test_ways_that_cancel_leave_the_larger_and_lone_ones_count_for_nothing() -> None:
+    frame = pd.DataFrame({"i": [0, 0, 1, 1], "h": [0, 1, 0, 1], "one": 0})
+    # Inputs and heads agree exactly; only their combinations differ.
+    [(_, sums)] = Grouping(frame, None, [["i"], ["h"]]).sums(np.array([0, 1, 1, 0]))
+    assert ratio(sums).variance == 0
+    [(_, alone)] = Grouping(frame, None, [["i"], ["one"]]).sums(np.array([0, 0, 1, 0]))
+    [(_, expected)] = Grouping(frame, None, ["i"]).sums(np.array([0, 0, 1, 0]))
+    assert ratio(alone) == ratio(expected)
+    assert len(alone.runs) == 2
+
+
+def test_a_choice_of_clusters() -> None:
+    assert cluster_columns(["model", "layer"]) == ["model", "layer"]
+    with pytest.raises(UsageError, match="allowed a list of columns, or a list of such lists"):
+        cluster_columns(["model", ["layer"]])
+
+
 def test_the_script_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     main(["--campaigns", "5"])
     lines = capsys.readouterr().out.splitlines()
     assert "0.0038" in lines[0]
-    assert len(lines) == 5 + len(RATES) + len(MEANS)
+    assert len(lines) == 7 + len(RATES) + len(CROSSED) + len(MEANS)
 
 
 @pytest.mark.slow
@@ -125,3 +159,11 @@ def test_limits_of_means_hold_in_95_of_100_campaigns(setting: object) -> None:
     found = mean_coverage(setting, 2000)  # type: ignore[arg-type]
     assert 0.935 <= found.printed <= 0.965
     assert found.naive < 0.75
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("setting", CROSSED[:4], ids=str)
+def test_limits_hold_where_inputs_and_heads_cross(setting: object) -> None:
+    found = crossed_coverage(setting, 1000)  # type: ignore[arg-type]
+    assert 0.93 <= found.printed <= 0.97
+    assert found.naive < 0.65

@@ -90,18 +90,19 @@ def test_locations_stand_in_the_order_of_the_computation(page: Page) -> None:
     assert list(found.bit_field) == ["exponent", "mantissa"] * 3
 
 
-def test_an_interval_of_independent_runs_is_wilsons(page: Page) -> None:
+def test_an_interval_of_runs_in_clusters_is_at_least_as_wide_as_wilsons(page: Page) -> None:
     rates = [
         [row[f"{measure}{part}"] for part in ("", "_n", "_low", "_high")]
         for name in ("points", "outcomes", "cells")
         for row in frame(page.numbers[name]).to_dict("records")
         for measure in ("detected", "masked", "critical", "harmful_detected")
-        if row[f"{measure}_method"] == "Wilson"
+        if row[f"{measure}_n"]
     ]
     assert rates
-    for successes, n, low, high in rates:
-        limits = binomtest(successes, n).proportion_ci(0.95, method="wilson")
-        assert (low, high) == pytest.approx((limits.low, limits.high), abs=1e-12)
+    for hits, n, low, high in rates:
+        expected = wilson_interval(int(hits), int(n))
+        assert low <= expected[0] + 1e-9
+        assert high >= expected[1] - 1e-9
 
 
 def test_the_summary_table_and_the_page_hold_the_same_numbers(campaign: Path, page: Page) -> None:
