@@ -88,14 +88,17 @@ def run_campaign(
         Contexts(TraceWriter(None)) as contexts,
         _locked(folder, shard) as lock,
         # As long as it is not known what is done, nothing counts as done by this worker.
-        Tally(folder, lock, Session.begin(folder, shard, len(mine), len(mine))) as tally,
+        Tally(
+            folder, lock, Session.begin(folder, shard, len(mine), len(mine), write=not overwrite), not overwrite
+        ) as tally,
     ):
         finished = set() if overwrite else folder.finished_runs()
         grid = Cells(plan, mine, {}) if overwrite else grid_of(folder, plan, mine)
         done = finished | grid.unneeded()
         todo = [run for run in mine if run.run_id not in done]
         before = sum(run.run_id in finished for run in mine)
-        tally.start_work(before)
+        if not overwrite:
+            tally.start_work(before)
         if not todo or stopping():
             tally.stopped = bool(todo)
             return CampaignStatus(folder, before, 0, 0, 0.0, tally.stopped)

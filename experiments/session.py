@@ -61,13 +61,14 @@ class Session:
     reason: str | None = None
 
     @classmethod
-    def begin(cls, folder: CampaignFolder, shard: Shard, planned: int, before: int) -> Session:
-        """Write and return a session of this process that begins now."""
+    def begin(cls, folder: CampaignFolder, shard: Shard, planned: int, before: int, *, write: bool = True) -> Session:
+        """Return a session of this process that begins now, and write it unless ``write`` is false."""
         task = SlurmTask.of(os.environ)
         who = {"host": socket.gethostname(), "pid": os.getpid()}
         slurm = {"job": task.job if task else None, "restarts": task.restarts if task else 0}
         session = cls(shard.number, shard.count, planned, before, time.time(), **who, **slurm)  # type: ignore[arg-type]
-        session._write(folder)
+        if write:
+            session._write(folder)
         return session
 
     def begun_again(self, folder: CampaignFolder, before: int) -> Session:

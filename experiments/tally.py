@@ -25,11 +25,16 @@ class Tally:
         folder, session, shard: where, since when, and which part.
         done, failed: runs of this session.
         stopped: whether it left before the end of the shard.
+
+    Args:
+        noted: whether the session is on disk. One that is not (an earlier campaign is still there) is written down
+            when work starts; if it is refused before, nothing is.
     """
 
-    def __init__(self, folder: CampaignFolder, lock: WriterLock, session: Session) -> None:
+    def __init__(self, folder: CampaignFolder, lock: WriterLock, session: Session, noted: bool = True) -> None:
         self.folder, self.session, self._lock = folder, session, lock
         self.shard = Shard(session.number, session.count)
+        self._noted = noted
         self.done = self.failed = 0
         self.stopped = False
 
@@ -41,7 +46,7 @@ class Tally:
     ) -> None:
         ended = "stopped" if self.stopped or isinstance(error, KeyboardInterrupt) else "refused" if error else "done"
         # If the shard is another worker's by now, so is its session.
-        if not self._lock.is_own():
+        if not (self._noted and self._lock.is_own()):
             return
         if not self.folder.config_file.is_file():
             # No campaign came of it, so there is none whose shard could stand somehow.
@@ -51,6 +56,7 @@ class Tally:
 
     def start_work(self, before: int) -> None:
         """Note that what follows is work: ``before`` runs are done, and the clock of the rate begins here."""
+        self._noted = True
         self.session = self.session.begun_again(self.folder, before)
 
     def check(self) -> None:

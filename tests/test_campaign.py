@@ -708,7 +708,7 @@ def test_a_run_that_raises_stops_no_other_and_is_tried_again(
         assert row["traceback"] == "logs/0001.txt"
     logged = (folder / "logs/0001.txt").read_text()
     assert [f"run {run_id}: " in logged for run_id in planned] == [run_id in bad for run_id in planned]
-    assert f"run {planned[3]}: Traceback" in logged
+    assert logged.count("Traceback") == 1
     assert "in explode" in logged
     with run_that(monkeypatch, explode) as begun:
         assert main(place.arguments(tmp_path)) == 1
