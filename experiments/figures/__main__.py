@@ -17,9 +17,7 @@ _PAGE = "figures.md"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write the figures and a page with their captions; return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m experiments.figures", description=__doc__, allow_abbrev=False)
-    parser.add_argument(
-        "campaign", nargs="+", type=Path, help="folder (or runs.csv) of one campaign or of several"
-    )
+    parser.add_argument("campaign", nargs="+", type=Path, help="folder (or runs.csv) of one campaign or of several")
     parser.add_argument("--out", type=Path, help="where to write (default: figures/ in the first campaign's folder)")
     options = parser.parse_args(arguments)
     out: Path = options.out or _folder(options.campaign[0]) / "figures"
