@@ -27,7 +27,8 @@ from experiments.report.summary import summarize
 
 OWN = """
 import torch
-from bounds.detector import Detector, judged
+from bounds.row_check import judged
+from bounds.detector import Detector
 from bounds.row_check import RowCheck
 
 class Large(Detector):
@@ -193,15 +194,8 @@ def test_the_page_shows_both_rankings(place: Path, tmp_path: Path, monkeypatch: 
     few_figures(monkeypatch)
     monkeypatch.chdir(tmp_path)
     more = [
-        "--sweep.fault.location",
-        "scores,k",
-        "--fault.bit",
-        "30",
-        "--num_runs",
-        "6",
-        "--detect.detectors",
-        "finite",
-    ]
+        "--sweep.fault.location", "scores,k", "--fault.bit", "30", "--num_runs", "6", "--detect.detectors", "[finite]",
+    ]  # fmt: skip
     assert main(MicroPlace(place / "place").arguments(tmp_path, *more)) == 0
     assert main(["report", str(tmp_path / "micro")]) == 0
     page = Page((tmp_path / "micro/report.html").read_text(encoding="utf-8"))

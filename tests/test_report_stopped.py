@@ -23,7 +23,7 @@ def _few_figures(monkeypatch: pytest.MonkeyPatch) -> None:
 def campaign(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("stopped")
     more = [
-        "--sweep.fault.bit", "0,30", "--num_runs", "90", "--detect.detectors", "lite",
+        "--fault.location", "q", "--sweep.fault.bit", "0,30", "--num_runs", "90", "--detect.detectors", "[lite]",
         "--stop.margin", "0.15", "--stop.minimum", "16",
     ]  # fmt: skip
     with contextlib.chdir(root):
@@ -91,7 +91,8 @@ def test_pooled_rates_stand_beside_the_mean_of_the_cells(campaign: Path, tmp_pat
 
 def test_points_of_detect_have_means_of_their_own_cells(campaign: Path, tmp_path: Path) -> None:
     more = [
-        "--sweep.fault.bit", "0,30", "--num_runs", "40", "--sweep.detect.tolerance", "0,1e9", "--detect.detectors", "lite",
+        "--fault.location", "q", "--sweep.fault.bit", "0,30", "--num_runs", "40", "--sweep.detect.tolerance", "0,1e9",
+        "--detect.detectors", "[lite]",
         "--stop.margin", "0.2", "--stop.minimum", "8", "--stop.rate", "detected",
     ]  # fmt: skip
     assert main(MicroPlace(campaign.parents[1] / "place").arguments(tmp_path, *more)) == 0
