@@ -23,7 +23,7 @@ def _few_figures(monkeypatch: pytest.MonkeyPatch) -> None:
 def campaign(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("stopped")
     more = [
-        "--fault.location", "q", "--sweep.fault.bit", "0,30", "--num_runs", "90", "--detect.detectors", "[lite]",
+        "--fault.location", "scores", "--sweep.fault.bit", "0,30", "--num_runs", "90", "--detect.detectors", "[lite]",
         "--stop.margin", "0.15", "--stop.minimum", "16",
     ]  # fmt: skip
     with contextlib.chdir(root):
