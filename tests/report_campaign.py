@@ -32,6 +32,7 @@ def make_campaign(root: Path) -> Path:
     more = [
         "--sweep.fault.location", "q,scores,weights", "--sweep.fault.bit", "3,30", "--num_runs", "8",
         "--detect.detectors", "full,epsilon,oracles,competitors", "--stop.margin", "null",
+        "--run.propagation", "true",
     ]  # fmt: skip
     with contextlib.chdir(root):
         assert main(MicroPlace.make(Path(HOSTILE)).arguments(Path("output"), *more)) == 0

@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
+from experiments.analysis import detector_comparison
 from experiments.figures import FIGURES, NoDataError, save, svg_text, write_figures
 from experiments.figures.__main__ import main, page
 from tests.figure_frames import synthetic_runs, synthetic_tables
@@ -214,6 +215,32 @@ def test_the_command_refuses_what_is_no_campaign(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert main([str(tmp_path), "--out", str(tmp_path / "file")]) == 2
     assert "which is a file" in capsys.readouterr().err
+
+
+def test_a_place_that_cannot_be_written_to_is_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("experiments.figures.__main__.load_tables", lambda _: synthetic_tables(40))
+    (tmp_path / "file").write_text("")
+    assert main([str(tmp_path), "--out", str(tmp_path / "file" / "below")]) == 3
+    printed = capsys.readouterr().err
+    assert re.fullmatch(r"error: .*file.*\n", printed)
+
+
+def test_a_campaign_named_by_its_table_has_its_figures_beside_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("experiments.figures.__main__.load_tables", lambda _: synthetic_tables(40))
+    monkeypatch.setattr("experiments.figures.__main__.write_figures", lambda tables, out: iter(()))
+    (tmp_path / "runs.csv").write_text("")
+    assert main([str(tmp_path / "runs.csv")]) == 0
+    assert (tmp_path / "figures" / "figures.md").is_file()
+    assert str(tmp_path / "figures") in capsys.readouterr().out
+
+
+def test_a_comparison_that_is_made_already_is_taken(monkeypatch):
+    tables = synthetic_tables(200)
+    alone = FIGURES["detector_recall"].make(tables)
+    compared = detector_comparison(tables["runs"], tables["clean"])
+    monkeypatch.setattr("experiments.figures.detectors.detector_comparison", None)
+    figure, caption = FIGURES["detector_recall"].make({**tables, "compared": compared})
+    assert (svg_text(figure), caption) == (svg_text(alone[0]), alone[1])
 
 
 def test_runs_of_several_bits_are_counted_where_they_are_not_drawn():

@@ -58,6 +58,24 @@ CASES: dict[str, tuple[Damage, str, int]] = {
     ),
     "damaged provenance": (content("provenance.json", "{"), "provenance.json: is no JSON", 1),
     "provenance of another kind": (content("provenance.json", "[]"), "must hold a mapping, got list", 1),
+    "arguments that are none": (content("provenance.json", '{"arguments": 3}'), "arguments: got 3, allowed a list", 1),
+    "arguments that are no texts": (content("provenance.json", '{"arguments": ["a", 3]}'), "allowed a list", 1),
+    "more cells in propagation": (
+        edited("propagation.csv", lambda lines: [*lines[:3], f"{lines[3][:-1]},7\n", *lines[4:]]),
+        "propagation.csv: is damaged: CSV parse error: Row #4: Expected 3 columns, got 4", 2,
+    ),
+    "a cell too many in every line of propagation": (
+        edited("propagation.csv", lambda lines: [lines[0], *(f"{line[:-1]},7\n" for line in lines[1:])]),
+        "propagation.csv: is damaged", 2,
+    ),
+    "fewer cells in propagation": (
+        edited("propagation.csv", lambda lines: [*lines[:3], lines[3].rpartition(",")[0] + "\n", *lines[4:]]),
+        "propagation.csv: is damaged", 2,
+    ),
+    "a text in propagation": (
+        edited("propagation.csv", lambda lines: [*lines[:3], lines[3].rpartition(",")[0] + ",x\n", *lines[4:]]),
+        "propagation.csv: is damaged", 2,
+    ),
     "ragged failures": (content("failures.csv", "run_id,exception\n1,2,3\n1,2\n"), "failures.csv: line 2 has 3", 1),
     "empty failures": (content("failures.csv", ""), "failures.csv: is empty", 1),
     "ragged stops": (content("stops.csv", "cell,reason\n1\n"), "stops.csv: line 2 has 1 cells, expected 2", 1),

@@ -5,6 +5,7 @@ Public names: ``verdict_sentences``, ``limit_sentences``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -76,8 +77,8 @@ def _of_cells(point: dict[str, Any], ends: CellEnds) -> Iterator[str]:
     if ends.fewest == ends.most:
         return
     counted = f"In these rates a cell of the grid counts by its number of runs ({ends.fewest:,} to {ends.most:,})"
-    means = {name: point.get(f"{name}_mean_of_cells") for name in ("harmful", "detected")}
-    shown = [f"{100 * mean:.1f} % {name}" for name, mean in means.items() if mean is not None and not is_missing(mean)]
+    means = {name: point.get(f"{name}_mean_of_cells", math.nan) for name in ("harmful", "detected")}
+    shown = [f"{100 * mean:.1f} % {name}" for name, mean in means.items() if not is_missing(mean)]
     yield f"{counted}; with every cell counted once they are {' and '.join(shown)}." if shown else f"{counted}."
 
 
