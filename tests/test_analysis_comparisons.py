@@ -323,3 +323,24 @@ def test_without_clean_rows_only_detectors_that_fired_are_known() -> None:
 def test_detectors_of_two_settings_are_not_mixed() -> None:
     with pytest.raises(UsageError, match=r"detect\.tolerance: got runs with 0, 1, allowed runs of one value"):
         detector_comparison(detecting_runs().assign(**{"detect.tolerance": [0, 1] * 3}))
+
+
+def test_counts_of_weighted_detectors_are_those_of_the_runs() -> None:
+    table = detector_comparison(detecting_runs().assign(sampling_weight=[4, 0.1, 0.1, 1, 1, 0.5])).set_index("detector")
+    row = table.loc["s@w"]
+    assert (row.seen, row.n, row.seen_harmful, row.harmful_n, row.seen_effective, row.effective_n) == (2, 6, 2, 3, 2, 5)
+    assert row.recall_critical == pytest.approx(4.1 / 4.2)
+
+
+def test_the_verdict_weighs_the_others_too_and_a_cell_of_no_weight_shows_nothing() -> None:
+    generator = np.random.default_rng(11)
+    head = np.arange(3000) % 3
+    harmful = generator.random(3000) < np.where(head == 0, 0.6, 0.1)
+    weight = np.where(head == 2, 0.0, np.where(harmful, 0.5, 1.5))
+    runs = runs_of(3000, index_head=head, batch_index=generator.integers(0, 50, 3000), sampling_weight=weight,
+                   outcome=np.where(harmful, "critical", "benign"))  # fmt: skip
+    ranking = rank_cells(runs)
+    rest = head == 1
+    elsewhere = 100 * (harmful * weight)[rest].sum() / weight[rest].sum()
+    assert f"against {elsewhere:.1f} % elsewhere" in ranking.attrs["verdict"]
+    assert ranking.p_value[ranking.index_head == 2].tolist() == [1.0]

@@ -160,3 +160,24 @@ def test_a_plan_of_another_campaign(tmp_path: Path) -> None:
     (folder / "plan.csv").write_text("")
     with pytest.raises(UsageError, match="no table of runs"):
         load_runs(folder)
+
+
+@pytest.mark.parametrize(("column", "cell", "message"), [
+    ("layer", "", "got an empty cell, allowed a value in every row"),
+    ("effective", "", "got an empty cell"),
+    ("scope", "", "got an empty cell"),
+    ("fault_id", "", "got an empty cell"),
+    ("outcome", "critcal", "got 'critcal', allowed masked, benign, critical, nonfinite; did you mean 'critical'"),
+    ("location", "p", "got 'p', allowed q, k, v"),
+    ("scope", "ful", "got 'ful', allowed full, site; did you mean 'full'"),
+    ("sampling_weight", "nan", "got nan, allowed numbers from 0 on"),
+    ("sampling_weight", "-1", r"got -1\.0, allowed numbers from 0 on"),
+    ("sampling_weight", "inf", "got inf, allowed numbers from 0 on"),
+])  # fmt: skip
+def test_a_cell_that_no_run_can_have_written(tmp_path: Path, column: str, cell: str, message: str) -> None:
+    path = write_campaign(tmp_path / "one", [ROW, ROW, ROW]) / "runs.csv"
+    header, *lines = [line.split(",") for line in path.read_text().splitlines()]
+    lines[1][header.index(column)] = cell
+    path.write_text("".join(",".join(line) + "\n" for line in [header, *lines]))
+    with pytest.raises(UsageError, match=rf"runs\.csv: column '{column}', line 3: {message}"):
+        load_runs(path)

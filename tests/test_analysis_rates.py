@@ -178,8 +178,8 @@ def test_the_regression_is_for_all_that_was_drawn_and_the_ratio_for_parts_of_it(
     parts = critical_rate(runs, "bit")
     assert [method.split(",")[0] for method in parts.method] == ["ratio"] * 2
     assert parts.rate[1] == pytest.approx(harm[runs.bit == 1].mean())
-    chosen = critical_rate(runs[runs.bit == 1]).iloc[0]
-    assert (chosen.method.split(",")[0], chosen.rate) == ("ratio", pytest.approx(parts.rate[1])), "its mean is not 1"
+    chosen = runs[(runs.bit == 1) | (runs.index < 100)]
+    assert critical_rate(chosen).method[0].startswith("ratio, "), "the mean weight of what was selected is not 1"
 
 
 def test_weights_of_nothing_are_refused() -> None:

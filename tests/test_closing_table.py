@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from simulated_runs import runs_of
 
+from experiments.analysis import critical_rate
 from experiments.campaign_folder import CampaignFolder
-from experiments.closing_table import closing_table
+from experiments.closing_table import _weight_lines, closing_table
 from experiments.config import ExperimentConfig
 from experiments.csv_file import write_rows
 from experiments.merge import merge_campaign
@@ -117,3 +119,13 @@ def test_runs_that_share_an_input_and_a_head_widen_the_interval(tmp_path: Path) 
     low, high = map(float, line.split("(")[1].split(")")[0].split(" - "))
     assert low < 15.0
     assert high > 85.0
+
+
+def test_the_harmful_share_of_weighted_runs_is_that_of_the_analysis() -> None:
+    runs = runs_of(60, sampling_weight=[0.5, 1.5] * 30, batch_index=range(60),
+                   outcome=["critical", "benign", "benign", "benign"] * 15)  # fmt: skip
+    [line] = _weight_lines(runs)
+    row = critical_rate(runs).iloc[0]
+    assert "counts are of these runs, shares with intervals are weighted" in line
+    assert f"{100 * row.rate:.2f} % ({100 * row.low:.2f} - {100 * row.high:.2f}) of all faults are harmful" in line
+    assert _weight_lines(runs.assign(sampling_weight=1.0)) == []

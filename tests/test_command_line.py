@@ -198,6 +198,7 @@ def test_plan_size_counts_the_faults_of_a_campaign(
     (["--fault.location=q", "--fault.layers=1", "--fault.bit=null", "--fault.kind=zero"], 12 * 8 * 2, 1),
     (["--fault.location=scores", "--sweep.fault.layers=1,[1]", "--fault.bit=sign", "--fault.index.head=0"], 78, 1),
     (["--fault.location=scores", "--fault.layers=0", "--fault.bit=null", "--fault.include_masked=true"], 288, 32),
+    (["--fault.location=q", "--fault.layers=1", "--fault.bit=null", "--sweep.fault.kind=bitflip,zero"], 192, 33),
 ])  # fmt: skip
 def test_plan_size_counts_what_can_be_drawn(
     place: MicroPlace,
@@ -218,6 +219,7 @@ def test_plan_size_counts_what_can_be_drawn(
 @pytest.mark.parametrize(("options", "message"), [
     (["--sweep.seed=0,1", "--fault.bit=null"], "sweep.seed: faults are counted for one model and data set"),
     (["--fault.bit=null", "--fault.kind=random_value"], "fault.kind: got 'random_value', allowed bitflip, stuck_at_0"),
+    (["--fault.bit=null", "--sweep.fault.kind=zero,random_value"], "fault.kind: got 'random_value', allowed bitflip"),
     (["--rate=1.5"], "--rate: got 1.5, allowed a number between 0 and 1"),
 ])  # fmt: skip
 def test_plan_size_refuses_what_it_cannot_count(

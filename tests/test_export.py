@@ -146,6 +146,22 @@ def test_other_columns_are_refused(tmp_path: Path) -> None:
     assert files_below(tmp_path) == ["t.csv"]
 
 
+@pytest.mark.parametrize("cut", [1, 2])
+def test_a_torn_file_is_refused(tmp_path: Path, cut: int) -> None:
+    write_rows(tmp_path / "t.csv", ["run_id", "layer", "relative_change"], [["r", "1", "0.512"]])
+    (tmp_path / "t.csv").write_bytes((tmp_path / "t.csv").read_bytes()[:-cut])
+    with pytest.raises(CheckRefusedError, match=r"t\.csv: its last line is cut off"):
+        export_parquet(tmp_path / "t.csv", PropagationRow, tmp_path / "t.parquet")
+    assert files_below(tmp_path) == ["t.csv"]
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\n", b"run_id,layer,relative_change\n\xff,1,0.5\n"])
+def test_bytes_that_are_no_text_are_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "t.csv").write_bytes(content)
+    with pytest.raises(CheckRefusedError, match=r"t\.csv: .*UTF"):
+        export_parquet(tmp_path / "t.csv", PropagationRow, tmp_path / "t.parquet")
+
+
 # ------------------------------------------------------------------------------------------------- the command
 
 

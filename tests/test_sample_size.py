@@ -78,3 +78,9 @@ def test_numbers_out_of_range_are_refused(name: str, value: float) -> None:
 def test_an_empty_population_is_refused(population: int) -> None:
     with pytest.raises(ValueError, match=rf"population: got {population}, allowed 1 or more"):
         sample_size(0.01, 0.95, population)
+
+
+@pytest.mark.parametrize("margin", [1e-160, 1e-200, 1e-300])
+def test_a_margin_that_no_sample_reaches_needs_all(margin: float) -> None:
+    assert sample_size(margin, 0.95, 1000) == 1000
+    assert sample_size(margin, 0.95) > 1 / margin
