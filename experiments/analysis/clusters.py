@@ -87,6 +87,15 @@ class ClusterSums:
         return float(self.weights.sum()) ** 2 / total if total > 0 else 0.0
 
     @property
+    def units(self) -> float:
+        """Effective clusters of the intersection of all ways: runs that share everything that clusters share."""
+        return (
+            max(self.crossed, key=lambda part: part[0])[1].effective_clusters
+            if self.crossed
+            else (self.effective_clusters)
+        )
+
+    @property
     def effective_runs(self) -> float:
         """What the runs would be worth if they were independent, given their weights (Kish)."""
         total = float(self.squares.sum())

@@ -89,7 +89,7 @@ def compare(
     (0.5, True, 16, True)
     """
     names = listed(by)
-    sides = [measured(runs, measure) for runs in (a, b)]
+    sides = [measured(runs, measure, names) for runs in (a, b)]
     for faults, _ in sides:
         require_columns(faults, [*names, *cluster_columns(cluster)])
     (faults_a, hits_a), (faults_b, hits_b), paired = _paired(*sides)
@@ -127,7 +127,7 @@ def _row(a: Parts, b: Parts, paired: bool, weighted: bool) -> dict[str, Any]:
         method = "none: no runs on one side"
     elif paired and all(np.array_equal(a[ways].values, b[ways].values) for ways in a):
         # Not one cluster in which they differ: at most so many clusters do, in either direction.
-        high = exact_limits(0.0, first.effective_clusters)[1]
+        high = exact_limits(0.0, first.units)[1]
         low, p_value, method = -high, 1.0, "Clopper-Pearson over clusters, no difference seen"
     else:
         sides = _Sides(first, second, weighted, _correlation(a, b, first, second))
@@ -177,9 +177,7 @@ class _Sides:
         runs = float(sums.runs.sum())
         if sums.are_singletons and not self._weighted:
             return wilson_limits(estimate.value, runs, confidence)
-        return clustered_interval(
-            estimate.value, estimate.variance, estimate.degrees, runs, sums.effective_clusters, confidence
-        )
+        return clustered_interval(estimate.value, estimate.variance, estimate.degrees, runs, sums.units, confidence)
 
     def _added(self, one: float, other: float) -> float:
         return math.sqrt(max(0.0, one**2 + other**2 - 2 * self._correlation * one * other))

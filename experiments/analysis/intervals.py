@@ -95,8 +95,9 @@ def clustered_interval(
 
     Wilson's, for the effective number of trials: ``rate (1 - rate) / variance``, times the squared ratio of the t
     quantiles for ``trials - 1`` and for ``degrees`` degrees of freedom, and at most ``trials``. A rate of 0 or 1 says
-    nothing about the correlation within clusters; each then counts as one trial, which is the worst case. So does a
-    lone cluster.
+    nothing about the correlation within clusters; each then counts as one trial. So does a lone cluster. (Where runs
+    are clustered in several ways, the clusters of the intersection count: runs that share only an input, or only a
+    head, are taken as independent there, as nothing is known of how alike they are.)
 
     Args:
         rate: the estimated rate.

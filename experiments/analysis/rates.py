@@ -237,7 +237,7 @@ def rate_of(sums: ClusterSums, weighted: bool = False, regression: Ratio | None 
         printed, method = wilson, INDEPENDENT
     elif method != NOTHING:
         printed = clustered_interval(
-            estimate.value, estimate.variance, estimate.degrees, n, sums.effective_clusters, weighted=weighted
+            estimate.value, estimate.variance, estimate.degrees, n, sums.units, weighted=weighted
         )
     limits = zip(("", "wilson_", "exact_"), (printed, wilson, exact), strict=True)
     return {
