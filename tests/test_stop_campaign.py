@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -26,8 +26,13 @@ LOOKS = (10, 15, 23, 35, 53, 60)
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> MicroPlace:
-    return MicroPlace.make(tmp_path_factory.mktemp("place"))
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MicroPlace]:
+    """A place with relative paths: they are part of a run's identity, and so of what is drawn."""
+    root = tmp_path_factory.mktemp("place")
+    MicroPlace.make(root)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        yield MicroPlace(Path())
 
 
 @pytest.fixture(autouse=True)
