@@ -32,12 +32,11 @@ from experiments.calibration import calibrate
 from experiments.config import load_config
 from experiments.models import load_model
 from experiments.provenance import set_determinism
+from experiments.result import HARMFUL
 from experiments.subject import Subject
 from experiments.windows import make_batches
 from fault_injection import LOCATIONS, FaultSpec, bit_field, draw_fault
 from fault_injection.site import ElementIndex
-
-HARMFUL = ("critical", "nonfinite")
 
 
 def prepare(

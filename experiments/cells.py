@@ -20,10 +20,8 @@ from experiments.campaign_folder import CampaignFolder, axis_cell
 from experiments.config_sections import StopConfig
 from experiments.csv_file import read_rows, write_rows
 from experiments.plan import Plan, PlannedRun
-from experiments.result import ExperimentResult, StopRow, cell, cells, columns
+from experiments.result import HARMFUL, ExperimentResult, StopRow, cell, cells, columns
 from experiments.stopping import METHOD, StopRule
-
-HARMFUL = ("critical", "nonfinite")
 
 
 class Cell:

@@ -18,12 +18,12 @@ from numpy.typing import NDArray
 
 from bounds.suites import SUITES
 from experiments.analysis.detectors import fired
-from experiments.analysis.distinct import HARMFUL, distinct_faults, weights_of
+from experiments.analysis.distinct import distinct_faults, weights_of
 from experiments.analysis.intervals import wilson_interval
 from experiments.analysis.rates import critical_rate, rate_table
 from experiments.campaign_folder import CampaignFolder
 from experiments.looking import AXES, clean_of, detectors_of
-from experiments.result import OUTCOMES
+from experiments.result import HARMFUL, OUTCOMES
 from experiments.watcher import is_oracle
 from fault_injection import LOCATIONS
 from fault_injection.bits import FIELDS

@@ -19,6 +19,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 OUTCOMES = ("masked", "benign", "critical", "nonfinite")
+HARMFUL = ("critical", "nonfinite")
+"""The outcomes that a detector is for."""
 
 
 def _column(meaning: str, *, timing: bool = False, reproducible: bool = True) -> Any:

@@ -11,7 +11,7 @@ Public names: those of ``__all__``.
 from experiments.analysis.clusters import DEFAULT_CLUSTER
 from experiments.analysis.comparison import compare
 from experiments.analysis.detectors import detector_comparison
-from experiments.analysis.distinct import HARMFUL, distinct_faults, propagated
+from experiments.analysis.distinct import distinct_faults, propagated
 from experiments.analysis.intervals import clustered_interval, exact_interval, wilson_interval
 from experiments.analysis.loading import load_clean, load_detections, load_propagation, load_runs
 from experiments.analysis.means import (
@@ -29,11 +29,10 @@ from experiments.analysis.rates import (
     false_positive_rate,
     outcome_rates,
 )
-from experiments.analysis.weighted import hajek, horvitz_thompson
+from experiments.analysis.weighted import hajek, horvitz_thompson, regression
 
 __all__ = [
     "DEFAULT_CLUSTER",
-    "HARMFUL",
     "bound_tightness",
     "clustered_interval",
     "compare",
@@ -57,5 +56,6 @@ __all__ = [
     "overhead",
     "propagated",
     "rank_cells",
+    "regression",
     "wilson_interval",
 ]

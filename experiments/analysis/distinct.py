@@ -5,7 +5,7 @@
 
 Public names: ``distinct_faults``, ``outcome_faults``, ``detection_faults``, ``check_one_setting``, ``propagated``,
 ``harmful``, ``detected``, ``measured``, ``sampling_weights``, ``weights_of``, ``require_columns``, ``listed``,
-``HARMFUL``, ``MEASURES``, ``OUTCOME_AXES``.
+``MEASURES``, ``OUTCOME_AXES``.
 """
 
 from __future__ import annotations
@@ -17,9 +17,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from experiments.errors import UsageError, nearest
-
-HARMFUL = ("critical", "nonfinite")
-"""The outcomes that a detector is for."""
+from experiments.result import HARMFUL
 
 MEASURES = ("detected", "harmful")
 """What a rate can be of: all distinct faults, or those that were propagated."""

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from experiments.analysis.clusters import Grouping, Ratio, ratio
-from experiments.weighted_rate import regression_parts
+from experiments.analysis.weighted import regression_parts
 
 FEWEST = 30
 """Runs below which a slope is not to be relied on."""

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import csv
 import os
-import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from pyarrow import csv as arrow_csv
 from experiments import result
 from experiments.analysis.axes import axis_columns, typed_axis
 from experiments.analysis.cell_checks import check_cells
+from experiments.column_types import column_types
 from experiments.errors import MissingResourceError, UsageError, nearest
 from experiments.result import CleanRow, DetectionRow, ExperimentResult, PropagationRow
 
@@ -170,18 +170,9 @@ def _arrow_types(row_type: type[Any]) -> dict[str, pa.DataType]:
     plain = {bool: pa.bool_(), int: pa.int64(), float: pa.float64()}
     repeated = pa.dictionary(pa.int32(), pa.string())
     return {
-        name: plain.get(kind, pa.string() if name in UNREPEATED else repeated)
-        for name, (kind, _) in _kinds(row_type).items()
+        name: plain.get(column.kind, pa.string() if name in UNREPEATED else repeated)
+        for name, column in column_types(row_type).items()
     }
-
-
-def _kinds(row_type: type[Any]) -> dict[str, tuple[type, bool]]:
-    """Return for each column its type, and whether a cell may be empty."""
-    kinds = {}
-    for name, hint in typing.get_type_hints(row_type).items():
-        parts = typing.get_args(hint) or (hint,)
-        kinds[name] = (parts[0], type(None) in parts)
-    return kinds
 
 
 def _with_axes(table: pa.Table, file: Path) -> pa.Table:
@@ -200,7 +191,7 @@ def _frame(tables: list[pa.Table], row_type: type[Any] = ExperimentResult) -> pd
     """Return tables below one another as one frame. The list is emptied: there is never a second copy of everything."""
     table = pa.concat_tables(tables, promote_options="default").unify_dictionaries()
     tables.clear()
-    texts = {name for name, (kind, optional) in _kinds(row_type).items() if optional and kind is str}
+    texts = {name for name, column in column_types(row_type).items() if column.optional and column.kind is str}
     for place, name in enumerate(table.column_names):
         if name in texts and name in UNREPEATED:
             table = table.set_column(place, name, pc.if_else(pc.equal(table[name], ""), None, table[name]))
