@@ -5,7 +5,6 @@ import dataclasses
 import math
 import re
 import struct
-import sys
 import typing
 from collections.abc import Sequence
 from pathlib import Path
@@ -223,16 +222,3 @@ def test_a_campaign_that_was_not_merged_has_nothing_to_export(
     folder = campaign(tmp_path)
     assert main(["export", str(folder.path)]) == 3
     assert f"run_sweep.py merge {folder.path} makes it" in capsys.readouterr().err
-
-
-def test_without_pyarrow_the_extra_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = campaign(tmp_path)
-    merge_campaign(folder)
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    monkeypatch.delitem(sys.modules, "experiments.parquet_export")
-    assert main(["export", str(folder.path)]) == 3
-    assert "needs pyarrow" in (said := capsys.readouterr().err)
-    assert "[parquet]" in said
-    assert not folder.file("runs.parquet").exists()

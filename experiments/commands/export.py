@@ -28,14 +28,9 @@ def export(arguments: Sequence[str]) -> int:
     if not source.is_file():
         raise MissingResourceError(f"{source}: is not there; run_sweep.py merge {folder.path} makes it")
     _check_target(target, form)
-    try:
-        from experiments.parquet_export import export_parquet
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] != "pyarrow":
-            raise
-        raise MissingResourceError(
-            "export: needs pyarrow, which is not installed; it comes with the extra parquet: pip install -e .[parquet]"
-        ) from error
+    # Imported here: no other command but the report needs Arrow.
+    from experiments.parquet_export import export_parquet
+
     rows = export_parquet(source, TABLES[table], target)
     print(f"{rows} rows of {source} in {target}, {target.stat().st_size / 2**20:.1f} MiB")
     return 0
