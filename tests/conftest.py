@@ -6,6 +6,7 @@ of one patched pass), ``survey_of(model, inputs)`` (its sites).
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
@@ -28,6 +29,9 @@ Recorded = dict[tuple[int, int, str], Tensor]
 
 def pytest_configure() -> None:
     torch.set_num_threads(1)
+    # Tests that run in a job of Slurm are not tasks of it. (Fixtures of modules run before those of functions.)
+    for key in [key for key in os.environ if key.startswith("SLURM_") and not key.startswith("SLURM_TEST")]:
+        del os.environ[key]
 
 
 @pytest.fixture(autouse=True)

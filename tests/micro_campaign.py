@@ -5,12 +5,13 @@ Public names: ``MicroPlace``, ``micro_gpt2``, ``table``, ``numbers``, ``files_be
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,6 +47,14 @@ class MicroPlace:
         transformers.ByT5Tokenizer().save_pretrained(root / "model")
         (root / "text.txt").write_text("".join(map(SHARED.format, range(40))))
         return cls(root)
+
+    @classmethod
+    @contextlib.contextmanager
+    def entered(cls, root: Path) -> Iterator[MicroPlace]:
+        """Make a place and work in it, with relative paths: they are part of a run's identity, and so of its fault."""
+        cls.make(root)
+        with contextlib.chdir(root):
+            yield cls(Path())
 
     @property
     def model(self) -> str:

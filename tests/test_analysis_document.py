@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,13 +19,9 @@ BLOCK = re.compile(r"```python\n(.*?)```\n(?:\n```text\n(.*?)```)?", re.DOTALL)
 
 @pytest.fixture(scope="module")
 def campaigns(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    root = tmp_path_factory.mktemp("document")
-    place = MicroPlace.make(root)
     locations = "--sweep.fault.location=scores,weights"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(root)
-        for key in [key for key in os.environ if key.startswith("SLURM_")]:
-            patch.delenv(key)
+    root = tmp_path_factory.mktemp("document")
+    with MicroPlace.entered(root) as place:
         common = (locations, "--num_runs=4", "--run.propagation=true")
         assert main(place.arguments(Path("results"), *common, name="default", bits="3,22,30,31")) == 0
         half = (*common, "--model.dtype=bfloat16")

@@ -63,12 +63,6 @@ def whole(place: MicroPlace, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output / "micro"
 
 
-@pytest.fixture(autouse=True)
-def _no_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
-    for key in [key for key in os.environ if key.startswith("SLURM_")]:
-        monkeypatch.delenv(key)
-
-
 def forked(arguments: Sequence[str]) -> BaseProcess:
     process = FORK.Process(target=lambda: os._exit(main(list(arguments))))
     process.start()

@@ -25,20 +25,10 @@ LOCATIONS = "--sweep.fault.location=q,k,v,scores,weights,out"
 FEW = '--detect.detectors=["lite","s@w","oracle_s@w"]'
 
 
-@pytest.fixture(autouse=True)
-def _no_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
-    for key in [key for key in os.environ if key.startswith("SLURM_")]:
-        monkeypatch.delenv(key)
-
-
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MicroPlace]:
-    """A place with relative paths: they are part of a run's identity, and so of what is drawn."""
-    root = tmp_path_factory.mktemp("place")
-    MicroPlace.make(root)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(root)
-        yield MicroPlace(Path())
+    with MicroPlace.entered(tmp_path_factory.mktemp("place")) as entered:
+        yield entered
 
 
 def arguments(place: MicroPlace, output: Path, *more: str, bits: str = "3,30") -> list[str]:

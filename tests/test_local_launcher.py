@@ -34,12 +34,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> MicroPlace:
     return MicroPlace.make(tmp_path_factory.mktemp("place"))
 
 
-@pytest.fixture(autouse=True)
-def _no_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
-    for key in [key for key in os.environ if key.startswith("SLURM_")]:
-        monkeypatch.delenv(key)
-
-
 class Worker:
     """Stands for a process that ends at once."""
 

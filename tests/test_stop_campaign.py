@@ -27,18 +27,8 @@ LOOKS = (10, 15, 23, 35, 53, 60)
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MicroPlace]:
-    """A place with relative paths: they are part of a run's identity, and so of what is drawn."""
-    root = tmp_path_factory.mktemp("place")
-    MicroPlace.make(root)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(root)
-        yield MicroPlace(Path())
-
-
-@pytest.fixture(autouse=True)
-def _no_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
-    for key in [key for key in os.environ if key.startswith("SLURM_")]:
-        monkeypatch.delenv(key)
+    with MicroPlace.entered(tmp_path_factory.mktemp("place")) as entered:
+        yield entered
 
 
 def arguments(place: MicroPlace, output: Path, *more: str) -> list[str]:

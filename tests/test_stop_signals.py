@@ -37,12 +37,6 @@ def whole(place: MicroPlace, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output / "micro"
 
 
-@pytest.fixture(autouse=True)
-def _no_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
-    for key in [key for key in os.environ if key.startswith("SLURM_")]:
-        monkeypatch.delenv(key)
-
-
 @pytest.fixture
 def before_run(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], object]], None]:
     """Return ``at(number, what)``: do something once, in the middle of the plain run of that number."""

@@ -20,13 +20,6 @@ from experiments import writer_lock
 from experiments.errors import CheckRefusedError
 from experiments.writer_lock import WriterLock, read_holder
 
-
-@pytest.fixture(autouse=True)
-def _no_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
-    for key in [key for key in os.environ if key.startswith("SLURM_")]:
-        monkeypatch.delenv(key)
-
-
 FORK = multiprocessing.get_context("fork")
 
 

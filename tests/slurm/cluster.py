@@ -19,7 +19,7 @@ import psutil
 HERE = Path(__file__).parent
 
 DETECTOR = '''
-"""A detector that finds nothing, slowly while a file says so, and that fails once for each file that says so."""
+"""A detector that finds nothing, as slowly as a file says, and that fails once for each file that says so."""
 import os, time
 from pathlib import Path
 import torch
@@ -32,8 +32,10 @@ class Slow(Detector):
     name, needs, statement, cost = "slow", frozenset({"out"}), "nothing", "1"
 
     def judge(self, state, baseline):
-        if (PLACE / "slow").exists():
-            time.sleep(0.25)
+        try:
+            time.sleep(float((PLACE / "slow").read_text()))
+        except FileNotFoundError:
+            pass
         try:
             (PLACE / "fail").unlink()
         except FileNotFoundError:

@@ -69,9 +69,15 @@ class Setting:
     def arguments(self, output: Path, *more: str) -> list[str]:
         return arguments(self.place, output, *more)
 
-    def slow(self, on: bool) -> None:
+    def slow(self, on: bool, seconds: float = 0.25) -> None:
+        """Let the detector take so long for a tensor, or no time."""
         path = self.place.root / "slow"
-        path.touch() if on else path.unlink(missing_ok=True)
+        if not on:
+            path.unlink(missing_ok=True)
+            return
+        written = path.with_suffix(".tmp")
+        written.write_text(str(seconds))
+        written.replace(path)
 
     def submit(self, output: Path, workers: int, *more: str) -> str:
         """Submit a campaign and return the number of the array job."""
@@ -156,7 +162,8 @@ def test_a_task_that_is_warned_finishes_its_run_and_goes_on_in_another_life(sett
 
 
 def test_a_task_whose_time_is_up_goes_on_in_another_life(setting: Setting, tmp_path: Path) -> None:
-    setting.slow(True)
+    # All runs together take longer than the limit: Slurm may warn at any moment up to then.
+    setting.slow(True, seconds=1.5)
     job = setting.submit(tmp_path, 1, "--slurm.time", "1")
     setting.cluster.wait_state(f"{job}_1", "RUNNING")
     within(120, lambda: setting.cluster.states(job) == {f"{job}_1": "PENDING"}, "requeued before its limit")
