@@ -4,7 +4,7 @@
 #   make test       the default tests
 #   make test-all   the slow ones too
 #   make test-slurm on a real Slurm: see tests/slurm/start.sh
-#   make test-ci    all of them
+#   make test-ci    first these, then all others
 #   make quality    lint, format and types
 #   make style      format and fix what can be fixed
 
@@ -13,6 +13,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 PYTEST_ARGS ?=
+# Files of tests are shared out over the cores; those on a real Slurm want the machine for themselves.
+PYTEST := $(BIN)/python -m pytest
+SHARED := -n logical --maxprocesses 8 --dist loadfile
 
 .PHONY: sweep test test-all test-slurm test-ci quality style reference clean
 
@@ -20,16 +23,15 @@ sweep: $(VENV)/.installed
 	$(BIN)/python run_sweep.py
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(PYTEST) $(SHARED) $(PYTEST_ARGS)
 
 test-all: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m "not slurm" $(PYTEST_ARGS)
+	$(PYTEST) -m "not slurm" $(SHARED) $(PYTEST_ARGS)
 
-test-ci: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m "" $(PYTEST_ARGS)
+test-ci: test-slurm test-all
 
 test-slurm: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m slurm tests/slurm $(PYTEST_ARGS)
+	$(PYTEST) -m slurm tests/slurm $(PYTEST_ARGS)
 
 quality: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

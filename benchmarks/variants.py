@@ -15,7 +15,8 @@ from typing import Any
 
 from benchmarks.workloads import Workload
 from bounds import Verdict
-from experiments.engine.fast_engine import FastEngine, FastRun
+from experiments.engine.fast_engine import FastEngine
+from experiments.engine.fast_run import FastRun
 from experiments.engine.opened_batch import OpenedBatch
 from experiments.engine.recording import resumed
 from experiments.engine.wide_linear import OutputBuffer

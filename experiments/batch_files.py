@@ -23,8 +23,8 @@ from pathlib import Path
 
 from experiments.campaign_folder import CampaignFolder
 from experiments.config import ExperimentConfig, flat_fields
-from experiments.config_sections import slurm_seconds
 from experiments.errors import UsageError
+from experiments.slurm_config import slurm_seconds
 
 PROGRAM = Path(__file__).resolve().parents[1] / "run_sweep.py"
 

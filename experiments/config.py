@@ -7,7 +7,7 @@
 Precedence: defaults, then the file, then the options; an option for a field removes a swept axis of that field.
 
 Public names: ``ExperimentConfig``, ``load_config``, ``config_from_mapping``, ``dump_config``, ``read_config_file``,
-``known_fields`` and ``flat_fields``, and the sections of ``experiments.config_sections``.
+``known_fields`` and ``flat_fields``, and the sections.
 """
 
 from __future__ import annotations
@@ -19,17 +19,9 @@ from typing import Any
 
 import yaml
 
-from experiments.config_sections import (
-    DataConfig,
-    DetectConfig,
-    FaultConfig,
-    IndexConfig,
-    ModelConfig,
-    RunConfig,
-    SlurmConfig,
-    StopConfig,
-)
+from experiments.config_sections import DataConfig, DetectConfig, ModelConfig, RunConfig, StopConfig
 from experiments.errors import MissingResourceError, UsageError
+from experiments.fault_config import FaultConfig, IndexConfig
 from experiments.sections import (
     FIELDS,
     Sections,
@@ -41,6 +33,7 @@ from experiments.sections import (
     known_fields,
     plain,
 )
+from experiments.slurm_config import SlurmConfig
 from experiments.yaml_text import dump_yaml, load_yaml
 from fault_injection.names import nearest
 

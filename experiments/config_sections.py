@@ -1,48 +1,27 @@
 """The sections of a campaign's configuration: names, types, defaults and what is allowed.
 
 Each section refuses values that cannot be meant when it is made, so a configuration that exists is a valid one as far
-as can be known without the model and the data.
+as can be known without the model and the data. ``fault`` and ``slurm`` have files of their own.
 
-Public names: ``ModelConfig``, ``DataConfig``, ``IndexConfig``, ``FaultConfig``, ``DetectConfig``, ``RunConfig``,
-``StopConfig``, ``SlurmConfig``, ``DTYPES``, ``ENGINES``.
+Public names: ``ModelConfig``, ``DataConfig``, ``DetectConfig``, ``RunConfig``, ``StopConfig``, ``DTYPES``, ``ENGINES``.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
-
-import torch
 
 from bounds import get_detector
 from bounds.suites import expand
 from bounds.user_detectors import is_detector_path, load_detector
+from experiments.config_check import check_at_least, check_choice
 from experiments.errors import UsageError
+from experiments.fault_config import FaultConfig
 from experiments.sources import parse_source
-from fault_injection.bits import check_bits
-from fault_injection.fault import BIT_KINDS, FaultSpec
-from fault_injection.layer_choice import LAYER_MODES, compiled_pattern
-from fault_injection.names import nearest
-from fault_injection.site import ElementIndex
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
-AIMS = ("uniform", "bits", "effect")
 ENGINES = ("auto", "plain", "fast")
-
-
-def check_choice(key: str, got: Any, allowed: Sequence[str]) -> None:
-    """Raise ``UsageError`` unless ``got`` is one of the allowed names."""
-    if got not in allowed:
-        raise UsageError(f"{key}: got {got!r}, allowed {', '.join(allowed)}{nearest(str(got), allowed)}")
-
-
-def check_at_least(key: str, got: int | None, lowest: int) -> None:
-    """Raise ``UsageError`` if ``got`` is below ``lowest``."""
-    if got is not None and got < lowest:
-        raise UsageError(f"{key}: got {got}, allowed {lowest} or more")
 
 
 @dataclass(frozen=True)
@@ -101,113 +80,6 @@ class DataConfig:
             raise UsageError(
                 f"data.num_samples: got {self.num_samples}, allowed a multiple of data.batch_size ({self.batch_size})"
             )
-
-
-@dataclass(frozen=True)
-class IndexConfig:
-    """The element a fault hits, in full or in part; what is ``null`` is drawn for each run."""
-
-    batch: int | None = None
-    head: int | None = None
-    row: int | None = None
-    col: int | None = None
-
-    def __post_init__(self) -> None:
-        for key in ("batch", "head", "row", "col"):
-            check_at_least(f"fault.index.{key}", getattr(self, key), 0)
-
-    def element(self) -> ElementIndex:
-        """Return the index as ``fault_injection`` takes it."""
-        return ElementIndex(self.batch, self.head, self.row, self.col)
-
-
-@dataclass(frozen=True)
-class FaultConfig:
-    """The fault of a run.
-
-    Attributes:
-        location: ``q k v scores weights out``.
-        bit: a bit number, a list of them (all at once), ``sign``, ``exponent``, ``mantissa``, or ``null`` for any.
-        kind: ``bitflip stuck_at_0 stuck_at_1 zero random_value bit_error_rate``.
-        rate: the bit error rate.
-        layers: a layer number or a list of them.
-        layer_mode: ``first all random specific``; by default ``specific`` where layers are named, else ``random``.
-        layer_pattern: a regular expression searched in the names of the attention modules.
-        index: the element.
-        include_masked: draw hidden keys of scores and weights as well.
-        aim: how what is open is drawn: ``uniform``; ``bits`` (sign and exponent more often than mantissa); ``effect``
-            (faults more often that are predicted to move their layer's output). Rows have a ``sampling_weight``.
-    """
-
-    location: str = "scores"
-    bit: int | list[int] | str | None = None
-    kind: str = "bitflip"
-    rate: float | None = None
-    layers: int | list[int] | None = None
-    layer_mode: str | None = None
-    layer_pattern: str | None = None
-    index: IndexConfig = field(default_factory=IndexConfig)
-    include_masked: bool = False
-    aim: str = "uniform"
-
-    def __post_init__(self) -> None:
-        try:
-            self.spec()
-            if self.layer_pattern is not None:
-                compiled_pattern(self.layer_pattern)
-        except UsageError:
-            raise
-        except ValueError as error:
-            raise UsageError(_with_key("fault.bit", str(error))) from error
-        self._check_aim()
-        if self.layer_mode is not None:
-            check_choice("fault.layer_mode", self.layer_mode, LAYER_MODES)
-        if self.layer_mode == "specific" and self.layers is None and self.layer_pattern is None:
-            raise UsageError("fault.layer_mode: specific needs fault.layers or fault.layer_pattern")
-        for layer in self.layer_list() or ():
-            check_at_least("fault.layers", layer, 0)
-        if self.layers == []:
-            raise UsageError("fault.layers: got an empty list; leave it out to mean every layer")
-
-    def _check_aim(self) -> None:
-        check_choice("fault.aim", self.aim, AIMS)
-        if self.aim == "effect" and self.kind == "bit_error_rate":
-            raise UsageError("fault.aim: got 'effect', allowed uniform where fault.kind is bit_error_rate")
-        if self.aim == "bits" and not (self.kind in BIT_KINDS and isinstance(self.bit, str | None)):
-            raise UsageError(
-                f"fault.aim: got 'bits', allowed only where a bit is drawn: fault.kind {', '.join(BIT_KINDS)} (got "
-                f"{self.kind}) and fault.bit null or the name of a field (got {self.bit})"
-            )
-
-    def layer_list(self) -> list[int] | None:
-        """Return the named layers as a list."""
-        return [self.layers] if isinstance(self.layers, int) else self.layers
-
-    def effective_layer_mode(self) -> str:
-        """Return the layer mode with its default filled in."""
-        named = self.layers is not None or self.layer_pattern is not None
-        return self.layer_mode or ("specific" if named else "random")
-
-    def spec(self) -> FaultSpec:
-        """Return the fault specification."""
-        several = [self.bit] if isinstance(self.bit, int) else self.bit
-        bits = tuple(several) if isinstance(several, list) else several
-        return FaultSpec(self.location, self.kind, bits, self.index.element(), self.include_masked, self.rate)
-
-    def check_bits_of(self, dtype: str) -> None:
-        """Refuse bits that no tensor of a model of this dtype has; scores and weights may be wider than the model."""
-        native = getattr(torch, dtype)
-        upcast = self.location in ("scores", "weights", "q", "k") and native.itemsize < torch.float32.itemsize
-        bits = self.spec().bits
-        if isinstance(bits, tuple):
-            try:
-                check_bits(bits, torch.float32 if upcast else native)
-            except ValueError as error:
-                raise UsageError(_with_key("fault.bit", str(error))) from error
-
-
-def _with_key(key: str, message: str) -> str:
-    return message if message.startswith("fault.") else f"{key}: {message.removeprefix('bit: ')}"
 
 
 @dataclass(frozen=True)
@@ -345,57 +217,3 @@ class StopConfig:
             raise UsageError(
                 f"stop.rate: got {self.rate!r} with run.scope 'site', allowed detected: such runs have no outcome"
             )
-
-
-_SLURM_TIME = re.compile(
-    r"(?:(?P<days>\d+)-(?P<h>\d+)(?::(?P<m>\d+)(?::(?P<s>\d+))?)?"
-    r"|(?P<hours>\d+):(?P<of_hour>\d+):(?P<of_minute>\d+)|(?P<minutes>\d+)(?::(?P<seconds>\d+))?)"
-)
-
-
-def slurm_seconds(time: str) -> int | None:
-    """Return the seconds of a time limit as ``sbatch --time`` reads it; None if it sets no limit (0 sets none, too).
-
-    Raises:
-        UsageError: not of a form that Slurm knows.
-
-    >>> slurm_seconds("90"), slurm_seconds("1:30:00"), slurm_seconds("2-0"), slurm_seconds("UNLIMITED")
-    (5400, 5400, 172800, None)
-    """
-    if time.upper() in ("UNLIMITED", "INFINITE"):
-        return None
-    match = _SLURM_TIME.fullmatch(time)
-    if match is None:
-        raise UsageError(f"slurm.time: got {time!r}, allowed minutes, h:mm:ss, days-hours or d-hh:mm:ss, e.g. 4:00:00")
-    part = {name: int(text or 0) for name, text in match.groupdict().items()}
-    hours = 24 * part["days"] + part["h"] + part["hours"]
-    minutes = part["m"] + part["of_hour"] + part["minutes"]
-    return (3600 * hours + 60 * minutes + part["s"] + part["of_minute"] + part["seconds"]) or None
-
-
-@dataclass(frozen=True)
-class SlurmConfig:
-    """Options of ``--launcher slurm``; what else a cluster asks for can be given as ``SBATCH_...`` variables.
-
-    Attributes:
-        partition: where the tasks run.
-        time: limit of one task; a task that needs longer is begun again and goes on.
-        gres: generic resources of one task, e.g. ``gpu:1``.
-        array_limit: most tasks at one time.
-        setup: lines of shell before Python starts, e.g. ``module load cuda``.
-    """
-
-    partition: str | None = None
-    time: str | None = None
-    gres: str | None = None
-    array_limit: int | None = None
-    setup: str | None = None
-
-    def __post_init__(self) -> None:
-        for key in ("partition", "gres"):
-            got = getattr(self, key)
-            if got is not None and re.fullmatch(r"[^\s\"'#]+", got) is None:
-                raise UsageError(f"slurm.{key}: got {got!r}, allowed a text without blanks, quotes and '#'")
-        if self.time is not None:
-            slurm_seconds(self.time)
-        check_at_least("slurm.array_limit", self.array_limit, 1)

@@ -162,6 +162,6 @@ def check_runs(pairs: PairedRunner, configs: Iterable[ExperimentConfig]) -> None
         if key not in seen:
             seen.add(key)
             try:
-                pairs.check_fault(config)
+                pairs.drawing.check(config)
             except (ValueError, IndexError) as error:
                 raise UsageError(str(error)) from error

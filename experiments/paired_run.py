@@ -5,8 +5,6 @@
     record = pairs.run(planned, config)      # a RunRecord: one result, its detections, its faults
     for planned, record in pairs.run_many(runs): ...
 
-Everything random in a run is drawn from the run's own generator, in this order: batch, layers, element, bits.
-
 Public names: ``PairedRunner``, ``RunRecord``.
 """
 
@@ -16,16 +14,13 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
-import numpy as np
 from torch import Tensor
 
 from bounds import Detector
 from bounds.certifier import Certifier
-from experiments.aim import EffectAim, draw_by_bits
 from experiments.baseline import Baseline, timed_forward
 from experiments.baseline_rows import BaselineRows
 from experiments.baselines import Baselines
@@ -33,7 +28,9 @@ from experiments.block_outputs import BlockOutputs
 from experiments.block_watcher import Blocks, BlockWatcher
 from experiments.config import ExperimentConfig
 from experiments.engine.batch_runs import BatchRuns
+from experiments.engine.local_change import LocalChange
 from experiments.errors import CheckRefusedError, MissingResourceError, UsageError
+from experiments.fault_drawing import FaultDrawing
 from experiments.gate import control_run, equivalence_gate
 from experiments.injected_pass import InjectedPass
 from experiments.measured import Measured, Setting
@@ -43,16 +40,13 @@ from experiments.output_keeper import OutputKeeper, change_of
 from experiments.plan import PlannedRun
 from experiments.result import DetectionRow
 from experiments.result_rows import Seen, detection_rows, propagation_rows, run_row, tightest
+from experiments.run_metrics import RunMetrics
 from experiments.run_record import DrawnRun, RunRecord
 from experiments.subject import Subject
 from experiments.watcher import Watcher
-from fault_injection import Fault, Site, candidate_layers, choose_layers, draw_fault, instrumentation_of
-from fault_injection.bits import check_bits
 from fault_injection.model_outputs import bitwise_equal
-from monitoring import PerformanceMetrics, PerformanceMonitor
+from monitoring import PerformanceMonitor
 from monitoring.cached_forward import CachedForward
-from monitoring.fingerprints import digest, model_fingerprint
-from monitoring.flops import attention_formula_gap
 
 logger = logging.getLogger(__name__)
 
@@ -60,19 +54,6 @@ Done = TypeVar("Done")
 
 WORTH_A_PROOF = 32
 """Fewer runs are done sooner than the start-up proof of the fast engine."""
-
-SIZES = (
-    "num_layers",
-    "num_heads",
-    "head_dim",
-    "seq_len",
-    "batch_size",
-    "attention_flops",
-    "bounds_flops",
-    "forward_flops",
-    "total_flops",
-)
-"""What ``PerformanceMetrics`` says of the model and the pass, and not of the execution."""
 
 
 class PairedRunner:
@@ -87,6 +68,7 @@ class PairedRunner:
             the run's configuration).
 
     Attributes:
+        drawing: draws the faults of runs.
         facts: what was checked, and how runs are executed, for provenance.
         stopping: asked before anything is begun; once it is true, ``run_many`` ends early.
     """
@@ -107,14 +89,12 @@ class PairedRunner:
         self.forward = forward
         self.facts: dict[str, Any] = {}
         self.stopping: Callable[[], bool] = lambda: False
-        self._first_sites: Mapping[tuple[int, str], Site] | None = None
-        self._sizes: dict[tuple[int, int], dict[str, Any]] = {}
         self._fast = BatchRuns(self)
         self._blocks = Blocks(subject, batches, lambda: self.forward)
-        self._effect_aim = EffectAim(subject, batches)
         self._baselines = Baselines(subject, batches, lambda: self.forward, calibration)
+        self.drawing = FaultDrawing(subject, batches, self._baselines)
         self.monitor = PerformanceMonitor(subject.device)
-        self._has_formulas = attention_formula_gap(subject.model) is None
+        self.metrics = RunMetrics(subject, batches, self.monitor)
 
     def prepare(self, config: ExperimentConfig) -> dict[str, Any]:
         """Run the equivalence gate and the control run on the first batch; return what was checked, for provenance."""
@@ -143,31 +123,6 @@ class PairedRunner:
                 logger.warning("run.propagation: propagation.csv stays empty, since %s", self._blocks.reason)
         return config.run.propagation and self._blocks.reason is None
 
-    def check_layers(self, config: ExperimentConfig) -> list[int]:
-        """Return the candidate layers of a run; ``ValueError`` if the configuration names layers that do not exist."""
-        fault = config.fault
-        allowed = instrumentation_of(self.subject.model).injection_layers
-        layers = fault.layer_list()
-        if allowed is None:
-            return candidate_layers(self.subject.layer_names, layers, fault.layer_pattern)
-        refused = sorted(set(layers or ()) - set(allowed))
-        if refused:
-            raise ValueError(f"fault.layers: got {refused[0]}, allowed {list(allowed)} (injection_layers of the patch)")
-        return candidate_layers(self.subject.layer_names, layers or list(allowed), fault.layer_pattern)
-
-    def check_fault(self, config: ExperimentConfig) -> None:
-        """Raise ``ValueError`` or ``IndexError`` if such a fault cannot be drawn on the first batch."""
-        spec = config.fault.spec()
-        # A look into the cache costs a copy of the baseline.
-        if self._first_sites is None:
-            self._first_sites = self.baseline(0, config).sites
-        sites = self._first_sites
-        for layer in self.check_layers(config):
-            site = sites[layer, spec.location]
-            site.check(spec.index)
-            if isinstance(spec.bits, tuple):
-                check_bits(spec.bits, site.dtype)
-
     def detectors(self, config: ExperimentConfig) -> list[Detector]:
         """Return the detectors of a configuration, prepared for the model and calibrated, made once for all runs."""
         return self._baselines.detectors(config)
@@ -181,28 +136,6 @@ class PairedRunner:
     def batch_index(self, planned: PlannedRun) -> int:
         """Return which batch a run uses."""
         return planned.batch_index(len(self.batches))
-
-    def draw(
-        self, planned: PlannedRun, config: ExperimentConfig, known: tuple[str, Baseline] | None = None
-    ) -> DrawnRun:
-        """Draw everything random in a run.
-
-        Args:
-            planned: its identity.
-            config: the configuration of this run alone.
-            known: fingerprint of the model, and baseline of the input, if they are at hand: they cost milliseconds.
-
-        Raises:
-            ValueError, IndexError: layers, bits or an index that the model does not have.
-        """
-        model_id = known[0] if known else model_fingerprint(self.subject.model)
-        random = planned.generator()
-        batch_index = int(random.integers(len(self.batches)))
-        baseline = known[1] if known else self.baseline(batch_index, config, planned.run_id, model_id)
-        faults, weight = self._draw(config, baseline, batch_index, random)
-        fault_id = digest(model_id, self._baselines.input_ids[batch_index], *(fault.to_json() for fault in faults))[:16]
-        first = bool(random.integers(2))
-        return DrawnRun(planned, config, batch_index, baseline, faults, fault_id, first, model_id, weight)
 
     def run(self, planned: PlannedRun, config: ExperimentConfig) -> RunRecord:
         """Execute one run by whole forward passes.
@@ -218,7 +151,7 @@ class PairedRunner:
         self.monitor.reset()
         self.subject.synchronize()
         start = time.perf_counter()
-        return self.run_drawn(self.draw(planned, config), start=start)
+        return self.run_drawn(self.drawing.draw(planned, config), start=start)
 
     def run_drawn(
         self,
@@ -257,14 +190,9 @@ class PairedRunner:
         effect = effect_of(
             baseline.evaluation, injected.evaluation, batch, self.subject.family, config.detect.critical_loss, rows
         )
-        local = None
-        if injected.keeper is not None:
-            clean = OutputKeeper(drawn.faults[0].layer)
-            self.subject.forward(batch, clean)
-            local = change_of(drawn.faults[0], injected.keeper, clean)
+        local, unmoved = self._at_site(drawn, injected)
         # Nothing behind an output that did not move can differ; for any other the site alone does not know.
-        unmoved = injected.keeper is None or bitwise_equal(injected.keeper.out, clean.out)
-        reached = effect if local is None or (unmoved and effect.outcome == "masked") else None
+        reached = effect if drawn.propagates or (unmoved and effect.outcome == "masked") else None
         self.monitor.add_time("baseline_forward", seconds)
         self.monitor.add_time("total", time.perf_counter() - start)
         detections = self.detections(drawn, injected.watcher, reached)
@@ -278,7 +206,7 @@ class PairedRunner:
             local=local,
             detections=detections,
             block_changes=injected.block_changes,
-            metrics=self.metrics(drawn, detections),
+            metrics=self.metrics.of(drawn, detections),
             injection_seconds=injected.forward_seconds,
             tightest=tightest(injected.watcher, drawn.faults[0].layer),
             certificate=injected.watcher.certificate,
@@ -286,6 +214,14 @@ class PairedRunner:
             execution=execution,
         )
         return self.record(drawn, measured)
+
+    def _at_site(self, drawn: DrawnRun, injected: InjectedPass) -> tuple[LocalChange | None, bool]:
+        """Return how far the layer's output moved in a run that is not propagated, and whether it did not at all."""
+        if injected.keeper is None:
+            return None, False
+        clean = OutputKeeper(drawn.faults[0].layer)
+        self.subject.forward(self.batches[drawn.batch_index], clean)
+        return change_of(drawn.faults[0], injected.keeper, clean), bitwise_equal(injected.keeper.out, clean.out)
 
     def detections(self, drawn: DrawnRun, seen: Seen, effect: Effect | None) -> list[DetectionRow]:
         """Return the rows of what detectors said in a run."""
@@ -341,21 +277,6 @@ class PairedRunner:
             self._made_certifier = Certifier(self.subject.model)
         return self._made_certifier
 
-    def _draw(
-        self, config: ExperimentConfig, baseline: Baseline, batch_index: int, random: np.random.Generator
-    ) -> tuple[tuple[Fault, ...], float]:
-        """Return the faults and their weight (``fault.aim``)."""
-        candidates, mode = self.check_layers(config), config.fault.effective_layer_mode()
-        layers = choose_layers(candidates, mode, random)
-        spec = config.fault.spec()
-        sites = [baseline.sites[layer, spec.location] for layer in layers]
-        if config.fault.aim == "bits":
-            return draw_by_bits(spec, sites, random)
-        if config.fault.aim == "effect":
-            possible = candidates if mode == "random" else layers
-            return self._effect_aim.draw(spec, sites, possible, baseline, batch_index, random)
-        return tuple(draw_fault(spec, site, random) for site in sites), 1.0
-
     def _repeat_baseline(self, baseline: Baseline, batch_index: int) -> float:
         evaluation, seconds = timed_forward(self.subject, self.batches[batch_index])
         if not bitwise_equal(evaluation.output, baseline.evaluation.output):
@@ -401,21 +322,3 @@ class PairedRunner:
             blocks=None if outputs is None else self.watcher(outputs, min(fault.layer for fault in drawn.faults)),
             traced=traced,
         )
-
-    def metrics(self, drawn: DrawnRun, detections: Sequence[DetectionRow]) -> PerformanceMetrics:
-        """Return what the monitor measured, with sizes and operations where formulas hold for the architecture.
-
-        The operations of bounds are those of the layers that all detectors looked at.
-        """
-        if not self._has_formulas:
-            return self.monitor.metrics
-        layers = {row.layer for row in detections if row.layer is not None}
-        if drawn.config.detect.layers == "injected":
-            layers &= {fault.layer for fault in drawn.faults}
-        key = drawn.batch_index, len(layers)
-        if key not in self._sizes:
-            self.monitor.record_model_info(self.subject.model, dict(self.batches[drawn.batch_index]))
-            self.monitor.estimate_flops(len(layers))
-            known = self.monitor.metrics
-            self._sizes[key] = {name: getattr(known, name) for name in SIZES}
-        return replace(self.monitor.metrics, **self._sizes[key])

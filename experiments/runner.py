@@ -17,7 +17,7 @@ from typing import Any
 from torch import nn
 
 from experiments.config import ExperimentConfig
-from experiments.config_sections import check_choice
+from experiments.config_check import check_choice
 from experiments.contexts import check_runs
 from experiments.errors import UsageError
 from experiments.models import FAMILIES

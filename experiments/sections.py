@@ -23,17 +23,11 @@ from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser
 
-from experiments.config_sections import (
-    DataConfig,
-    DetectConfig,
-    FaultConfig,
-    ModelConfig,
-    RunConfig,
-    SlurmConfig,
-    StopConfig,
-    check_at_least,
-)
+from experiments.config_check import check_at_least
+from experiments.config_sections import DataConfig, DetectConfig, ModelConfig, RunConfig, StopConfig
 from experiments.errors import UsageError
+from experiments.fault_config import FaultConfig
+from experiments.slurm_config import SlurmConfig
 from experiments.sweep_axes import axis_values
 from fault_injection.names import nearest
 

@@ -1,7 +1,8 @@
 """What every test shares: one torch thread, fixed seeds, and the zoo's models built once.
 
 Fixtures: ``zoo_model(name, dtype)`` (a cached model: leave it as it was), ``tensors_of(model, inputs)`` (every tensor
-of one patched pass), ``survey_of(model, inputs)`` (its sites).
+of one patched pass), ``survey_of(model, inputs)`` (its sites); ``place`` (a micro model and text), ``whole`` (the
+folder of a campaign there that was never disturbed).
 """
 
 from __future__ import annotations
@@ -10,15 +11,18 @@ import os
 import random
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import settings
+from micro_campaign import MicroPlace
 from torch import Tensor, nn
 from zoo import ZOO
 
+from experiments.command_line import main
 from fault_injection import OBSERVED, AttentionCall, SiteSurvey, is_patched, tapped
 
 settings.register_profile("repeatable", derandomize=True, deadline=None)
@@ -107,3 +111,15 @@ def survey_of() -> Callable[[nn.Module, Mapping[str, Any]], SiteSurvey]:
         return sites
 
     return survey
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> MicroPlace:
+    return MicroPlace.make(tmp_path_factory.mktemp("place"))
+
+
+@pytest.fixture(scope="module")
+def whole(place: MicroPlace, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("whole")
+    assert main(place.arguments(output)) == 0
+    return output / "micro"

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from experiments.config import DetectConfig, ExperimentConfig
 from experiments.engine import fast_engine
 from experiments.engine.chain import Chain, block_chain
-from experiments.engine.fast_engine import FastEngine, FastRun
+from experiments.engine.fast_engine import FastEngine
+from experiments.engine.fast_run import FastRun
 from experiments.engine.opened_batch import OpenedBatch, recorded_part
 from experiments.engine.wide_linear import OutputBuffer
 from experiments.injected_pass import InjectedPass

@@ -27,11 +27,6 @@ from monitoring import TraceWriter
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> MicroPlace:
-    return MicroPlace.make(tmp_path_factory.mktemp("place"))
-
-
-@pytest.fixture(scope="module")
 def pairs(place: MicroPlace, tmp_path_factory: pytest.TempPathFactory) -> Iterator[PairedRunner]:
     with Contexts(TraceWriter(None)) as contexts:
         yield contexts.open(config_of(place, "effect"))
@@ -44,7 +39,7 @@ def config_of(place: MicroPlace, chosen: str, runs: int = 1, *more: str) -> Expe
 
 def draws(pairs: PairedRunner, config: ExperimentConfig) -> list[DrawnRun]:
     plan = make_plan(config)
-    return [pairs.draw(run, plan.config_of(run)) for run in plan.runs]
+    return [pairs.drawing.draw(run, plan.config_of(run)) for run in plan.runs]
 
 
 # ------------------------------------------------------------------------------------------------- weights
@@ -132,7 +127,7 @@ def test_uniform_faults_are_those_of_the_generator(pairs: PairedRunner, place: M
     plan = make_plan(config_of(place, "uniform", 40, "--fault.location=scores"))
     for run in plan.runs:
         config, random = plan.config_of(run), run.generator()
-        drawn = pairs.draw(run, config)
+        drawn = pairs.drawing.draw(run, config)
         batch, layer = int(random.integers(4)), int(random.integers(2))
         site = pairs.baseline(batch, config).sites[layer, "scores"]
         assert (drawn.batch_index, drawn.faults) == (batch, (draw_fault(config.fault.spec(), site, random),))
@@ -145,12 +140,12 @@ def test_a_draw_depends_on_the_run_alone(
 ) -> None:
     config = config_of(place, "effect", 24, "--fault.location=k", f"--fault.layer_mode={mode}")
     plan = make_plan(config)
-    first = {run.run_id: pairs.draw(run, config) for run in plan.runs}
+    first = {run.run_id: pairs.drawing.draw(run, config) for run in plan.runs}
     # Nothing is kept from one draw to the next, and the order is another.
     monkeypatch.setattr(clean_sites, "KEPT_BYTES", 0)
     monkeypatch.setattr(aim, "KEPT_POOLS", 0)
     for run in reversed(plan.runs):
-        again = pairs.draw(run, config)
+        again = pairs.drawing.draw(run, config)
         known = first[run.run_id]
         assert (again.faults, again.sampling_weight) == (known.faults, known.sampling_weight)
         assert len(again.faults) == (2 if mode == "all" else 1)

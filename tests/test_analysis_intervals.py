@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pandas as pd
@@ -15,6 +16,7 @@ from benchmarks.interval_coverage import CROSSED, MEANS, RATES, crossed_coverage
 from experiments import closing_table
 from experiments.analysis.clusters import ClusterSums, Grouping, cluster_columns, ratio
 from experiments.analysis.intervals import (
+    Limits,
     clustered_interval,
     exact_interval,
     exact_limits,
@@ -54,9 +56,18 @@ def test_limits_for_any_number_of_trials_agree_with_scipy(n: int, share: float, 
     for method, found in (
         ("wilson", wilson_limits(hits / n, n, confidence)),
         ("exact", exact_limits(hits / n, n, confidence)),
+        ("wilson", wilson_interval(hits, n, confidence)),
+        ("exact", exact_interval(hits, n, confidence)),
     ):
         expected = test.proportion_ci(confidence, method)
         assert found == pytest.approx((expected.low, expected.high), abs=1e-9)
+
+
+@pytest.mark.parametrize("interval", [wilson_interval, exact_interval])
+@pytest.mark.parametrize(("hits", "n"), [(4, 3), (-1, 3), (0, 0)])
+def test_counts_that_cannot_be(interval: Callable[[int, int], Limits], hits: int, n: int) -> None:
+    with pytest.raises(ValueError, match=f"got {hits} of {n}, allowed 1 trial or more"):
+        interval(hits, n)
 
 
 def test_no_trials_no_limits() -> None:

@@ -20,11 +20,6 @@ from fault_injection import LOCATIONS
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> MicroPlace:
-    return MicroPlace.make(tmp_path_factory.mktemp("place"))
-
-
-@pytest.fixture(scope="module")
 def done(place: MicroPlace, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("done")
     assert main(place.arguments(output)) == 0

@@ -29,11 +29,6 @@ class LargeOutput(Detector):
 """
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> MicroPlace:
-    return MicroPlace.make(tmp_path_factory.mktemp("place"))
-
-
 def run(place: MicroPlace, output: Path, *more: str) -> list[dict[str, str]]:
     assert main(place.arguments(output, *more)) == 0
     return table(output / "micro" / "runs.csv")

@@ -27,7 +27,7 @@ from engine_places import (
 from torch import nn
 
 from experiments.engine import fast_engine, propagation
-from experiments.engine.fast_engine import FastRun
+from experiments.engine.fast_run import FastRun
 from experiments.engine.front import EngineMismatchError
 from experiments.engine.propagation import Wave
 from fault_injection import LOCATIONS, ElementIndex, Fault

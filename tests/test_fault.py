@@ -225,7 +225,7 @@ def test_a_partial_index_is_respected(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("axis", "size"), zip(("batch", "head", "row", "col"), SHAPE, strict=True))
+@pytest.mark.parametrize(("axis", "size"), list(zip(("batch", "head", "row", "col"), SHAPE, strict=True)))
 def test_a_coordinate_that_does_not_exist_is_refused(kind: str, axis: str, size: int) -> None:
     asked = dataclasses.replace(any_spec(kind), index=ElementIndex(**{axis: size}))
     with pytest.raises(

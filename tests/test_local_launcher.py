@@ -12,9 +12,9 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from campaign_disturbance import rows_on_disk
 from fake_slurm import FakeSlurm
 from micro_campaign import ROOT, MicroPlace, files_below, numbers, start
-from test_campaign import rows_on_disk
 
 from experiments.campaign_folder import CampaignFolder
 from experiments.command_line import main
@@ -27,11 +27,6 @@ from experiments.result import ExperimentResult, cells, columns
 from experiments.shards import Shard, shard_of
 from experiments.stop_request import StopRequest
 from experiments.submission import Submission, check_over
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> MicroPlace:
-    return MicroPlace.make(tmp_path_factory.mktemp("place"))
 
 
 class Worker:

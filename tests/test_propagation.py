@@ -29,11 +29,6 @@ EPSILON = ("epsilon", "epsilon_lower", "epsilon_upper")
 S_W = DetectConfig(detectors=["finite", "s@w"])
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> MicroPlace:
-    return MicroPlace.make(tmp_path_factory.mktemp("place"))
-
-
 def records(model: nn.Module, batches: Sequence[Any], family: str | None = None, **sections: Any) -> list[RunRecord]:
     config = ExperimentConfig(exp_name="x", injection_location="out", **sections)
     runner = CompleteExperimentRunner(config, family=family)

@@ -18,19 +18,14 @@ from experiments.campaign_folder import CampaignFolder
 from experiments.command_line import main
 from experiments.commands import slurm_launcher
 from experiments.config import ExperimentConfig, SlurmConfig, load_config
-from experiments.config_sections import slurm_seconds
 from experiments.csv_file import write_rows
 from experiments.errors import MissingResourceError, UsageError
 from experiments.plan import make_plan
 from experiments.result import ExperimentResult, cells, columns
 from experiments.shards import Shard, shard_of
+from experiments.slurm_config import slurm_seconds
 
 SLURM = ["--launcher", "slurm", "--workers", "4"]
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> MicroPlace:
-    return MicroPlace.make(tmp_path_factory.mktemp("place"))
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
+from campaign_disturbance import run_that
 from micro_campaign import MicroPlace, numbers, table
-from test_campaign import run_that
 
 from experiments.command_line import main
 from experiments.config import load_config

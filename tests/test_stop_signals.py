@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from campaign_disturbance import rows_on_disk, same_tables
 from micro_campaign import ROOT, MicroPlace, numbers, table
-from test_campaign import rows_on_disk, same_tables
 from test_writer_lock import write_elsewhere
 
 from experiments import campaign, contexts, writer_lock
@@ -22,19 +22,6 @@ from experiments.command_line import main
 from experiments.engine import batch_runs
 from experiments.engine.fast_engine import FastEngine
 from experiments.paired_run import PairedRunner
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> MicroPlace:
-    return MicroPlace.make(tmp_path_factory.mktemp("place"))
-
-
-@pytest.fixture(scope="module")
-def whole(place: MicroPlace, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the folder of a campaign of 24 runs that was never disturbed."""
-    output = tmp_path_factory.mktemp("whole")
-    assert main(place.arguments(output)) == 0
-    return output / "micro"
 
 
 @pytest.fixture

@@ -22,8 +22,7 @@ from __future__ import annotations
 
 import math
 
-from scipy.special import betaincinv, stdtrit
-from scipy.stats import binomtest, norm
+from scipy.special import betaincinv, ndtri, stdtrit
 
 CONFIDENCE = 0.95
 """The confidence of every interval, unless a function is told otherwise."""
@@ -34,21 +33,27 @@ Limits = tuple[float, float]
 def wilson_interval(successes: int, trials: int, confidence: float = CONFIDENCE) -> Limits:
     """Return the Wilson score interval of a rate.
 
+    Raises:
+        ValueError: no trials, or successes that are not between 0 and their number.
+
     >>> [round(limit, 3) for limit in wilson_interval(0, 100)]
     [0.0, 0.037]
     """
-    interval = binomtest(successes, trials).proportion_ci(confidence, method="wilson")
-    return float(interval.low), float(interval.high)
+    _check_counts(successes, trials)
+    return wilson_limits(successes / trials, trials, confidence)
 
 
 def exact_interval(successes: int, trials: int, confidence: float = CONFIDENCE) -> Limits:
     """Return the Clopper-Pearson interval of a rate.
 
+    Raises:
+        ValueError: no trials, or successes that are not between 0 and their number.
+
     >>> [round(limit, 4) for limit in exact_interval(0, 20)]
     [0.0, 0.1684]
     """
-    interval = binomtest(successes, trials).proportion_ci(confidence, method="exact")
-    return float(interval.low), float(interval.high)
+    _check_counts(successes, trials)
+    return _beta_limits(successes, trials - successes, confidence)
 
 
 def wilson_limits(rate: float, trials: float, confidence: float = CONFIDENCE) -> Limits:
@@ -59,7 +64,7 @@ def wilson_limits(rate: float, trials: float, confidence: float = CONFIDENCE) ->
     """
     if not trials > 0:
         return math.nan, math.nan
-    quantile = float(norm.isf((1 - confidence) / 2))
+    quantile = -float(ndtri((1 - confidence) / 2))
     weight = quantile**2 / trials
     centre = (rate + weight / 2) / (1 + weight)
     half = math.sqrt(weight * (rate * (1 - rate) + weight / 4)) / (1 + weight)
@@ -74,11 +79,19 @@ def exact_limits(rate: float, trials: float, confidence: float = CONFIDENCE) -> 
     """
     if not trials > 0:
         return math.nan, math.nan
-    tail, successes = (1 - confidence) / 2, rate * trials
-    failures = trials - successes
-    low = float(betaincinv(successes, failures + 1, tail)) if rate > 0 else 0.0
-    high = float(betaincinv(successes + 1, failures, 1 - tail)) if rate < 1 else 1.0
+    return _beta_limits(rate * trials, (1 - rate) * trials, confidence)
+
+
+def _beta_limits(successes: float, failures: float, confidence: float) -> Limits:
+    tail = (1 - confidence) / 2
+    low = float(betaincinv(successes, failures + 1, tail)) if successes > 0 else 0.0
+    high = float(betaincinv(successes + 1, failures, 1 - tail)) if failures > 0 else 1.0
     return low, high
+
+
+def _check_counts(successes: int, trials: int) -> None:
+    if not 0 <= successes <= trials or trials < 1:
+        raise ValueError(f"got {successes} of {trials}, allowed 1 trial or more and from 0 to all of them")
 
 
 def clustered_interval(

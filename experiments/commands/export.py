@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from experiments.commands.options import one_folder, take_value
-from experiments.config_sections import check_choice
+from experiments.config_check import check_choice
 from experiments.errors import MissingResourceError, UsageError
 from experiments.result import TABLES
 

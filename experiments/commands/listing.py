@@ -8,7 +8,7 @@ from __future__ import annotations
 from bounds import get_detector, list_detectors
 from bounds.suites import SUITES
 from experiments.config import ExperimentConfig, known_fields
-from experiments.config_sections import check_choice
+from experiments.config_check import check_choice
 from experiments.models import BUILT_IN_MODELS, load_model
 from experiments.sources import SOURCES
 from experiments.subject import Subject

@@ -106,7 +106,7 @@ def _layers(pairs: PairedRunner, config: ExperimentConfig, location: str) -> Ite
     """Yield layer, elements that may be hit in all inputs, and bits."""
     fault, first = config.fault, config.with_field("sweep", {})
     asked = config.sweep.get("fault.layers", [fault.layers])
-    layers = {layer for value in asked for layer in pairs.check_layers(first.with_field("fault.layers", value))}
+    layers = {layer for value in asked for layer in pairs.drawing.layers(first.with_field("fault.layers", value))}
     for layer in sorted(layers):
         places = 0
         for batch_index in range(len(pairs.batches)):

@@ -13,7 +13,8 @@ from collections.abc import Collection, Container, Iterable, Iterator, Sequence
 from experiments.campaign_folder import CampaignFolder
 from experiments.commands.options import take_value
 from experiments.config import ExperimentConfig
-from experiments.config_sections import ENGINES, check_choice
+from experiments.config_check import check_choice
+from experiments.config_sections import ENGINES
 from experiments.contexts import Contexts, context_key
 from experiments.errors import UsageError
 from experiments.plan import Plan, PlannedRun, make_plan

@@ -18,7 +18,7 @@ from experiments.commands.local_launcher import launch_local
 from experiments.commands.options import take_flag, take_value, whole_number
 from experiments.commands.slurm_launcher import launch_slurm, print_scripts
 from experiments.config import load_config
-from experiments.config_sections import check_choice
+from experiments.config_check import check_choice
 from experiments.contexts import check_plan
 from experiments.csv_file import write_rows
 from experiments.errors import UsageError

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from bounds import Verdict
 from experiments.config import ExperimentConfig
-from experiments.engine.fast_engine import FastEngine, FastRun
+from experiments.engine.fast_engine import FastEngine
+from experiments.engine.fast_run import FastRun
 from experiments.engine.front import EngineMismatchError
 from experiments.engine.opened_batch import OpenedBatch
 from experiments.engine.proof import Proof, prove
@@ -108,7 +109,7 @@ class BatchRuns:
             opened = OpenedBatch.of(pairs.subject, proof.chain, batch, known[1], detectors)
         drawn: list[DrawnRun] = []
         for planned, own in runs:
-            run = pairs.attempt(partial(pairs.draw, planned, own, known))
+            run = pairs.attempt(partial(pairs.drawing.draw, planned, own, known))
             if isinstance(run, Exception):
                 yield planned, run
             else:
@@ -211,7 +212,7 @@ class BatchRuns:
                 block_changes=found.block_changes,
                 tightest=tightest(seen, layer),
                 detections=detections,
-                metrics=replace(pairs.metrics(run, detections), **times),
+                metrics=replace(pairs.metrics.of(run, detections), **times),
                 injection_seconds=max(
                     0.0, found.seconds - times["bounds_computation_time"] - times["violation_detection_time"]
                 ),

@@ -6,36 +6,32 @@
 A run ends as early as it can: with its site (nothing there changed, or only the site is asked for), or behind the first
 block that returns what it returned without the fault.
 
-Public names: ``FastEngine``, ``FastRun``.
+Public name: ``FastEngine``.
 """
 
 from __future__ import annotations
 
 import itertools
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from bounds import Verdict
 from experiments.block_outputs import BlockOutputs
 from experiments.engine.chain import Chain
+from experiments.engine.fast_run import FastRun, OpenRun, shared_time
 from experiments.engine.front import EngineMismatchError, Front, Newcomers
-from experiments.engine.local_change import LocalChange, local_changes, output_lengths
+from experiments.engine.local_change import local_changes, output_lengths
 from experiments.engine.pack import CONTROL, TILE, Stretch
 from experiments.engine.propagation import Wave
 from experiments.engine.recording import AttentionRecord, Recording, changed_rows
 from experiments.engine.site_step import FaultSite, Keeper, site_of, site_step
-from experiments.engine.site_verdicts import CleanGroups, Verdicts
+from experiments.engine.site_verdicts import CleanGroups
 from experiments.engine.wide_linear import OutputBuffer
-from experiments.outcome import Effect
 from experiments.row_effects import BaselineRows, RowEffect, effects_of_rows
 from experiments.subject import Subject
-from fault_injection import Fault, InjectionRecord
+from fault_injection import Fault
 
 SITE_ELEMENTS = 1 << 20
 """Scores of one site step."""
@@ -45,46 +41,6 @@ MANY = 64
 
 HEAD_ROWS = 256
 """Rows whose logits are there at one time, unless a single run has more."""
-
-
-@dataclass(frozen=True)
-class FastRun:
-    """What one fault did.
-
-    Attributes:
-        record: what it hit.
-        verdicts: by detector, of its layer.
-        local: how far the layer's attention output moved.
-        behind: by layer behind the fault, what ``finite`` says there, where it is not what it says of the clean pass.
-        effect: on the model's output; None if it was not propagated.
-        block_changes: by number of the block, how far what it returns moved, relatively; empty unless it was asked for.
-        seconds: its share of the passes it was part of.
-    """
-
-    record: InjectionRecord
-    verdicts: Verdicts
-    local: LocalChange
-    behind: Mapping[int, Verdict]
-    effect: Effect | None
-    block_changes: Mapping[int, float]
-    seconds: float
-
-
-@dataclass(eq=False)
-class _Run:
-    """A run on its way."""
-
-    number: int
-    site: FaultSite
-    propagate: bool
-    record: InjectionRecord | None = None
-    verdicts: Verdicts = field(default_factory=dict)
-    local: LocalChange | None = None
-    behind: dict[int, Verdict] = field(default_factory=dict)
-    positions: Tensor | None = None
-    out: Tensor | None = None
-    block_changes: dict[int, float] = field(default_factory=dict)
-    seconds: float = 0.0
 
 
 class FastEngine:
@@ -138,9 +94,9 @@ class FastEngine:
         Raises:
             EngineMismatchError: rows without a fault changed; none of the results is to be trusted.
         """
-        runs = [_Run(number, site, propagate) for number, (site, propagate) in enumerate(faults)]
+        runs = [OpenRun(number, site, propagate) for number, (site, propagate) in enumerate(faults)]
         for chunk in self._site_chunks(runs):
-            with _shared(chunk, self._subject.synchronize):
+            with shared_time(chunk, self._subject.synchronize):
                 self._at_site(chunk)
         for run in runs:
             run.block_changes = self._unmoved(run)
@@ -148,11 +104,12 @@ class FastEngine:
         moving = [run for run in runs if run.propagate and run.positions is not None]
         for whole in (False, True):
             for wave in self._waves([run for run in moving if run.number not in effects], whole):
-                with _shared(wave, self._subject.synchronize):
+                with shared_time(wave, self._subject.synchronize):
                     effects |= self._propagate(wave, critical_loss, whole)
-        return [_finished(run, effects.get(run.number)) for run in runs]
+        effect_of = {number: found.effect for number, found in effects.items()}
+        return [run.finished(effect_of.get(run.number)) for run in runs]
 
-    def _unmoved(self, run: _Run) -> dict[int, float]:
+    def _unmoved(self, run: OpenRun) -> dict[int, float]:
         """Return what is said of the blocks of a run that changes nothing behind its site."""
         if self._outputs is None or not run.propagate:
             return {}
@@ -164,13 +121,13 @@ class FastEngine:
         logits = self._recording.evaluation.output.flatten(0, 1)[rows]
         return effects_of_rows(self._rows, rows, logits, rows, 1, critical_loss)[0]
 
-    def _site_chunks(self, runs: Sequence[_Run]) -> Iterator[list[_Run]]:
+    def _site_chunks(self, runs: Sequence[OpenRun]) -> Iterator[list[OpenRun]]:
         """Yield runs of one layer, few enough for one site step; if there are many, those of one location together."""
         by_layer = sorted(runs, key=lambda run: (run.site.fault.layer, run.site.fault.location))
         for layer, group in itertools.groupby(by_layer, key=lambda run: run.site.fault.layer):
             kept = self._recording.attention[layer]
             most = max(1, SITE_ELEMENTS // (kept.group * kept.query.shape[2] * kept.key.shape[2]))
-            chunk: list[_Run] = []
+            chunk: list[OpenRun] = []
             for run in group:
                 other = bool(chunk) and run.site.fault.location != chunk[-1].site.fault.location
                 if len(chunk) == most or (other and len(chunk) >= MANY):
@@ -179,7 +136,7 @@ class FastEngine:
                 chunk.append(run)
             yield chunk
 
-    def _at_site(self, runs: Sequence[_Run]) -> None:
+    def _at_site(self, runs: Sequence[OpenRun]) -> None:
         layer = runs[0].site.fault.layer
         kept = self._recording.attention[layer]
         step = site_step(
@@ -199,9 +156,9 @@ class FastEngine:
                 run.positions = step.changed[number].nonzero()[:, 0]
                 run.out = step.out[number][run.positions] if run.propagate else None
 
-    def _waves(self, runs: Sequence[_Run], whole: bool) -> Iterator[list[_Run]]:
+    def _waves(self, runs: Sequence[OpenRun], whole: bool) -> Iterator[list[OpenRun]]:
         """Yield runs that go through the blocks together: neighbours by layer and row, few enough for one pass."""
-        wave: list[_Run] = []
+        wave: list[OpenRun] = []
         rows = 0
         for run in sorted(runs, key=lambda run: (run.site.fault.layer, self._start(run))):
             needed = self._length - (0 if whole else self._start(run))
@@ -213,11 +170,11 @@ class FastEngine:
         if wave:
             yield wave
 
-    def _start(self, run: _Run) -> int:
+    def _start(self, run: OpenRun) -> int:
         """Return the first position that a run can change behind its layer."""
         return int(run.positions[0]) if self._causal and run.positions is not None else 0
 
-    def _propagate(self, runs: Sequence[_Run], critical_loss: float, whole: bool) -> dict[int, RowEffect]:
+    def _propagate(self, runs: Sequence[OpenRun], critical_loss: float, whole: bool) -> dict[int, RowEffect]:
         """Return the effects of runs by number, but not of those that must be taken through whole sequences."""
         look = None
         if whole and self._groups is not None:
@@ -240,7 +197,7 @@ class FastEngine:
 
     @staticmethod
     def _note_changes(
-        outputs: BlockOutputs, number: int, runs: Sequence[_Run], rows: Tensor, owner: Tensor, hidden: Tensor
+        outputs: BlockOutputs, number: int, runs: Sequence[OpenRun], rows: Tensor, owner: Tensor, hidden: Tensor
     ) -> None:
         changes = outputs.changes(number, rows, hidden, owner, len(runs))
         for run, change in zip(runs, changes, strict=True):
@@ -250,17 +207,21 @@ class FastEngine:
 
     @staticmethod
     def _note_behind(
-        groups: CleanGroups, runs: Sequence[_Run], kept: AttentionRecord, seen: Keeper, stretches: Sequence[Stretch]
+        groups: CleanGroups,
+        runs: Sequence[OpenRun],
+        kept: AttentionRecord,
+        seen: Keeper,
+        stretches: Sequence[Stretch],
     ) -> None:
         verdicts = groups.finite_behind(kept, seen, [stretch.sequence for stretch in stretches])
         for stretch, verdict in zip(stretches, verdicts or (), strict=verdicts is not None):
             if stretch.run != CONTROL:
                 runs[stretch.run].behind[kept.core.index] = verdict
 
-    def _escaped(self, wave: Wave, runs: Sequence[_Run]) -> set[int]:
+    def _escaped(self, wave: Wave, runs: Sequence[OpenRun]) -> set[int]:
         return {runs[i].number for i in wave.escaped if i != CONTROL}
 
-    def _behind_site(self, wave: Wave, runs: Sequence[_Run], new: Sequence[int], whole: bool) -> Newcomers | None:
+    def _behind_site(self, wave: Wave, runs: Sequence[OpenRun], new: Sequence[int], whole: bool) -> Newcomers | None:
         """Take the rows that faults changed at their sites through the rest of their block."""
         layer = runs[new[0]].site.fault.layer
         kept = self._recording.attention[layer]
@@ -324,29 +285,3 @@ def _by_run(
         part = slice(begin, ends[last - 1])
         yield rows[part], owner[part], hidden[part], range(first, last)
         first, begin = last, ends[last - 1]
-
-
-@contextmanager
-def _shared(runs: Sequence[_Run], synchronize: Callable[[], None]) -> Iterator[None]:
-    """Divide the time of the block among the runs."""
-    synchronize()
-    start = time.perf_counter()
-    yield
-    synchronize()
-    seconds = (time.perf_counter() - start) / len(runs)
-    for run in runs:
-        run.seconds += seconds
-
-
-def _finished(run: _Run, effect: RowEffect | None) -> FastRun:
-    if run.record is None or run.local is None:
-        raise ValueError(f"run {run.number}: got no site step")
-    return FastRun(
-        run.record,
-        run.verdicts,
-        run.local,
-        run.behind,
-        None if effect is None else effect.effect,
-        run.block_changes,
-        run.seconds,
-    )

@@ -26,7 +26,7 @@ from bounds import Verdict
 from experiments.baseline import Baseline
 from experiments.config import ExperimentConfig
 from experiments.engine.chain import Chain, block_chain
-from experiments.engine.fast_engine import FastRun
+from experiments.engine.fast_run import FastRun
 from experiments.engine.front import EngineMismatchError
 from experiments.engine.opened_batch import OpenedBatch, recorded_part
 from experiments.engine.pack import TILE

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from experiments.analysis import outcome_rates
 from experiments.figures.no_data import need_rows
 from experiments.figures.population import ordered, population, propagated
-from experiments.figures.style import OUTCOME_STYLES, legend_above, new_figure, percent_axis, styled
+from experiments.figures.style import OUTCOME_STYLES, legend_above, new_figure, percent_axis, stacked_bars, styled
 from experiments.result import OUTCOMES
 
 
@@ -37,18 +37,7 @@ def outcomes_by_location(runs: pd.DataFrame) -> Figure:
     for outcome in OUTCOMES:
         part = rates[rates["outcome"] == outcome].set_index("location").loc[locations]
         share, style = part["rate"].to_numpy(float), OUTCOME_STYLES[outcome]
-        bar = axes.barh(
-            range(len(locations)),
-            share,
-            left=base,
-            height=0.7,
-            facecolor=style.colour,
-            hatch=style.hatch,
-            edgecolor="#404040",
-            linewidth=0.5,
-            label=outcome,
-        )  # fmt: skip
-        bars.append(bar)
+        bars.append(stacked_bars(axes, share, base, style, outcome))
         base = base + share
     counts = rates.drop_duplicates("location").set_index("location")["n"]
     axes.set_yticks(range(len(locations)), [f"{name} (n = {counts[name]:,})" for name in locations])

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from experiments.analysis import overhead
 from experiments.figures.no_data import need_columns
 from experiments.figures.population import ordered, population, short_name
-from experiments.figures.style import SERIES_STYLES, legend_above, new_figure, styled
+from experiments.figures.style import SERIES_STYLES, legend_above, new_figure, stacked_bars, styled
 
 _PARTS = {
     "injection": SERIES_STYLES[0],
@@ -45,18 +45,7 @@ def overhead_breakdown(runs: pd.DataFrame) -> Figure:
         if not rows["n"].any():
             continue
         milliseconds = 1e3 * rows["mean"].fillna(0.0).to_numpy(float)
-        bar = axes.barh(
-            range(len(groups)),
-            milliseconds,
-            left=base,
-            height=0.7,
-            facecolor=style.colour,
-            hatch=style.hatch,
-            edgecolor="#202020",
-            linewidth=0.5,
-            label=part,
-        )  # fmt: skip
-        bars.append(bar)
+        bars.append(stacked_bars(axes, milliseconds, base, style, part))
         base = base + milliseconds
     shares = table[table["part"] == "overhead"].set_index("group").loc[groups]
     for place, row in enumerate(shares.itertuples(index=False)):

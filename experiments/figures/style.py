@@ -8,7 +8,7 @@ Colours are those of Okabe and Ito ("Color Universal Design", 2008). No series i
 marker, a line style and a hatch of its own as well.
 
 Public names: ``OUTCOME_STYLES``, ``SERIES_STYLES``, ``SeriesStyle``, ``STYLE``, ``HEAT_COLOURS``, ``new_figure``,
-``style_context``, ``styled``, ``percent_axis``, ``legend_above``, ``error_bars``.
+``style_context``, ``styled``, ``percent_axis``, ``legend_above``, ``stacked_bars``, ``error_bars``.
 """
 
 from __future__ import annotations
@@ -114,6 +114,21 @@ def percent_axis(axis: Any, top: float = 1.0) -> None:
 def legend_above(figure: Figure, handles: Sequence[Any], columns: int = 4) -> None:
     """Put one legend above all axes: there it covers no data."""
     figure.legend(handles=list(handles), loc="outside upper left", ncols=columns, handlelength=2.6)
+
+
+def stacked_bars(axes: Any, widths: np.ndarray, base: np.ndarray, style: SeriesStyle, label: str) -> Any:
+    """Draw one part of horizontal bars, as wide as ``widths`` (n,) from ``base`` (n,) on; return its artists."""
+    return axes.barh(
+        range(len(widths)),
+        widths,
+        left=base,
+        height=0.7,
+        facecolor=style.colour,
+        hatch=style.hatch,
+        edgecolor="#404040",
+        linewidth=0.5,
+        label=label,
+    )
 
 
 def error_bars(rates: pd.DataFrame, rate: str = "rate", low: str = "low", high: str = "high") -> np.ndarray:

@@ -1,0 +1,27 @@
+"""What a field of a configuration is allowed to be, said when it is not.
+
+    check_choice("run.engine", engine, ("auto", "plain", "fast"))
+    check_at_least("run.threads", threads, 1)
+
+Public names: ``check_choice``, ``check_at_least``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from experiments.errors import UsageError
+from fault_injection.names import nearest
+
+
+def check_choice(key: str, got: Any, allowed: Sequence[str]) -> None:
+    """Raise ``UsageError`` unless ``got`` is one of the allowed names."""
+    if got not in allowed:
+        raise UsageError(f"{key}: got {got!r}, allowed {', '.join(allowed)}{nearest(str(got), allowed)}")
+
+
+def check_at_least(key: str, got: int | None, lowest: int) -> None:
+    """Raise ``UsageError`` if ``got`` is below ``lowest``."""
+    if got is not None and got < lowest:
+        raise UsageError(f"{key}: got {got}, allowed {lowest} or more")

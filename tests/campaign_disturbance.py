@@ -1,0 +1,76 @@
+"""What disturbs campaigns of tests, and how two of them are compared.
+
+    with run_that(monkeypatch, disturb) as begun:      # disturb(number, planned) before each run
+        main(arguments)
+    same_tables(output / "micro", whole)
+
+Public names: ``forked``, ``rows_on_disk``, ``run_that``, ``same_tables``.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from micro_campaign import numbers
+
+from experiments.command_line import main
+from experiments.config import ExperimentConfig
+from experiments.csv_file import read_rows
+from experiments.paired_run import PairedRunner
+from experiments.result import (
+    ExperimentResult,
+    columns,
+)
+
+FORK = multiprocessing.get_context("fork")
+
+
+def forked(arguments: Sequence[str]) -> BaseProcess:
+    process = FORK.Process(target=lambda: os._exit(main(list(arguments))))
+    process.start()
+    return process
+
+
+def same_tables(one: Path, other: Path) -> None:
+    assert numbers(one / "runs.csv") == numbers(other / "runs.csv")
+    for name in ("detections.csv", "propagation.csv", "clean.csv", "failures.csv", "plan.csv"):
+        assert (one / name).read_text() == (other / name).read_text(), name
+
+
+def rows_on_disk(folder: Path) -> int:
+    return sum(len(read_rows(path, columns(ExperimentResult))) for path in folder.glob("shards/[0-9]*[0-9].csv"))
+
+
+@contextmanager
+def run_that(monkeypatch: pytest.MonkeyPatch, disturb: Callable[[int, Any], None]) -> Iterator[list[str]]:
+    """Call ``disturb(number, planned)`` before each run; yield the ids of the runs that were begun."""
+    begun: list[str] = []
+    real = PairedRunner.run
+
+    def run(self: PairedRunner, planned: Any, config: ExperimentConfig) -> Any:
+        begun.append(planned.run_id)
+        disturb(len(begun), planned)
+        return real(self, planned, config)
+
+    def run_many(self: PairedRunner, runs: Sequence[Any]) -> Iterator[Any]:
+        # One after the other, whichever engine the campaign would take.
+        for planned, config in runs:
+            try:
+                record = self.run(planned, config)
+            except ArithmeticError as error:
+                record = error
+            yield planned, record
+
+    monkeypatch.setattr(PairedRunner, "run", run)
+    monkeypatch.setattr(PairedRunner, "run_many", run_many)
+    try:
+        yield begun
+    finally:
+        monkeypatch.undo()
