@@ -11,15 +11,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from monitoring import memory
 from monitoring.memory import BYTES_PER_MB, MemoryWatch, ResidentPeak, resident_bytes, tensor_peak
+from tests.fresh_memory import touch
 
 KB = 1000  # float32 elements are 4 bytes, so torch.empty(KB) is 4,000 bytes
-LARGE_MB = 48  # above 32 MB the C library returns the memory of a freed block to the system at once
+LARGE_MB = 48
 
 needs_high_water = pytest.mark.skipif(not memory.high_water_works(), reason="no resettable VmHWM here")
-
-
-def touch(megabytes: int) -> torch.Tensor:
-    return torch.ones(megabytes * BYTES_PER_MB, dtype=torch.uint8)
 
 
 def test_peak_of_a_hand_computed_sequence() -> None:
@@ -145,6 +142,17 @@ def test_resident_peak_sees_memory_that_is_gone_at_the_end(method: str) -> None:
     touch(2 * LARGE_MB)
     assert block.peak_bytes == ended
     assert not [thread for thread in threading.enumerate() if thread.name == "resident-peak"]
+
+
+def test_a_peak_is_seen_whatever_the_heap_holds_free() -> None:
+    """What a freed block left resident cannot hide growth: this is how a long-lived process looks."""
+    torch.ones(30 * BYTES_PER_MB, dtype=torch.uint8)  # freed at once: glibc now serves up to 30 MB from its heap
+    held = [torch.ones(BYTES_PER_MB, dtype=torch.uint8) for _ in range(2 * LARGE_MB)]
+    del held[:-1]
+    with ResidentPeak() as block:
+        before = resident_bytes()
+        touch(LARGE_MB)
+    assert block.peak_bytes - before > 0.9 * LARGE_MB * BYTES_PER_MB
 
 
 @needs_high_water

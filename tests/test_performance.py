@@ -15,6 +15,7 @@ import monitoring
 from monitoring.flops import counted_forward_flops
 from monitoring.performance import PHASES, PerformanceMetrics, PerformanceMonitor, paired_order
 from monitoring.performance_aggregator import PerformanceAggregator
+from tests.fresh_memory import touch
 
 
 class Clock:
@@ -182,7 +183,7 @@ def test_memory_on_a_cpu_is_the_resident_set() -> None:
     assert monitor.record_memory().peak_resident_mb is None  # nothing was timed yet
     start = monitor.metrics.resident_memory_mb
     with monitor.timer("total"), monitor.timer("injection_forward"):
-        torch.ones(48 * 2**20, dtype=torch.uint8)
+        touch(48)
     monitor.record_memory()
     metrics = monitor.metrics
     assert metrics.peak_resident_memory_mb - start > 0.9 * 48
