@@ -4,13 +4,17 @@
         main(arguments)
     same_tables(output / "micro", whole)
 
-Public names: ``forked``, ``rows_on_disk``, ``run_that``, ``same_tables``.
+    assert killed(arguments, output / "micro", rows=5)         # a campaign of a process of its own
+    main(arguments)
+
+Public names: ``FORK``, ``forked``, ``killed``, ``rows_on_disk``, ``run_that``, ``same_tables``.
 """
 
 from __future__ import annotations
 
 import multiprocessing
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
@@ -22,12 +26,9 @@ from micro_campaign import numbers
 
 from experiments.command_line import main
 from experiments.config import ExperimentConfig
-from experiments.csv_file import read_rows
+from experiments.csv_file import CsvFile, read_rows
 from experiments.paired_run import PairedRunner
-from experiments.result import (
-    ExperimentResult,
-    columns,
-)
+from experiments.result import ExperimentResult, columns
 
 FORK = multiprocessing.get_context("fork")
 
@@ -36,6 +37,34 @@ def forked(arguments: Sequence[str]) -> BaseProcess:
     process = FORK.Process(target=lambda: os._exit(main(list(arguments))))
     process.start()
     return process
+
+
+def killed(arguments: Sequence[str], folder: Path, rows: float, pause: float = 0.0) -> bool:
+    """Kill a campaign ``pause`` seconds after so many rows are on disk; return False if it ended before.
+
+    It runs on during the pause, but waits to be killed a few rows later: a test that is given no time by the machine is
+    not too late.
+    """
+    append = CsvFile.append
+
+    def campaign() -> None:
+        def append_and_wait(self: CsvFile, *lines: Sequence[str]) -> None:
+            append(self, *lines)
+            if rows_on_disk(folder) >= rows + 3:
+                time.sleep(600)
+
+        CsvFile.append = append_and_wait  # type: ignore[method-assign]
+        os._exit(main(list(arguments)))
+
+    process = FORK.Process(target=campaign)
+    process.start()
+    while process.is_alive() and rows_on_disk(folder) < rows:
+        time.sleep(0.001)
+    time.sleep(pause)
+    alive = process.is_alive()
+    process.kill()
+    process.join()
+    return alive
 
 
 def same_tables(one: Path, other: Path) -> None:

@@ -6,18 +6,19 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from campaign_disturbance import forked, rows_on_disk, run_that, same_tables
+from campaign_disturbance import FORK, forked, rows_on_disk, run_that, same_tables
 from micro_campaign import MicroPlace, files_below, kill, micro_gpt2, start, table
 from test_writer_lock import write_dead_holder, write_holder
 
 from experiments import campaign_folder, contexts
 from experiments.command_line import main
-from experiments.csv_file import read_rows
+from experiments.csv_file import CsvFile, read_rows
 from experiments.errors import MissingResourceError
 from experiments.result import (
     ExperimentResult,
@@ -88,9 +89,20 @@ def test_a_second_process_on_one_shard_is_refused(
 
 
 def test_of_two_processes_that_start_together_one_does_all_and_one_is_refused(
-    whole: Path, place: MicroPlace, tmp_path: Path
+    whole: Path, place: MicroPlace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    workers = [forked(place.arguments(tmp_path)) for _ in range(2)]
+    refused, append = FORK.Event(), CsvFile.append
+
+    def append_after_the_refusal(self: CsvFile, *rows: Sequence[str]) -> None:
+        assert refused.wait(60), "both are at work"
+        append(self, *rows)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(CsvFile, "append", append_after_the_refusal)
+        workers = [forked(place.arguments(tmp_path)) for _ in range(2)]
+    while all(worker.is_alive() for worker in workers):
+        time.sleep(0.01)
+    refused.set()
     for worker in workers:
         worker.join()
     assert sorted(worker.exitcode or 0 for worker in workers) == [0, 1]

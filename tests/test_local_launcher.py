@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import psutil
@@ -15,6 +16,7 @@ import torch
 from campaign_disturbance import rows_on_disk
 from fake_slurm import FakeSlurm
 from micro_campaign import ROOT, MicroPlace, files_below, numbers, start
+from slow_detector import SlowDetector
 
 from experiments.campaign_folder import CampaignFolder
 from experiments.command_line import main
@@ -103,13 +105,18 @@ def test_a_refusal_of_all_workers_is_told_once(
 def test_who_interrupts_the_parent_stops_all_and_loses_nothing(
     place: MicroPlace, tmp_path: Path, number: signal.Signals
 ) -> None:
-    arguments = [*place.arguments(tmp_path, "--num_runs=15", "--run.engine=plain"), "--workers", "2"]
+    slow = SlowDetector.make(place.root)
+    slow.takes(0.1)
+    chosen = "--num_runs=15", "--run.engine=plain", slow.option
+    arguments = [*place.arguments(tmp_path, *chosen), "--workers", "2"]
     process = start(arguments)
     while rows_on_disk(tmp_path / "micro") < 5:
         assert process.poll() is None
+        time.sleep(0.01)
     children = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(number)
     _, complained = process.communicate(timeout=60)
+    slow.takes(0)
     assert process.returncode == 130
     assert "the same command goes on where it stopped" in complained
     assert not [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
@@ -118,7 +125,7 @@ def test_who_interrupts_the_parent_stops_all_and_loses_nothing(
     again = start(arguments)
     again.communicate()
     assert again.returncode == 0
-    assert main(place.arguments(tmp_path / "whole", "--num_runs=15", "--run.engine=plain")) == 0
+    assert main(place.arguments(tmp_path / "whole", *chosen)) == 0
     assert numbers(tmp_path / "micro/runs.csv") == numbers(tmp_path / "whole/micro/runs.csv")
 
 
@@ -263,16 +270,20 @@ def test_in_a_job_of_slurm_the_parent_alone_asks_to_be_begun_again(place: MicroP
     programs = FakeSlurm(tmp_path / "bin")
     programs.folder.mkdir()
     programs.program("scontrol", "JobState=RUNNING\n")
-    arguments = [*place.arguments(tmp_path, "--num_runs=40", "--run.engine=plain"), "--workers", "2"]
+    slow = SlowDetector.make(place.root)
+    slow.takes(0.1)
+    arguments = [*place.arguments(tmp_path, "--num_runs=15", "--run.engine=plain", slow.option), "--workers", "2"]
     slurm = {"SLURM_JOB_ID": "7", "SLURM_CLUSTER_NAME": "big", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     environment = {**os.environ, **slurm, "PATH": f"{programs.folder}:{os.environ['PATH']}"}
     command = [sys.executable, str(ROOT / "run_sweep.py"), *arguments]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
     while rows_on_disk(tmp_path / "micro") < 5:
         assert process.poll() is None
+        time.sleep(0.01)
     process.send_signal(signal.SIGUSR1)
     while not [call for call in programs.calls("scontrol") if call == "requeue 7"]:
         assert process.poll() is None
+        time.sleep(0.01)
     assert not list(tmp_path.rglob("*.lock")), "workers have ended"
     # As Slurm does, which ends what it will begin again.
     process.send_signal(signal.SIGTERM)

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from fresh_memory import touch
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from monitoring import memory
 from monitoring.memory import BYTES_PER_MB, MemoryWatch, ResidentPeak, resident_bytes, tensor_peak
-from tests.fresh_memory import touch
 
 KB = 1000  # float32 elements are 4 bytes, so torch.empty(KB) is 4,000 bytes
 LARGE_MB = 48

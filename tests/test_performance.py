@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from fresh_memory import touch
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
@@ -15,7 +16,6 @@ import monitoring
 from monitoring.flops import counted_forward_flops
 from monitoring.performance import PHASES, PerformanceMetrics, PerformanceMonitor, paired_order
 from monitoring.performance_aggregator import PerformanceAggregator
-from tests.fresh_memory import touch
 
 
 class Clock:

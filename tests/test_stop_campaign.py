@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import random
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
-from campaign_disturbance import run_that
+from campaign_disturbance import killed, run_that
 from micro_campaign import MicroPlace, numbers, table
 
 from experiments.command_line import main
@@ -20,7 +17,6 @@ from experiments.plan import make_plan
 from experiments.runner import CompleteExperimentRunner
 from experiments.stopping import StopRule, confidence_sequence
 
-FORK = multiprocessing.get_context("fork")
 RULE = ["--num_runs=60", "--stop.margin=0.12", "--stop.minimum=10", "--stop.growth=1.5", "--detect.detectors=[finite]"]
 LOOKS = (10, 15, 23, 35, 53, 60)
 
@@ -150,18 +146,9 @@ def test_an_interrupted_campaign_ends_the_same(
 def test_a_campaign_that_is_killed_again_and_again_ends_the_same(
     whole: Path, place: MicroPlace, tmp_path: Path
 ) -> None:
-    moments, kills = random.Random(3), 0
-    for _ in range(6):
-        process = FORK.Process(target=lambda: os._exit(main(arguments(place, tmp_path))))
-        process.start()
-        begun = time.monotonic()
-        pause = moments.uniform(0.2, 1.5)
-        while process.is_alive() and time.monotonic() - begun < pause:
-            time.sleep(0.02)
-        kills += process.is_alive()
-        process.kill()
-        process.join()
-    assert kills >= 1
+    moments, runs = random.Random(3), len(table(whole / "runs.csv"))
+    for rows in sorted(moments.uniform(0, runs - 4) for _ in range(6)):
+        assert killed(arguments(place, tmp_path), tmp_path / "micro", rows, moments.uniform(0, 0.1))
     assert main(arguments(place, tmp_path)) == 0
     same(tmp_path / "micro", whole)
 

@@ -250,6 +250,9 @@ def test_s1_08_a_writer_killed_at_any_moment_leaves_whole_lines(tmp_path: Path) 
         with child:
             assert child.stdout is not None
             child.stdout.readline()
+            before = path.stat().st_size
+            while path.stat().st_size == before:
+                assert child.poll() is None
             time.sleep(pause)
             child.send_signal(signal.SIGKILL)
     with TraceWriter(path) as trace:

@@ -1,6 +1,6 @@
 """What the tests ask of a real Slurm: jobs, their states, disturbances; every wait has a deadline.
 
-Public names: ``Cluster``, ``within``, ``DETECTOR``.
+Public names: ``Cluster``, ``within``.
 """
 
 from __future__ import annotations
@@ -17,34 +17,6 @@ from pathlib import Path
 import psutil
 
 HERE = Path(__file__).parent
-
-DETECTOR = '''
-"""A detector that finds nothing, as slowly as a file says, and that fails once for each file that says so."""
-import os, time
-from pathlib import Path
-import torch
-from bounds import Detector
-from bounds.row_check import RowCheck, judged
-
-PLACE = Path(__file__).parent
-
-class Slow(Detector):
-    name, needs, statement, cost = "slow", frozenset({"out"}), "nothing", "1"
-
-    def judge(self, state, baseline):
-        try:
-            time.sleep(float((PLACE / "slow").read_text()))
-        except FileNotFoundError:
-            pass
-        try:
-            (PLACE / "fail").unlink()
-        except FileNotFoundError:
-            pass
-        else:
-            raise ArithmeticError("as the test wants it")
-        largest = state.out.abs().amax(-1).double()
-        return judged(self.name, RowCheck(largest, torch.full_like(largest, 1e30)), allowance=self.tolerance)
-'''
 
 
 def within(seconds: float, condition: Callable[[], object], what: str) -> None:

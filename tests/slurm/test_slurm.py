@@ -18,8 +18,9 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from cluster import DETECTOR, Cluster, run, within
+from cluster import Cluster, run, within
 from micro_campaign import ROOT, MicroPlace, numbers, table
+from slow_detector import SlowDetector
 from test_writer_lock import write_holder
 
 from experiments.command_line import main
@@ -69,15 +70,9 @@ class Setting:
     def arguments(self, output: Path, *more: str) -> list[str]:
         return arguments(self.place, output, *more)
 
-    def slow(self, on: bool, seconds: float = 0.25) -> None:
-        """Let the detector take so long for a tensor, or no time."""
-        path = self.place.root / "slow"
-        if not on:
-            path.unlink(missing_ok=True)
-            return
-        written = path.with_suffix(".tmp")
-        written.write_text(str(seconds))
-        written.replace(path)
+    @property
+    def detector(self) -> SlowDetector:
+        return SlowDetector(self.place.root)
 
     def submit(self, output: Path, workers: int, *more: str) -> str:
         """Submit a campaign and return the number of the array job."""
@@ -113,15 +108,14 @@ class Setting:
 
 def arguments(place: MicroPlace, output: Path, *more: str) -> list[str]:
     given = {argument.partition("=")[0] for argument in more}
-    detectors = f"--detect.detectors=[lite, '{place.root / 'slow.py'}:Slow']"
     repeats = [] if "--num_runs" in given else ["--num_runs=5"]
-    return place.arguments(output, detectors, *repeats, *more)
+    return place.arguments(output, SlowDetector(place.root).option, *repeats, *more)
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> MicroPlace:
     made = MicroPlace.make(tmp_path_factory.mktemp("place"))
-    (made.root / "slow.py").write_text(DETECTOR)
+    SlowDetector.make(made.root)
     return made
 
 
@@ -136,14 +130,14 @@ def setting(cluster: Cluster, place: MicroPlace, tmp_path_factory: pytest.TempPa
 @pytest.fixture(autouse=True)
 def _fast_again(place: MicroPlace) -> Iterator[None]:
     yield
-    (place.root / "slow").unlink(missing_ok=True)
+    SlowDetector(place.root).takes(0)
 
 
 # --------------------------------------------------------------------------------------------- signals and nodes
 
 
 def test_a_task_that_is_warned_finishes_its_run_and_goes_on_in_another_life(setting: Setting, tmp_path: Path) -> None:
-    setting.slow(True)
+    setting.detector.takes(0.25)
     job = setting.submit(tmp_path, 2)
     setting.wait_rows(tmp_path, 1, 2)
     run("scancel", "--batch", "--signal=USR1", f"{job}_1")
@@ -152,7 +146,7 @@ def test_a_task_that_is_warned_finishes_its_run_and_goes_on_in_another_life(sett
     assert (session["ended"], session["restarts"], session["job"]) == ("stopped", 0, f"{job}_1")
     assert session["done"] == setting.rows(tmp_path, 1)
     assert not (tmp_path / "micro/shards/0001.lock").exists()
-    setting.slow(False)
+    setting.detector.takes(0)
     assert set(setting.cluster.wait_for(job).values()) == {"COMPLETED"}
     after = json.loads((tmp_path / "micro/shards/0001.session.json").read_text())
     assert (after["ended"], after["restarts"], after["before"]) == ("done", 1, session["done"])
@@ -163,24 +157,24 @@ def test_a_task_that_is_warned_finishes_its_run_and_goes_on_in_another_life(sett
 
 def test_a_task_whose_time_is_up_goes_on_in_another_life(setting: Setting, tmp_path: Path) -> None:
     # All runs together take longer than the limit: Slurm may warn at any moment up to then.
-    setting.slow(True, seconds=1.5)
+    setting.detector.takes(1.5)
     job = setting.submit(tmp_path, 1, "--slurm.time", "1")
     setting.cluster.wait_state(f"{job}_1", "RUNNING")
     within(120, lambda: setting.cluster.states(job) == {f"{job}_1": "PENDING"}, "requeued before its limit")
-    setting.slow(False)
+    setting.detector.takes(0)
     assert set(setting.cluster.wait_for(job).values()) == {"COMPLETED"}
     setting.merge_ended(tmp_path)
     setting.same(tmp_path)
 
 
 def test_a_node_that_goes_down_loses_no_run(setting: Setting, tmp_path: Path) -> None:
-    setting.slow(True)
+    setting.detector.takes(0.25)
     job = setting.submit(tmp_path, 1)
     setting.wait_rows(tmp_path, 1, 2)
     node = run("squeue", "-h", "-r", "-j", f"{job}_1", "-o", "%N")
     before = setting.rows(tmp_path, 1)
     setting.cluster.lose(node, setting.cluster.process(tmp_path / "micro", 1))
-    setting.slow(False)
+    setting.detector.takes(0)
     try:
         assert set(setting.cluster.wait_for(job).values()) == {"COMPLETED"}
     finally:
@@ -198,12 +192,12 @@ def test_a_node_that_goes_down_loses_no_run(setting: Setting, tmp_path: Path) ->
 def test_a_task_that_is_killed_is_named_and_its_shard_alone_is_submitted_again(
     setting: Setting, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    setting.slow(True)
+    setting.detector.takes(0.25)
     job = setting.submit(tmp_path, 3)
     setting.wait_rows(tmp_path, 2, 1)
     os.kill(setting.cluster.process(tmp_path / "micro", 2), signal.SIGKILL)
     setting.cluster.wait_state(f"{job}_2", "FAILED")
-    setting.slow(False)
+    setting.detector.takes(0)
     setting.cluster.wait_for(job)
     said = setting.merge_ended(tmp_path)
     assert f"shard 0002: {20 - setting.rows(tmp_path, 2)} runs, its worker ({job}_2) was killed" in said
@@ -224,7 +218,7 @@ def test_a_task_that_is_killed_is_named_and_its_shard_alone_is_submitted_again(
 def test_cancelled_tasks_are_missing_and_stay_cancelled(
     setting: Setting, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    setting.slow(True)
+    setting.detector.takes(0.25)
     job = setting.submit(tmp_path, 3, "--slurm.array_limit", "1")
     setting.wait_rows(tmp_path, 1, 1)
     assert main(["status", str(tmp_path / "micro")]) == 1
@@ -233,7 +227,7 @@ def test_cancelled_tasks_are_missing_and_stay_cancelled(
     assert re.search(rf"job {job}: .*1 RUNNING", said)
     assert re.search(r"shard 0001: \d+ of 20 runs, running: process \d+ on .*runs/s", said)
     run("scancel", f"{job}_3", f"{job}_1")
-    setting.slow(False)
+    setting.detector.takes(0)
     said = setting.merge_ended(tmp_path)
     assert setting.cluster.states(job).get(f"{job}_1") == "CANCELLED"
     assert re.search(r"shard 0001: \d+ runs, stopped: .*Slurm says CANCELLED", said) or re.search(
@@ -244,13 +238,13 @@ def test_cancelled_tasks_are_missing_and_stay_cancelled(
 
 
 def test_a_run_that_fails_stops_no_other(setting: Setting, tmp_path: Path) -> None:
-    setting.slow(True)
+    setting.detector.takes(0.25)
     job = setting.submit(tmp_path, 2)
     setting.wait_rows(tmp_path, 1, 1)
     setting.wait_rows(tmp_path, 2, 1)
-    (setting.place.root / "fail").touch()
-    within(60, lambda: not (setting.place.root / "fail").exists(), "a run has failed")
-    setting.slow(False)
+    setting.detector.fails_once()
+    within(60, lambda: setting.detector.has_failed, "a run has failed")
+    setting.detector.takes(0)
     assert sorted(setting.cluster.wait_for(job).values()) == ["COMPLETED", "FAILED"]
     assert "59 of 60 runs" in setting.merge_ended(tmp_path)
     (missing,) = table(tmp_path / "micro/missing.csv")
@@ -273,12 +267,12 @@ def test_a_refused_submission_passes_on_what_slurm_says(
 def test_a_second_submission_beside_the_first_is_refused(
     setting: Setting, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    setting.slow(True)
+    setting.detector.takes(0.25)
     job = setting.submit(tmp_path, 2)
     assert main([*setting.arguments(tmp_path), "--launcher", "slurm", "--workers", "4"]) == 1
     assert f"2 tasks of job {job} are waiting or running" in capsys.readouterr().err
     run("scancel", job)
-    setting.slow(False)
+    setting.detector.takes(0)
     setting.cluster.wait_for(job)
 
 
@@ -318,7 +312,7 @@ def test_five_hundred_runs_with_a_task_killed_one_requeued_and_some_preempted(se
     assert main(setting.arguments(tmp_path / "whole", *more)) == 0
     full = Setting(setting.cluster, setting.place, tmp_path / "whole" / "micro")
     assert len(table(full.whole / "runs.csv")) == 500
-    full.slow(True)
+    full.detector.takes(0.25)
     job = full.submit(tmp_path, 8, *more)
     for shard in range(1, 9):
         full.wait_rows(tmp_path, shard, 1)
@@ -333,7 +327,7 @@ def test_five_hundred_runs_with_a_task_killed_one_requeued_and_some_preempted(se
     full.cluster.wait_for(urgent)
     restarts = [run("scontrol", "-o", "show", "job", task) for task in preempted]
     assert all("Restarts=1" in text for text in restarts), restarts
-    full.slow(False)
+    full.detector.takes(0)
     states = full.cluster.wait_for(job)
     assert states.pop(f"{job}_{killed}") == "FAILED"
     assert set(states.values()) == {"COMPLETED"}
@@ -346,13 +340,13 @@ def test_five_hundred_runs_with_a_task_killed_one_requeued_and_some_preempted(se
 
 
 def test_what_was_begun_with_many_workers_is_finished_with_few(setting: Setting, tmp_path: Path) -> None:
-    setting.slow(True)
+    setting.detector.takes(0.25)
     job = setting.submit(tmp_path, 8)
     within(120, lambda: any(setting.rows(tmp_path, shard) for shard in range(1, 9)), "some rows")
     run("scancel", job)
     setting.cluster.wait_for(job)
     setting.merge_ended(tmp_path)
-    setting.slow(False)
+    setting.detector.takes(0)
     again = setting.submit(tmp_path, 2)
     setting.cluster.wait_for(again)
     setting.merge_ended(tmp_path)
