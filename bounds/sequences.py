@@ -8,7 +8,7 @@ faults can be judged in one batch, each a sequence of the only group of heads th
     verdicts = detector.check_each(some, gathered(detector.reduce(groups), torch.tensor([3, 3, 5])))
     merged(verdicts[0], *clean_verdicts_of_the_other_groups)
 
-Public names: ``by_group``, ``gathered``, ``sequence_of``, ``merged``.
+Public names: ``by_group``, ``origins_by_group``, ``gathered``, ``sequence_of``, ``merged``.
 
 >>> q, k = torch.zeros(2, 4, 3, 8), torch.zeros(2, 2, 3, 8)
 >>> a = torch.zeros(2, 4, 3, 3)
@@ -33,7 +33,7 @@ from torch import Tensor
 from bounds.attention_state import AttentionState, ProjectedOperand
 from bounds.verdict import merged
 
-__all__ = ["by_group", "gathered", "merged", "sequence_of"]
+__all__ = ["by_group", "gathered", "merged", "origins_by_group", "sequence_of"]
 
 Value = TypeVar("Value")
 Pick = Callable[[Tensor], Tensor]
@@ -53,7 +53,7 @@ def by_group(state: AttentionState) -> AttentionState:
     groups = state.key.shape[1]
 
     def grouped(tensor: Tensor) -> Tensor:
-        return tensor.reshape(batch * groups, tensor.shape[1] // groups, *tensor.shape[2:])
+        return _grouped(tensor, groups)
 
     def shared(tensor: Tensor) -> Tensor:
         tensor = tensor.reshape((1,) * (4 - tensor.ndim) + tuple(tensor.shape))
@@ -61,21 +61,33 @@ def by_group(state: AttentionState) -> AttentionState:
             return tensor if tensor.shape[0] == 1 else tensor.repeat_interleave(groups, 0)
         return grouped(tensor.expand(batch, -1, -1, -1))
 
-    def projection(operand: ProjectedOperand, read: Tensor) -> ProjectedOperand:
-        if operand.projected.shape != read.shape:
-            # It is that of other rows, and stays so: no operand has no channels.
-            other = operand.projected[:1, ..., :0].expand(batch * groups, -1, -1, -1)
-            return ProjectedOperand(operand.hidden[:1], other)
-        source = _entries(operand) if operand.source is None else operand.source
-        own = None if source is None else source.repeat_interleave(groups)
-        return dataclasses.replace(operand, projected=grouped(operand.projected), source=own)
-
     whole = torch.arange(heads, device=state.query.device).expand(batch, -1) if state.heads is None else state.heads
     changed = _changed(dataclasses.replace(state, heads=whole), grouped, shared)
-    if state.projected is not None:
-        read = {"q": state.query, "k": state.key, "v": state.value}
-        changed["projected"] = {name: projection(own, read[name]) for name, own in state.projected.items()}
-    return dataclasses.replace(state, **changed)
+    return dataclasses.replace(state, **changed, projected=origins_by_group(state))
+
+
+def origins_by_group(state: AttentionState) -> Mapping[str, ProjectedOperand] | None:
+    """Return ``by_group(state).projected`` alone."""
+    batch, groups = state.key.shape[:2]
+
+    def grouped(operand: ProjectedOperand, read: Tensor) -> ProjectedOperand:
+        projected = operand.projected
+        if projected.shape != read.shape:
+            # It is that of other rows, and stays so: no operand has no channels.
+            return ProjectedOperand(operand.hidden[:1], projected[:1, ..., :0].expand(batch * groups, -1, -1, -1))
+        source = _entries(operand) if operand.source is None else operand.source
+        own = None if source is None else source.repeat_interleave(groups)
+        return dataclasses.replace(operand, projected=_grouped(projected, groups), source=own)
+
+    read = {"q": state.query, "k": state.key, "v": state.value}
+    return (
+        None if state.projected is None else {name: grouped(own, read[name]) for name, own in state.projected.items()}
+    )
+
+
+def _grouped(tensor: Tensor, groups: int) -> Tensor:
+    """Return a tensor (B, H, ...) as (B * groups, H / groups, ...)."""
+    return tensor.reshape(len(tensor) * groups, tensor.shape[1] // groups, *tensor.shape[2:])
 
 
 def gathered(value: Value, sequences: Tensor) -> Value:

@@ -144,15 +144,39 @@ def test_resident_peak_sees_memory_that_is_gone_at_the_end(method: str) -> None:
     assert not [thread for thread in threading.enumerate() if thread.name == "resident-peak"]
 
 
-def test_a_peak_is_seen_whatever_the_heap_holds_free() -> None:
-    """What a freed block left resident cannot hide growth: this is how a long-lived process looks."""
+def heap_with_holes() -> torch.Tensor:
+    """Leave ``2 * LARGE_MB`` MB free in the heap, below what is returned: this is how a long-lived process looks."""
     torch.ones(30 * BYTES_PER_MB, dtype=torch.uint8)  # freed at once: glibc now serves up to 30 MB from its heap
     held = [torch.ones(BYTES_PER_MB, dtype=torch.uint8) for _ in range(2 * LARGE_MB)]
-    del held[:-1]
+    return held[-1]
+
+
+def test_a_peak_is_seen_whatever_the_heap_holds_free() -> None:
+    held = heap_with_holes()
     with ResidentPeak() as block:
         before = resident_bytes()
         touch(LARGE_MB)
     assert block.peak_bytes - before > 0.9 * LARGE_MB * BYTES_PER_MB
+    assert int(held[0]) == 1
+
+
+@pytest.mark.skipif(memory._malloc_trim() is None, reason="needs the C library of GNU")
+def test_what_the_heap_holds_free_is_given_back() -> None:
+    held = heap_with_holes()
+    before = resident_bytes()
+    memory.give_back_free_memory()
+    assert before - resident_bytes() > LARGE_MB * BYTES_PER_MB
+    assert int(held.sum()) == BYTES_PER_MB
+
+
+def test_where_the_c_library_cannot_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory._malloc_trim.cache_clear()
+    monkeypatch.setattr(memory.sys, "platform", "darwin")
+    try:
+        memory.give_back_free_memory()
+        assert memory._malloc_trim() is None
+    finally:
+        memory._malloc_trim.cache_clear()
 
 
 @needs_high_water

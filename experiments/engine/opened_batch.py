@@ -29,6 +29,7 @@ from experiments.engine.wide_linear import OutputBuffer
 from experiments.origins import recorded_origins
 from experiments.subject import Subject
 from fault_injection.model_outputs import bitwise_equal
+from monitoring.memory import give_back_free_memory
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +64,8 @@ class OpenedBatch:
     ) -> OpenedBatch | str:
         """Run a fault-free pass and keep what runs can begin from, or say why they cannot."""
         groups = None
+        # Behind the fault-free pass, and behind its recording, lie many large holes.
+        give_back_free_memory()
         with recorded_origins(subject.model, detectors) as origins:
             if detectors and unsupported(detectors) is None:
                 groups = CleanGroups(detectors, baseline.situation, origins, subject.synchronize)
@@ -75,6 +78,7 @@ class OpenedBatch:
         # They are equal, and one of them is enough to keep.
         recording = replace(recording, evaluation=baseline.evaluation)
         rows = BaselineRows.of(subject.family, recording.evaluation.output, batch)
+        give_back_free_memory()
         length = recording.hidden[0].shape[1]
         causal = is_causal(baseline.situation, length)
         overwritten = frozenset(layer for layer, _ in baseline.situation.overwritten)

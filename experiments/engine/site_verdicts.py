@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from bounds import AttentionState, Detector, Verdict
-from bounds.sequences import by_group, gathered, merged
+from bounds.sequences import by_group, gathered, merged, origins_by_group
 from experiments.call_state import COMPLETE, Origins, Situation, call_state, keep_tensor
 from experiments.engine.recording import AttentionRecord
 from experiments.engine.site_step import Keeper, SiteStep
@@ -190,7 +190,8 @@ class CleanGroups:
             mass=weights if same else mass,
             score_factor=step.product.factor,
             score_addend=step.product.addend,
-            projected=gathered(light.projected, numbers),
+            # grouped for each step anew: as groups of heads they would be copies, and kept for all layers
+            projected=gathered(origins_by_group(self._call[layer]), numbers),
             visible=gathered(light.visible, numbers),
             heads=gathered(light.heads, numbers),
         )
@@ -255,7 +256,8 @@ def _without_products(state: AttentionState) -> AttentionState:
 
 
 def _without_operands(state: AttentionState) -> AttentionState:
-    return replace(state, query=_zero(state.query), key=_zero(state.key), value=_zero(state.value))
+    query, key, value = (_zero(getattr(state, name)) for name in READ.values())
+    return replace(state, query=query, key=key, value=value, projected=None)
 
 
 def _zero(tensor: Tensor) -> Tensor:
