@@ -48,11 +48,20 @@ def _settings_of_one_test_do_not_reach_the_next() -> Iterator[None]:
     torch.set_num_threads(1)
 
 
-@pytest.fixture(autouse=True)
-def _fixed_seeds() -> None:
+def _seed() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _fixed_seeds_of_a_module() -> None:
+    _seed()  # its fixtures come before the first of its tests
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seeds() -> None:
+    _seed()
 
 
 @cache
@@ -114,8 +123,9 @@ def survey_of() -> Callable[[nn.Module, Mapping[str, Any]], SiteSurvey]:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> MicroPlace:
-    return MicroPlace.make(tmp_path_factory.mktemp("place"))
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MicroPlace]:
+    with MicroPlace.entered(tmp_path_factory.mktemp("place")) as entered:
+        yield entered
 
 
 @pytest.fixture(scope="module")

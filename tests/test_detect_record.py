@@ -17,10 +17,9 @@ GRID = ("--sweep.fault.location", "q,scores,out")
 
 
 @pytest.fixture(scope="module")
-def both(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def both(place: MicroPlace, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Return the folders of one campaign that records all, and one that records who fired."""
     root = tmp_path_factory.mktemp("record")
-    place = MicroPlace.make(root)
     for record in ("all", "fired"):
         assert main(place.arguments(root / record, *GRID, "--detect.record", record)) == 0
     return {record: root / record / "micro" for record in ("all", "fired")}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,12 +16,6 @@ from experiments.command_line import main
 
 LOCATIONS = "--sweep.fault.location=q,k,v,scores,weights,out"
 FEW = '--detect.detectors=["lite","s@w","oracle_s@w"]'
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MicroPlace]:
-    with MicroPlace.entered(tmp_path_factory.mktemp("place")) as entered:
-        yield entered
 
 
 def arguments(place: MicroPlace, output: Path, *more: str, bits: str = "3,30") -> list[str]:

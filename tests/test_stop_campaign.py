@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -19,12 +19,6 @@ from experiments.stopping import StopRule, confidence_sequence
 
 RULE = ["--num_runs=60", "--stop.margin=0.12", "--stop.minimum=10", "--stop.growth=1.5", "--detect.detectors=[finite]"]
 LOOKS = (10, 15, 23, 35, 53, 60)
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MicroPlace]:
-    with MicroPlace.entered(tmp_path_factory.mktemp("place")) as entered:
-        yield entered
 
 
 def arguments(place: MicroPlace, output: Path, *more: str) -> list[str]:
