@@ -68,6 +68,8 @@ def by_group(state: AttentionState) -> AttentionState:
 
 def origins_by_group(state: AttentionState) -> Mapping[str, ProjectedOperand] | None:
     """Return ``by_group(state).projected`` alone."""
+    if state.projected is None:
+        return None
     batch, groups = state.key.shape[:2]
 
     def grouped(operand: ProjectedOperand, read: Tensor) -> ProjectedOperand:
@@ -80,9 +82,7 @@ def origins_by_group(state: AttentionState) -> Mapping[str, ProjectedOperand] | 
         return dataclasses.replace(operand, projected=_grouped(projected, groups), source=own)
 
     read = {"q": state.query, "k": state.key, "v": state.value}
-    return (
-        None if state.projected is None else {name: grouped(own, read[name]) for name, own in state.projected.items()}
-    )
+    return {name: grouped(own, read[name]) for name, own in state.projected.items()}
 
 
 def _grouped(tensor: Tensor, groups: int) -> Tensor:

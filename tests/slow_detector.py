@@ -68,8 +68,10 @@ class SlowDetector:
         written.replace(path)
 
     def fails_once(self) -> None:
+        """Let it raise at the next tensor, in whatever process that is."""
         (self.root / "fail").touch()
 
     @property
     def has_failed(self) -> bool:
+        """Whether it has raised since ``fails_once``."""
         return not (self.root / "fail").exists()
