@@ -44,7 +44,7 @@ style: $(VENV)/.installed-dev
 
 # Trains the two built-in models again (minutes on two cores).
 reference: $(VENV)/.installed
-	$(BIN)/python -m experiments.train_reference
+	$(BIN)/python -m experiments.reference_models.train
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

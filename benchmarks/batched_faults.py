@@ -20,14 +20,14 @@ import torch
 from torch import Tensor
 
 from bounds import AttentionState, Detector
-from experiments.call_state import COMPLETE, Origins, Situation, call_state, keep_tensor
-from experiments.objective import Evaluation
-from experiments.origins import recorded_origins
-from experiments.outcome import Effect, effect_of
-from experiments.subject import Subject
-from experiments.watcher import Watcher
+from experiments.effects.loss import Evaluation
+from experiments.effects.outcome import Effect, effect_of
+from experiments.passes.subject import Subject
+from experiments.passes.taps.call_state import COMPLETE, Origins, Situation, call_state, keep_tensor
+from experiments.passes.taps.origins import recorded_origins
+from experiments.passes.taps.watcher import Watcher
 from fault_injection import AttentionCall, Fault, InjectionRecord, Injector, SiteSurvey, tapped
-from fault_injection.model_outputs import bitwise_equal
+from fault_injection.numbers.model_outputs import bitwise_equal
 
 
 @dataclass(frozen=True)

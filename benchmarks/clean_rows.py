@@ -6,9 +6,9 @@
 Parts: ``gaussian`` (n from 1 to 1024, d from 16 to 128, four gains, four kinds of mask, grouped queries, K = V or not),
 ``adversarial`` (ties, one key, huge and tiny scales, equal keys, subnormal numbers), ``models`` (both reference models
 and random GPT-2 and Llama layers of larger width), ``zoo`` (the architectures of the test suite) and ``fused`` (the
-kernels of ``bounds.fused_attention``), in four dtypes. Printed per detector: rows checked, violations, and the largest
-residual in units of its tolerance: near 1 the tolerance is tight, near 0 it is loose. It runs from a checkout: the zoo
-and the Gaussian attention are those of ``tests/``.
+kernels of ``bounds.fused.fused_attention``), in four dtypes. Printed per detector: rows checked, violations, and the
+largest residual in units of its tolerance: near 1 the tolerance is tight, near 0 it is loose. It runs from a
+checkout: the zoo and the Gaussian attention are those of ``tests/``.
 
 Public names: ``Count``, ``main``.
 """
@@ -30,17 +30,17 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from bounds import Detector, Verdict, get_detector, list_detectors
-from bounds.fused_attention import fused_attention
-from experiments.call_state import Situation
+from bounds.fused.fused_attention import fused_attention
 from experiments.config import load_config
-from experiments.models import load_model
-from experiments.origins import recorded_origins
-from experiments.watcher import Watcher
-from experiments.windows import make_batches
+from experiments.inputs.models import load_model
+from experiments.inputs.windows import make_batches
+from experiments.passes.taps.call_state import Situation
+from experiments.passes.taps.origins import recorded_origins
+from experiments.passes.taps.watcher import Watcher
 from fault_injection import SiteSurvey, attention_cores, check_kv_consistency, patched, tapped
-from fault_injection.operands import operand_sources
+from fault_injection.operands.finding import operand_sources
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "support"))
 from attention_states import attend, mask_of  # type: ignore[import-not-found]
 from zoo import ZOO, logits_of  # type: ignore[import-not-found]
 

@@ -28,15 +28,15 @@ from scipy.stats import beta
 from benchmarks.batched_faults import Trial, Trials
 from bounds import Detector, get_detector
 from bounds.suites import SUITES, expand
-from experiments.calibration import calibrate
 from experiments.config import load_config
-from experiments.models import load_model
-from experiments.provenance import set_determinism
-from experiments.result import HARMFUL
-from experiments.subject import Subject
-from experiments.windows import make_batches
+from experiments.inputs.models import load_model
+from experiments.inputs.windows import make_batches
+from experiments.machine.environment import set_determinism
+from experiments.passes.calibration import calibrate
+from experiments.passes.subject import Subject
+from experiments.tables.schema import HARMFUL
 from fault_injection import LOCATIONS, FaultSpec, bit_field, draw_fault
-from fault_injection.site import ElementIndex
+from fault_injection.faults.site import ElementIndex
 
 
 def prepare(

@@ -21,9 +21,9 @@ from typing import Any
 
 from benchmarks.measuring import CLOCKS, alternate, machine_facts, medians, ratio_to
 from benchmarks.workloads import DEFAULT_DETECTORS, MODELS, Shape, Workload, parse_shape
-from experiments.origins import recorded_origins
-from experiments.provenance import set_determinism
-from experiments.watcher import Watcher
+from experiments.machine.environment import set_determinism
+from experiments.passes.taps.origins import recorded_origins
+from experiments.passes.taps.watcher import Watcher
 from fault_injection import suspended
 
 SHAPES = ((1, 64), (1, 512), (4, 128))

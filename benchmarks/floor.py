@@ -19,9 +19,9 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks.workloads import Workload
-from experiments.engine.recording import AttentionRecord, Recording
+from experiments.engine.fast.recording import AttentionRecord, Recording
 from fault_injection import Fault
-from monitoring.flops import linear_flops
+from monitoring.performance.flops import linear_flops
 
 
 @dataclass(frozen=True)

@@ -28,10 +28,10 @@ from numpy.typing import NDArray
 from scipy.optimize import brentq
 from scipy.stats import multivariate_normal, norm
 
-from experiments.analysis.clusters import ClusterSums, crossed, ratio
-from experiments.analysis.intervals import wilson_limits
 from experiments.analysis.rates import rate_of
-from experiments.analysis.resampling import mean_limits
+from experiments.analysis.statistics.clusters import ClusterSums, crossed, ratio
+from experiments.analysis.statistics.intervals import wilson_limits
+from experiments.analysis.statistics.resampling import mean_limits
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,9 @@ from pathlib import Path
 import torch
 
 from experiments.config import load_config
-from experiments.models import load_model
-from experiments.subject import Subject
-from experiments.windows import make_batches
+from experiments.inputs.models import load_model
+from experiments.inputs.windows import make_batches
+from experiments.passes.subject import Subject
 
 INSTRUCTION_SETS = ("DEFAULT", "AVX512_CORE_BF16", "AVX512_CORE", "AVX2")
 CRITICAL_LOSS = 1e-3

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from experiments.engine.proof import ENVIRONMENT
-from experiments.provenance import environment_facts
+from experiments.machine.environment import environment_facts
 
 CLOCKS: Mapping[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 """``cpu`` counts the time of this process alone: the better one where others use the machine, and no device."""

@@ -26,9 +26,9 @@ import torch
 from benchmarks.measuring import machine_facts
 from benchmarks.workloads import DEFAULT_DETECTORS, MODELS, Shape, Workload, build_model, parse_shape
 from experiments.config import ExperimentConfig
-from experiments.plan import make_plan
-from experiments.provenance import set_determinism
-from monitoring.memory import ResidentPeak, resident_bytes
+from experiments.machine.environment import set_determinism
+from experiments.plan.plan import make_plan
+from monitoring.performance.memory import ResidentPeak, resident_bytes
 
 ALLOWED = 1.3
 """A campaign may take so many times the memory of a plain pass, and what is kept of the fault-free one."""

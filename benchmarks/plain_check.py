@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from benchmarks.variants import CRITICAL_LOSS, Found
 from benchmarks.workloads import DEFAULT_DETECTORS, Workload
+from experiments.effects.outcome import effect_of
 from experiments.engine.opened_batch import recorded_part
-from experiments.injected_pass import InjectedPass
-from experiments.outcome import effect_of
-from experiments.output_keeper import OutputKeeper, change_of
+from experiments.passes.injected_pass import InjectedPass
+from experiments.passes.taps.output_keeper import OutputKeeper, change_of
 from fault_injection import Fault
 from monitoring import PerformanceMonitor
 

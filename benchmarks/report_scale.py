@@ -23,10 +23,10 @@ import pyarrow
 from pyarrow import csv
 
 from bounds.suites import expand
-from experiments.campaign_folder import CampaignFolder
+from experiments.campaign.folder import CampaignFolder
 from experiments.config import ExperimentConfig, dump_config
-from experiments.csv_file import write_rows, write_text
-from experiments.result import OUTCOMES, CleanRow, ExperimentResult, FailureRow, cells, columns
+from experiments.tables.csv_file import write_rows, write_text
+from experiments.tables.schema import OUTCOMES, CleanRow, ExperimentResult, FailureRow, cells, columns
 from fault_injection import LOCATIONS
 
 ROOT = Path(__file__).resolve().parents[1]

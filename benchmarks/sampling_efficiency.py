@@ -24,10 +24,10 @@ from scipy.stats import norm
 
 from experiments.analysis import hajek, horvitz_thompson, regression
 from experiments.config import load_config
-from experiments.contexts import Contexts
-from experiments.plan import make_plan
-from experiments.provenance import set_determinism
-from experiments.result import HARMFUL
+from experiments.engine.contexts import Contexts
+from experiments.machine.environment import set_determinism
+from experiments.plan.plan import make_plan
+from experiments.tables.schema import HARMFUL
 from fault_injection import LOCATIONS
 from monitoring import TraceWriter
 

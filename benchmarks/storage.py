@@ -25,17 +25,17 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.campaign import ShardFiles
-from experiments.campaign_folder import CampaignFolder
+from experiments.campaign.folder import CampaignFolder
+from experiments.campaign.merge import merge_campaign
+from experiments.campaign.worker import ShardFiles
 from experiments.command_line import main as run_sweep
 from experiments.config import ExperimentConfig
-from experiments.csv_file import write_lines
-from experiments.merge import merge_campaign
-from experiments.plan import make_plan
-from experiments.result import CleanRow, DetectionRow, ExperimentResult, cells, columns
-from experiments.row_lines import encoded
-from experiments.shards import Shard, shard_of
-from monitoring.memory import ResidentPeak, resident_bytes
+from experiments.plan.plan import make_plan
+from experiments.plan.shards import Shard, shard_of
+from experiments.tables.csv_file import write_lines
+from experiments.tables.row_lines import encoded
+from experiments.tables.schema import CleanRow, DetectionRow, ExperimentResult, cells, columns
+from monitoring.performance.memory import ResidentPeak, resident_bytes
 
 LOCATIONS = ["q", "k", "v", "scores", "weights", "out"]
 BITS = list(range(32))

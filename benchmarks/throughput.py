@@ -27,7 +27,7 @@ from benchmarks.variants import NAIVE, Counts, Found, Variant, make_variants
 from benchmarks.workloads import DEFAULT_DETECTORS, MODELS, Shape, Workload, parse_shape
 from experiments.engine.opened_batch import OpenedBatch
 from experiments.engine.proof import prove
-from experiments.provenance import set_determinism
+from experiments.machine.environment import set_determinism
 from fault_injection import Fault
 
 SHAPES = ((1, 64), (1, 128), (1, 512), (4, 128))

@@ -15,12 +15,12 @@ from typing import Any
 
 from benchmarks.workloads import Workload
 from bounds import Verdict
-from experiments.engine.fast_engine import FastEngine
-from experiments.engine.fast_run import FastRun
+from experiments.effects.outcome import Effect, effect_of
+from experiments.engine.fast.engine import FastEngine
+from experiments.engine.fast.recording import resumed
+from experiments.engine.fast.run import FastRun
+from experiments.engine.fast.wide_linear import OutputBuffer
 from experiments.engine.opened_batch import OpenedBatch
-from experiments.engine.recording import resumed
-from experiments.engine.wide_linear import OutputBuffer
-from experiments.outcome import Effect, effect_of
 from fault_injection import Fault, Injector, suspended
 
 NAIVE = "naive_pair"

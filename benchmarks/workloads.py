@@ -20,19 +20,19 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from experiments.baseline import Baseline
 from experiments.config import ExperimentConfig, load_config
-from experiments.config_sections import DetectConfig
-from experiments.engine.chain import Chain, block_chain
+from experiments.config.sections import DetectConfig
 from experiments.engine.opened_batch import OpenedBatch
+from experiments.engine.pairs import PairedRunner
 from experiments.errors import CheckRefusedError
-from experiments.models import load_model
-from experiments.paired_run import PairedRunner
-from experiments.subject import Subject
+from experiments.inputs.blocks import Chain, block_chain
+from experiments.inputs.models import load_model
+from experiments.passes.baseline import Baseline
+from experiments.passes.subject import Subject
 from fault_injection import LOCATIONS, Fault, FaultSpec, draw_fault
 from monitoring import ForwardCache, TraceWriter
-from monitoring.backend_stats import BackendStats
-from monitoring.cached_forward import CachedForward
+from monitoring.cache.backend_stats import BackendStats
+from monitoring.cache.cached_forward import CachedForward
 
 MODELS = ("gpt2-small", "llama", "reference")
 DEFAULT_DETECTORS = tuple(DetectConfig().detectors)

@@ -37,26 +37,19 @@ import its module here.
 
 from __future__ import annotations
 
-from bounds import (
-    attnchecker,
-    element_detectors,
-    epsilon_detectors,
-    finite_detector,
-    flash_abft,
-    fused_detectors,
-    output_detectors,
-    projection_detectors,
-    range_detectors,
-    ranger,
-    realm,
-    score_detectors,
-    softmax_detectors,
-)
-from bounds.attention_state import AttentionState
-from bounds.detector import Detector, Verdict
-from bounds.epsilon import AttentionBounds, compute_attention_bounds
+from bounds import finite_detector
+from bounds.core.attention_state import AttentionState
+from bounds.core.detector import Detector, Verdict
+from bounds.epsilon import epsilon_detectors
+from bounds.epsilon.bounds import AttentionBounds, compute_attention_bounds
+from bounds.epsilon.violations import Violations, detect_violation
+from bounds.fused import fused_detectors
+from bounds.products import element_detectors, output_detectors, score_detectors
+from bounds.projections import projection_detectors
+from bounds.published import attnchecker, flash_abft, ranger, realm
+from bounds.ranges import range_detectors
 from bounds.registry import get_detector, list_detectors, register_detector
-from bounds.violations import Violations, detect_violation
+from bounds.softmax import softmax_detectors
 
 __all__ = [
     "AttentionBounds",

@@ -24,10 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bounds.attention_state import AttentionState
-from bounds.blocks import row_blocks
-from bounds.detector import Detector, Verdict, first_positions
-from bounds.epsilon import visible_keys
+from bounds.core.attention_state import AttentionState
+from bounds.core.detector import Detector, Verdict, first_positions
+from bounds.epsilon.bounds import visible_keys
+from bounds.numerics.blocks import row_blocks
 from bounds.registry import register_detector
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import difflib
 from typing import TypeVar
 
-from bounds.detector import Detector
+from bounds.core.detector import Detector
 
 _DETECTORS: dict[str, type[Detector]] = {}
 

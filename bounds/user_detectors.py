@@ -31,8 +31,8 @@ from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
 
-from bounds.attention_state import AttentionState
-from bounds.detector import Detector
+from bounds.core.attention_state import AttentionState
+from bounds.core.detector import Detector
 from bounds.registry import get_detector, list_detectors, register_detector
 from bounds.suites import suite_names
 

@@ -16,9 +16,9 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from experiments.commands.leaving import leave
 from experiments.errors import CheckRefusedError, MissingResourceError, UsageError, nearest
-from experiments.stop_request import StopRequest
+from experiments.launchers.leaving import leave
+from experiments.machine.stop_request import StopRequest
 
 HELP = """\
 usage: run_sweep.py [--config FILE] [--<field> VALUE ...] [--sweep.<field> VALUES ...] [options]
@@ -103,7 +103,8 @@ def _command(arguments: Sequence[str]) -> int:
 
 def _find(name: str) -> Callable[[Sequence[str]], int]:
     _quiet_transformers()
-    from experiments.commands import export, inspect_campaign, plan_size, replay
+    from experiments.commands import export, plan_size, replay
+    from experiments.commands import merge_and_trace as inspect_campaign
     from experiments.commands.status import status
 
     commands = {

@@ -17,19 +17,19 @@ from typing import Any
 from torch import nn
 
 from experiments.config import ExperimentConfig
-from experiments.config_check import check_choice
-from experiments.contexts import check_runs
+from experiments.config.checks import check_choice
+from experiments.engine.contexts import check_runs
+from experiments.engine.pairs import PairedRunner
 from experiments.errors import UsageError
-from experiments.models import FAMILIES
-from experiments.paired_run import PairedRunner
-from experiments.plan import PlannedRun, make_plan
-from experiments.provenance import set_determinism
-from experiments.result import ExperimentResult
-from experiments.run_record import RunRecord
-from experiments.subject import Subject
+from experiments.inputs.models import FAMILIES
+from experiments.machine.environment import set_determinism
+from experiments.passes.subject import Subject
+from experiments.plan.plan import PlannedRun, make_plan
+from experiments.runs.record import RunRecord
+from experiments.tables.schema import ExperimentResult
 from monitoring import ForwardCache, PerformanceAggregator, TraceWriter
-from monitoring.backend_stats import BackendStats
-from monitoring.cached_forward import CachedForward
+from monitoring.cache.backend_stats import BackendStats
+from monitoring.cache.cached_forward import CachedForward
 
 
 class CompleteExperimentRunner:

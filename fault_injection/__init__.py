@@ -11,17 +11,17 @@ with patched(model):
         faulty = model(**batch).logits
 """
 
-from fault_injection.attention_call import LOCATIONS, OBSERVED, AttentionCall, AttentionCore, ScoreProduct, Tap
-from fault_injection.bits import bit_field, bit_patterns, clear_bits, flip_bits, rewrite_bits, set_bits
-from fault_injection.discovery import NoAttentionError, UncoveredArchitectureError
-from fault_injection.fault import KINDS, Fault, FaultSpec, draw_fault
-from fault_injection.injector import FaultMissedError, InjectionRecord, Injector, injected
-from fault_injection.instrument import attention_cores, instrumentation_of, is_patched, suspended, tapped
-from fault_injection.kv_consistency import KVConsistency, check_kv_consistency, force_kv_consistent
-from fault_injection.layer_choice import LAYER_MODES, candidate_layers, choose_layers
+from fault_injection.attention.call import LOCATIONS, OBSERVED, AttentionCall, AttentionCore, ScoreProduct, Tap
+from fault_injection.attention.discovery import NoAttentionError, UncoveredArchitectureError
+from fault_injection.attention.instrument import attention_cores, instrumentation_of, is_patched, suspended, tapped
+from fault_injection.attention.probe import ProbeError
+from fault_injection.faults.fault import KINDS, Fault, FaultSpec, draw_fault
+from fault_injection.faults.injector import FaultMissedError, InjectionRecord, Injector, injected
+from fault_injection.faults.layer_choice import LAYER_MODES, candidate_layers, choose_layers
+from fault_injection.faults.site import ElementIndex, Site, SiteSurvey
 from fault_injection.monkey_patch import monkey_patch_model, patched, unpatch_model
-from fault_injection.probe import ProbeError
-from fault_injection.site import ElementIndex, Site, SiteSurvey
+from fault_injection.numbers.bits import bit_field, bit_patterns, clear_bits, flip_bits, rewrite_bits, set_bits
+from fault_injection.operands.kv_consistency import KVConsistency, check_kv_consistency, force_kv_consistent
 
 __all__ = [
     "KINDS",

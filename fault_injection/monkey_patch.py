@@ -20,9 +20,9 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from fault_injection.example_inputs import example_inputs as make_example_inputs
-from fault_injection.instrument import Instrumentation, forget, instrumentation_of, is_patched
-from fault_injection.kv_consistency import force_kv_consistent
+from fault_injection.attention.example_inputs import example_inputs as make_example_inputs
+from fault_injection.attention.instrument import Instrumentation, forget, instrumentation_of, is_patched
+from fault_injection.operands.kv_consistency import force_kv_consistent
 
 Model = TypeVar("Model", bound=nn.Module)
 

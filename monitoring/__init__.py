@@ -9,9 +9,9 @@ Public names: ``PerformanceMonitor``, ``PerformanceMetrics``, ``PerformanceAggre
 True
 """
 
-from monitoring.forward_cache import ForwardCache
-from monitoring.performance import PerformanceMetrics, PerformanceMonitor
-from monitoring.performance_aggregator import PerformanceAggregator
-from monitoring.trace_writer import TraceWriter
+from monitoring.cache.forward_cache import ForwardCache
+from monitoring.performance.aggregator import PerformanceAggregator
+from monitoring.performance.monitor import PerformanceMetrics, PerformanceMonitor
+from monitoring.trace.trace_writer import TraceWriter
 
 __all__ = ["ForwardCache", "PerformanceAggregator", "PerformanceMetrics", "PerformanceMonitor", "TraceWriter"]

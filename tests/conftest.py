@@ -40,7 +40,7 @@ def pytest_configure() -> None:
 
 @pytest.fixture(autouse=True)
 def _settings_of_one_test_do_not_reach_the_next() -> Iterator[None]:
-    # What a campaign sets for its process (experiments.provenance.set_determinism).
+    # What a campaign sets for its process (experiments.machine.environment.set_determinism).
     torch.use_deterministic_algorithms(False)
     torch.set_num_threads(1)
     yield

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from experiments.config import load_config
-from experiments.plan import make_plan
-from experiments.result import readme_lines
+from experiments.plan.plan import make_plan
+from experiments.tables.schema import readme_lines
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "results/README.md")]

@@ -8,11 +8,8 @@
 Public names: those of ``__all__``.
 """
 
-from experiments.analysis.clusters import DEFAULT_CLUSTER
 from experiments.analysis.comparison import compare
 from experiments.analysis.detectors import detector_comparison
-from experiments.analysis.distinct import distinct_faults, propagated
-from experiments.analysis.intervals import clustered_interval, exact_interval, wilson_interval
 from experiments.analysis.loading import load_clean, load_detections, load_propagation, load_runs
 from experiments.analysis.means import (
     bound_tightness,
@@ -29,7 +26,10 @@ from experiments.analysis.rates import (
     false_positive_rate,
     outcome_rates,
 )
-from experiments.analysis.weighted import hajek, horvitz_thompson, regression
+from experiments.analysis.statistics.clusters import DEFAULT_CLUSTER
+from experiments.analysis.statistics.distinct import distinct_faults, propagated
+from experiments.analysis.statistics.intervals import clustered_interval, exact_interval, wilson_interval
+from experiments.analysis.statistics.weighted import hajek, horvitz_thompson, regression
 
 __all__ = [
     "DEFAULT_CLUSTER",

@@ -14,9 +14,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from experiments.column_types import column_types
 from experiments.errors import UsageError, nearest
-from experiments.result import OUTCOMES
+from experiments.tables.column_types import column_types
+from experiments.tables.schema import OUTCOMES
 from fault_injection import LOCATIONS
 
 VOCABULARIES = MappingProxyType({"outcome": OUTCOMES, "scope": ("full", "site"), "location": LOCATIONS})

@@ -25,7 +25,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from experiments.analysis.clusters import (
+from experiments.analysis.rates import By, rate_of, table_of
+from experiments.analysis.statistics.clusters import (
     DEFAULT_CLUSTER,
     Cluster,
     ClusterSums,
@@ -36,9 +37,8 @@ from experiments.analysis.clusters import (
     crossed,
     ratio,
 )
-from experiments.analysis.distinct import listed, measured, require_columns, sampling_weights
-from experiments.analysis.intervals import CONFIDENCE, clustered_interval, exact_limits, wilson_limits
-from experiments.analysis.rates import By, rate_of, table_of
+from experiments.analysis.statistics.distinct import listed, measured, require_columns, sampling_weights
+from experiments.analysis.statistics.intervals import CONFIDENCE, clustered_interval, exact_limits, wilson_limits
 
 COMPARISON_COLUMNS = (
     *("successes_a", "n_a", "rate_a", "successes_b", "n_b", "rate_b"),

@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 
 from bounds import get_detector, list_detectors
 from bounds.suites import SUITES
-from experiments.analysis.clusters import DEFAULT_CLUSTER, Cluster, Grouping, cluster_columns
-from experiments.analysis.distinct import (
+from experiments.analysis.rates import group_rates
+from experiments.analysis.statistics.clusters import DEFAULT_CLUSTER, Cluster, Grouping, cluster_columns
+from experiments.analysis.statistics.distinct import (
     check_one_setting,
     distinct_faults,
     harmful,
@@ -29,8 +30,7 @@ from experiments.analysis.distinct import (
     require_columns,
     weights_of,
 )
-from experiments.analysis.rates import group_rates
-from experiments.watcher import is_oracle
+from experiments.passes.taps.watcher import is_oracle
 
 DETECTOR_COLUMNS = (
     *("detector", "kind", "n", "seen", "detected", "detected_low", "detected_high"),

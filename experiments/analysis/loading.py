@@ -1,4 +1,4 @@
-"""Read the tables of campaigns, typed by the schema in ``experiments.result``.
+"""Read the tables of campaigns, typed by the schema in ``experiments.tables.schema``.
 
     runs = load_runs("results/default")                      # or its runs.csv, or a list of either
     runs = load_runs(["results/a", "results/b"], columns=["bit", "outcome"])
@@ -25,12 +25,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import csv as arrow_csv
 
-from experiments import result
 from experiments.analysis.axes import axis_columns, typed_axis
 from experiments.analysis.cell_checks import check_cells
-from experiments.column_types import column_types
 from experiments.errors import MissingResourceError, UsageError, nearest
-from experiments.result import CleanRow, DetectionRow, ExperimentResult, PropagationRow
+from experiments.tables import schema as result
+from experiments.tables.column_types import column_types
+from experiments.tables.schema import CleanRow, DetectionRow, ExperimentResult, PropagationRow
 
 Paths = str | Path | Sequence[str | Path]
 

@@ -20,10 +20,10 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from experiments.analysis.clusters import DEFAULT_CLUSTER, Cluster, ClusterSums, Grouping, ratio
-from experiments.analysis.distinct import distinct_faults, listed, propagated, require_columns, weights_of
 from experiments.analysis.rates import By, rate_table, table_of
-from experiments.analysis.resampling import mean_limits
+from experiments.analysis.statistics.clusters import DEFAULT_CLUSTER, Cluster, ClusterSums, Grouping, ratio
+from experiments.analysis.statistics.distinct import distinct_faults, listed, propagated, require_columns, weights_of
+from experiments.analysis.statistics.resampling import mean_limits
 
 MEAN_COLUMNS = ("n", "mean", "median", "low", "high", "clusters", "method")
 

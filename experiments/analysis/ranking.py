@@ -25,9 +25,16 @@ import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import hypergeom
 
-from experiments.analysis.clusters import DEFAULT_CLUSTER, Cluster, ClusterSums, Grouping, cluster_columns, ratio
-from experiments.analysis.distinct import listed, measured, require_columns, weights_of
 from experiments.analysis.rates import By, rate_of, table_of
+from experiments.analysis.statistics.clusters import (
+    DEFAULT_CLUSTER,
+    Cluster,
+    ClusterSums,
+    Grouping,
+    cluster_columns,
+    ratio,
+)
+from experiments.analysis.statistics.distinct import listed, measured, require_columns, weights_of
 from experiments.errors import UsageError
 
 RANKING_COLUMNS = ("successes", "n", "rate", "low", "high", "p_value", "p_adjusted", "evidence")

@@ -21,7 +21,8 @@ Of runs drawn with unequal probabilities (``fault.aim``) there are two estimates
 *Regression* uses that the weights of all draws have mean 1. That holds for all runs together and for groups that were
 fixed before the draw (``drawn_apart``: campaigns, models, swept fields); it can be several times sharper. *Ratio*
 (Hajek) is for groups that the draw itself makes, such as bits or layers, and where the mean weight says that the table
-is a part of what was drawn. So group with ``by`` rather than select rows. See ``experiments.analysis.estimates``.
+is a part of what was drawn. So group with ``by`` rather than select rows. See
+``experiments.analysis.statistics.estimates``.
 
 Public names: ``detection_rate``, ``outcome_rates``, ``critical_rate``, ``coverage_of_critical``,
 ``false_positive_rate``, ``rate_table``, ``group_rates``, ``rate_of``, ``table_of``, ``drawn_apart``, ``RATE_COLUMNS``.
@@ -37,8 +38,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from experiments.analysis.clusters import DEFAULT_CLUSTER, Cluster, ClusterSums, Grouping, Ratio, ratio
-from experiments.analysis.distinct import (
+from experiments.analysis.statistics.clusters import DEFAULT_CLUSTER, Cluster, ClusterSums, Grouping, Ratio, ratio
+from experiments.analysis.statistics.distinct import (
     check_one_setting,
     detected,
     harmful,
@@ -48,16 +49,16 @@ from experiments.analysis.distinct import (
     require_columns,
     weights_of,
 )
-from experiments.analysis.estimates import regressions
-from experiments.analysis.intervals import (
+from experiments.analysis.statistics.estimates import regressions
+from experiments.analysis.statistics.intervals import (
     clustered_interval,
     exact_interval,
     exact_limits,
     wilson_interval,
     wilson_limits,
 )
-from experiments.result import OUTCOMES
-from experiments.watcher import is_oracle
+from experiments.passes.taps.watcher import is_oracle
+from experiments.tables.schema import OUTCOMES
 
 By = str | Sequence[str] | None
 

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from experiments.commands.options import one_folder, take_value
-from experiments.config_check import check_choice
+from experiments.config.checks import check_choice
 from experiments.errors import MissingResourceError, UsageError
-from experiments.result import TABLES
+from experiments.tables.schema import TABLES
 
 FORMATS = ("parquet",)
 
@@ -29,7 +29,7 @@ def export(arguments: Sequence[str]) -> int:
         raise MissingResourceError(f"{source}: is not there; run_sweep.py merge {folder.path} makes it")
     _check_target(target, form)
     # Imported here: no other command but the report needs Arrow.
-    from experiments.parquet_export import export_parquet
+    from experiments.tables.parquet import export_parquet
 
     rows = export_parquet(source, TABLES[table], target)
     print(f"{rows} rows of {source} in {target}, {target.stat().st_size / 2**20:.1f} MiB")

@@ -8,10 +8,10 @@ from __future__ import annotations
 from bounds import get_detector, list_detectors
 from bounds.suites import SUITES
 from experiments.config import ExperimentConfig, known_fields
-from experiments.config_check import check_choice
-from experiments.models import BUILT_IN_MODELS, load_model
-from experiments.sources import SOURCES
-from experiments.subject import Subject
+from experiments.config.checks import check_choice
+from experiments.inputs.models import BUILT_IN_MODELS, load_model
+from experiments.inputs.sources import SOURCES
+from experiments.passes.subject import Subject
 from fault_injection import LOCATIONS
 
 _LOCATION_MEANINGS = {

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from experiments.campaign_folder import CampaignFolder
+from experiments.campaign.folder import CampaignFolder
 from experiments.errors import UsageError
 
 

@@ -12,15 +12,15 @@ import torch
 
 from experiments.commands.options import take_value, whole_number
 from experiments.config import ExperimentConfig, load_config
-from experiments.contexts import Contexts
+from experiments.engine.contexts import Contexts
+from experiments.engine.pairs import PairedRunner
 from experiments.errors import UsageError
-from experiments.paired_run import PairedRunner
-from experiments.plan import make_plan
-from experiments.provenance import set_determinism
-from experiments.sample_size import sample_size
-from fault_injection.bits import float_format
-from fault_injection.candidates import ElementPool
-from fault_injection.fault import BIT_KINDS, bit_choices
+from experiments.machine.environment import set_determinism
+from experiments.plan.plan import make_plan
+from experiments.plan.sample_size import sample_size
+from fault_injection.faults.candidates import ElementPool
+from fault_injection.faults.fault import BIT_KINDS, bit_choices
+from fault_injection.numbers.bits import float_format
 from monitoring import TraceWriter
 
 

@@ -10,19 +10,19 @@ from __future__ import annotations
 import itertools
 from collections.abc import Collection, Container, Iterable, Iterator, Sequence
 
-from experiments.campaign_folder import CampaignFolder
+from experiments.campaign.folder import CampaignFolder
 from experiments.commands.options import take_value
 from experiments.config import ExperimentConfig
-from experiments.config_check import check_choice
-from experiments.config_sections import ENGINES
-from experiments.contexts import Contexts, context_key
+from experiments.config.building import replaced
+from experiments.config.checks import check_choice
+from experiments.config.sections import ENGINES
+from experiments.engine.contexts import Contexts, context_key
 from experiments.errors import UsageError
-from experiments.plan import Plan, PlannedRun, make_plan
-from experiments.provenance import set_determinism
-from experiments.result import UNREPEATABLE, ExperimentResult, PropagationRow, cells, columns
-from experiments.row_lines import cells_of, first_cell, row_lines
-from experiments.run_record import RunRecord
-from experiments.sections import replaced
+from experiments.machine.environment import set_determinism
+from experiments.plan.plan import Plan, PlannedRun, make_plan
+from experiments.runs.record import RunRecord
+from experiments.tables.row_lines import cells_of, first_cell, row_lines
+from experiments.tables.schema import UNREPEATABLE, ExperimentResult, PropagationRow, cells, columns
 from monitoring import TraceWriter
 
 

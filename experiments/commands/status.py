@@ -9,11 +9,11 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 
-from experiments.cells import grid_of
+from experiments.campaign.cells import grid_of
+from experiments.campaign.states import ShardState, failure_reasons, shard_states
+from experiments.campaign.submission import Submission
 from experiments.commands.options import one_folder
-from experiments.plan import make_plan
-from experiments.shard_states import ShardState, failure_reasons, shard_states
-from experiments.submission import Submission
+from experiments.plan.plan import make_plan
 
 SHOWN = 40
 """Most shards that are listed one by one; of more, only those that are neither done nor running well."""

@@ -10,25 +10,25 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 
-from experiments.campaign import run_campaign
-from experiments.campaign_folder import CampaignFolder
-from experiments.commands.leaving import OF_LAUNCHER, leave
+from experiments.campaign.folder import CampaignFolder
+from experiments.campaign.merge import Merged, merge_campaign
+from experiments.campaign.states import MISSING_COLUMNS, missing_runs, shard_states
+from experiments.campaign.submission import check_over
+from experiments.campaign.worker import run_campaign
 from experiments.commands.listing import print_list
-from experiments.commands.local_launcher import launch_local
 from experiments.commands.options import take_flag, take_value, whole_number
-from experiments.commands.slurm_launcher import launch_slurm, print_scripts
 from experiments.config import load_config
-from experiments.config_check import check_choice
-from experiments.contexts import check_plan
-from experiments.csv_file import write_rows
+from experiments.config.checks import check_choice
+from experiments.engine.contexts import check_plan
 from experiments.errors import UsageError
-from experiments.merge import Merged, merge_campaign
-from experiments.plan import Plan, make_plan
-from experiments.shard_states import MISSING_COLUMNS, missing_runs, shard_states
-from experiments.shards import MOST_SHARDS, Shard, parse_shard, shard_of
-from experiments.slurm_task import SlurmTask
-from experiments.stop_request import StopRequest
-from experiments.submission import check_over
+from experiments.launchers.leaving import OF_LAUNCHER, leave
+from experiments.launchers.local import launch_local
+from experiments.launchers.slurm import launch_slurm, print_scripts
+from experiments.machine.slurm_task import SlurmTask
+from experiments.machine.stop_request import StopRequest
+from experiments.plan.plan import Plan, make_plan
+from experiments.plan.shards import MOST_SHARDS, Shard, parse_shard, shard_of
+from experiments.tables.csv_file import write_rows
 
 SHOWN_RUNS, SHOWN_SHARDS = 5, 20
 
@@ -116,7 +116,7 @@ def _finish(folder: CampaignFolder, exit_status: int) -> int:
     if not folder.config_file.is_file():
         return exit_status
     # Imported here: a dry run, or a shard, needs no pandas.
-    from experiments.closing_table import closing_table
+    from experiments.report.closing_table import closing_table
 
     merged = merge_campaign(folder)
     print(closing_table(folder))

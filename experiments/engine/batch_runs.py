@@ -20,23 +20,23 @@ from typing import TYPE_CHECKING, Any
 
 from bounds import Verdict
 from experiments.config import ExperimentConfig
-from experiments.engine.fast_engine import FastEngine
-from experiments.engine.fast_run import FastRun
-from experiments.engine.front import EngineMismatchError
+from experiments.engine.fast.engine import FastEngine
+from experiments.engine.fast.front import EngineMismatchError
+from experiments.engine.fast.recording import resumed
+from experiments.engine.fast.run import FastRun
+from experiments.engine.fast.site_step import FaultSite
+from experiments.engine.fast.wide_linear import OutputBuffer
 from experiments.engine.opened_batch import OpenedBatch
 from experiments.engine.proof import Proof, prove
-from experiments.engine.recording import resumed
-from experiments.engine.site_step import FaultSite
-from experiments.engine.wide_linear import OutputBuffer
 from experiments.errors import CheckRefusedError
-from experiments.measured import Measured
-from experiments.plan import PlannedRun, canonical_json
-from experiments.result_rows import tightest
-from experiments.run_record import DrawnRun, RunRecord
-from monitoring.fingerprints import model_fingerprint
+from experiments.plan.plan import PlannedRun, canonical_json
+from experiments.runs.measured import Measured
+from experiments.runs.record import DrawnRun, RunRecord
+from experiments.runs.rows import tightest
+from monitoring.cache.fingerprints import model_fingerprint
 
 if TYPE_CHECKING:
-    from experiments.paired_run import PairedRunner
+    from experiments.engine.pairs import PairedRunner
 
 logger = logging.getLogger(__name__)
 

@@ -17,19 +17,19 @@ import torch
 from torch import Tensor
 
 from bounds import Detector, Verdict
-from experiments.baseline import Baseline
-from experiments.baseline_rows import BaselineRows
-from experiments.block_outputs import BlockOutputs
-from experiments.call_state import Situation
-from experiments.engine.chain import Chain
-from experiments.engine.fast_engine import FastEngine
-from experiments.engine.recording import Recording, record
-from experiments.engine.site_verdicts import CleanGroups, unsupported
-from experiments.engine.wide_linear import OutputBuffer
-from experiments.origins import recorded_origins
-from experiments.subject import Subject
-from fault_injection.model_outputs import bitwise_equal
-from monitoring.memory import give_back_free_memory
+from experiments.effects.baseline_rows import BaselineRows
+from experiments.effects.block_outputs import BlockOutputs
+from experiments.engine.fast.engine import FastEngine
+from experiments.engine.fast.recording import Recording, record
+from experiments.engine.fast.site_verdicts import CleanGroups, unsupported
+from experiments.engine.fast.wide_linear import OutputBuffer
+from experiments.inputs.blocks import Chain
+from experiments.passes.baseline import Baseline
+from experiments.passes.subject import Subject
+from experiments.passes.taps.call_state import Situation
+from experiments.passes.taps.origins import recorded_origins
+from fault_injection.numbers.model_outputs import bitwise_equal
+from monitoring.performance.memory import give_back_free_memory
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,25 +23,25 @@ import torch
 from torch import Tensor
 
 from bounds import Verdict
-from experiments.baseline import Baseline
 from experiments.config import ExperimentConfig
-from experiments.engine.chain import Chain, block_chain
-from experiments.engine.fast_run import FastRun
-from experiments.engine.front import EngineMismatchError
+from experiments.effects.outcome import Effect, effect_of
+from experiments.engine.fast.front import EngineMismatchError
+from experiments.engine.fast.pack import TILE
+from experiments.engine.fast.recording import resumed
+from experiments.engine.fast.run import FastRun
+from experiments.engine.fast.site_verdicts import unsupported
+from experiments.engine.fast.wide_linear import OutputBuffer
 from experiments.engine.opened_batch import OpenedBatch, recorded_part
-from experiments.engine.pack import TILE
-from experiments.engine.recording import resumed
-from experiments.engine.site_verdicts import unsupported
-from experiments.engine.wide_linear import OutputBuffer
-from experiments.injected_pass import InjectedPass
-from experiments.outcome import Effect, effect_of
+from experiments.inputs.blocks import Chain, block_chain
+from experiments.passes.baseline import Baseline
+from experiments.passes.injected_pass import InjectedPass
 from fault_injection import LOCATIONS, Fault, FaultSpec, InjectionRecord, draw_fault
-from fault_injection.bits import bits_in_field
+from fault_injection.numbers.bits import bits_in_field
 from monitoring import PerformanceMonitor
-from monitoring.cached_value import value_digest
+from monitoring.cache.cached_value import value_digest
 
 if TYPE_CHECKING:
-    from experiments.paired_run import PairedRunner
+    from experiments.engine.pairs import PairedRunner
 
 FAULTS_OF_A_LOCATION = 2
 ENVIRONMENT = ("MKL_CBWR", "ONEDNN_MAX_CPU_ISA", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUBLAS_WORKSPACE_CONFIG")

@@ -4,9 +4,9 @@ Run it from the repository:  python -m experiments.examples.basic_experiment
 """
 
 from experiments.config import ExperimentConfig
-from experiments.models import load_model
+from experiments.inputs.models import load_model
+from experiments.inputs.windows import make_batches
 from experiments.runner import CompleteExperimentRunner
-from experiments.windows import make_batches
 from fault_injection import check_kv_consistency, monkey_patch_model, unpatch_model
 
 

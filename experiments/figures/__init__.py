@@ -18,14 +18,14 @@ from experiments.figures.bit_rates import rates_by_bit
 from experiments.figures.catalogue import FIGURES, FigureEntry, Written, load_tables, write_figures
 from experiments.figures.change_by_bit import local_change_by_bit, loss_change_by_bit
 from experiments.figures.detectors import detector_recall
+from experiments.figures.drawing.no_data import NoDataError
+from experiments.figures.drawing.saving import save, svg_text
 from experiments.figures.epsilon_interval import epsilon_bounds
 from experiments.figures.maps import fault_depth_map, layer_head_map, location_bit_map
 from experiments.figures.margins import margin_distribution
-from experiments.figures.no_data import NoDataError
 from experiments.figures.outcomes import outcomes_by_location
 from experiments.figures.overhead import overhead_breakdown
 from experiments.figures.propagation import propagation_by_location, propagation_by_outcome
-from experiments.figures.saving import save, svg_text
 
 __all__ = [
     "FIGURES",

@@ -7,9 +7,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.csv_file import write_text
 from experiments.errors import CheckRefusedError, MissingResourceError, UsageError
 from experiments.figures.catalogue import Written, load_tables, write_figures
+from experiments.tables.csv_file import write_text
 
 _PAGE = "figures.md"
 

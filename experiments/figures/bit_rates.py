@@ -13,9 +13,9 @@ from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 
 from experiments.analysis import critical_rate, detection_rate
-from experiments.figures.no_data import need_one_setting
-from experiments.figures.population import population, propagated
-from experiments.figures.style import (
+from experiments.figures.drawing.no_data import need_one_setting
+from experiments.figures.drawing.population import population, propagated
+from experiments.figures.drawing.style import (
     OUTCOME_STYLES,
     SERIES_STYLES,
     error_bars,
@@ -24,7 +24,7 @@ from experiments.figures.style import (
     percent_axis,
     styled,
 )
-from experiments.figures.tensor_format import by_tensor_dtype, mark_fields
+from experiments.figures.drawing.tensor_format import by_tensor_dtype, mark_fields
 
 _DETECTED, _HARMFUL = SERIES_STYLES[0], OUTCOME_STYLES["critical"]
 

@@ -32,8 +32,8 @@ from experiments.figures import (
     overhead,
     propagation,
 )
-from experiments.figures.no_data import NoDataError, need_rows
-from experiments.figures.saving import save
+from experiments.figures.drawing.no_data import NoDataError, need_rows
+from experiments.figures.drawing.saving import save
 
 Tables = Mapping[str, pd.DataFrame]
 

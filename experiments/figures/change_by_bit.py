@@ -11,11 +11,11 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from experiments.analysis import distinct_faults
-from experiments.figures.no_data import need_columns, need_rows
-from experiments.figures.population import population, propagated
-from experiments.figures.quantiles import BARS, draw_quantiles, draw_shares, quantile_table
-from experiments.figures.style import SERIES_STYLES, legend_above, new_figure, styled
-from experiments.figures.tensor_format import by_tensor_dtype, mark_fields
+from experiments.figures.drawing.no_data import need_columns, need_rows
+from experiments.figures.drawing.population import population, propagated
+from experiments.figures.drawing.quantiles import BARS, draw_quantiles, draw_shares, quantile_table
+from experiments.figures.drawing.style import SERIES_STYLES, legend_above, new_figure, styled
+from experiments.figures.drawing.tensor_format import by_tensor_dtype, mark_fields
 
 _LOSS = "|change of the loss| (nats)"
 _LOCAL = "relative L2 change of the layer's output"

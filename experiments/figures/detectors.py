@@ -14,10 +14,17 @@ from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 
 from experiments.analysis import detector_comparison
-from experiments.figures.no_data import need_one_setting, need_rows
-from experiments.figures.population import population, propagated
-from experiments.figures.style import OUTCOME_STYLES, SERIES_STYLES, error_bars, legend_above, new_figure, styled
-from experiments.figures.style import percent_axis as percent
+from experiments.figures.drawing.no_data import need_one_setting, need_rows
+from experiments.figures.drawing.population import population, propagated
+from experiments.figures.drawing.style import (
+    OUTCOME_STYLES,
+    SERIES_STYLES,
+    error_bars,
+    legend_above,
+    new_figure,
+    styled,
+)
+from experiments.figures.drawing.style import percent_axis as percent
 
 _KINDS = {
     "suite": "suites",

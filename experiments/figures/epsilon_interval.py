@@ -14,10 +14,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from experiments.analysis import distinct_faults
-from experiments.figures.no_data import need_columns
-from experiments.figures.population import population
-from experiments.figures.quantiles import BARS, draw_quantiles, quantile_table
-from experiments.figures.style import SERIES_STYLES, legend_above, new_figure, percent_axis, styled
+from experiments.figures.drawing.no_data import need_columns
+from experiments.figures.drawing.population import population
+from experiments.figures.drawing.quantiles import BARS, draw_quantiles, quantile_table
+from experiments.figures.drawing.style import SERIES_STYLES, legend_above, new_figure, percent_axis, styled
 
 _COLUMNS = ("epsilon_lower", "epsilon", "epsilon_upper")
 _NAMES = {"epsilon_lower": "lower bound", "epsilon": "epsilon", "epsilon_upper": "upper bound"}

@@ -12,11 +12,11 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from experiments.analysis import critical_rate, detection_rate
-from experiments.figures.no_data import need_one_setting, need_rows
-from experiments.figures.population import population, propagated, short_name
-from experiments.figures.rate_map import RateMap, cell_size, draw_map
-from experiments.figures.style import new_figure, styled
-from experiments.figures.tensor_format import by_tensor_dtype, mark_fields
+from experiments.figures.drawing.no_data import need_one_setting, need_rows
+from experiments.figures.drawing.population import population, propagated, short_name
+from experiments.figures.drawing.rate_map import RateMap, cell_size, draw_map
+from experiments.figures.drawing.style import new_figure, styled
+from experiments.figures.drawing.tensor_format import by_tensor_dtype, mark_fields
 
 _MOST_MODELS = 6
 _CELLS = (

@@ -19,9 +19,9 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from experiments.analysis import distinct_faults, margin_statistics
-from experiments.figures.no_data import need_columns
-from experiments.figures.population import ordered, population
-from experiments.figures.style import OUTCOME_STYLES, SERIES_STYLES, new_figure, percent_axis, styled
+from experiments.figures.drawing.no_data import need_columns
+from experiments.figures.drawing.population import ordered, population
+from experiments.figures.drawing.style import OUTCOME_STYLES, SERIES_STYLES, new_figure, percent_axis, styled
 
 _UNKNOWN = "outcome not known"
 _PER_DECADE = 3

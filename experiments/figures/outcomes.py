@@ -12,10 +12,17 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from experiments.analysis import outcome_rates
-from experiments.figures.no_data import need_rows
-from experiments.figures.population import ordered, population, propagated
-from experiments.figures.style import OUTCOME_STYLES, legend_above, new_figure, percent_axis, stacked_bars, styled
-from experiments.result import OUTCOMES
+from experiments.figures.drawing.no_data import need_rows
+from experiments.figures.drawing.population import ordered, population, propagated
+from experiments.figures.drawing.style import (
+    OUTCOME_STYLES,
+    legend_above,
+    new_figure,
+    percent_axis,
+    stacked_bars,
+    styled,
+)
+from experiments.tables.schema import OUTCOMES
 
 
 @styled

@@ -12,9 +12,9 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from experiments.analysis import overhead
-from experiments.figures.no_data import need_columns
-from experiments.figures.population import ordered, population, short_name
-from experiments.figures.style import SERIES_STYLES, legend_above, new_figure, stacked_bars, styled
+from experiments.figures.drawing.no_data import need_columns
+from experiments.figures.drawing.population import ordered, population, short_name
+from experiments.figures.drawing.style import SERIES_STYLES, legend_above, new_figure, stacked_bars, styled
 
 _PARTS = {
     "injection": SERIES_STYLES[0],

@@ -16,10 +16,10 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from experiments.analysis import distinct_faults
-from experiments.figures.no_data import NoDataError
-from experiments.figures.population import ordered, population
-from experiments.figures.quantiles import BARS, draw_quantiles, draw_shares, quantile_table
-from experiments.figures.style import OUTCOME_STYLES, SERIES_STYLES, legend_above, new_figure, styled
+from experiments.figures.drawing.no_data import NoDataError
+from experiments.figures.drawing.population import ordered, population
+from experiments.figures.drawing.quantiles import BARS, draw_quantiles, draw_shares, quantile_table
+from experiments.figures.drawing.style import OUTCOME_STYLES, SERIES_STYLES, legend_above, new_figure, styled
 
 _UNKNOWN = "outcome not known"
 

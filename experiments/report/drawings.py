@@ -17,7 +17,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from experiments.figures import svg_text
-from experiments.figures.style import style_context
+from experiments.figures.drawing.style import style_context
 
 CSS_DPI = 96  # what an inch is to a browser
 PNG_DPI = 144

@@ -16,9 +16,9 @@ from markupsafe import Markup
 
 from experiments.figures import FIGURES, FigureEntry, NoDataError
 from experiments.report.drawings import figure_markup
-from experiments.report.followed import followed
-from experiments.report.inputs import ReportInputs
-from experiments.report.summary import Summary
+from experiments.report.facts.followed import followed
+from experiments.report.facts.inputs import ReportInputs
+from experiments.report.facts.summary import Summary
 
 
 @dataclass(frozen=True)

@@ -17,14 +17,14 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from experiments.report.embedded import json_block, table_json
-from experiments.report.environment import context_rows, environment_rows
+from experiments.report.facts.environment import context_rows, environment_rows
+from experiments.report.facts.inputs import ReportInputs
+from experiments.report.facts.settings import Setting, setting_list
+from experiments.report.facts.summary import Summary
+from experiments.report.facts.verdict import limit_sentences
+from experiments.report.facts.worst_runs import replay_command
 from experiments.report.gallery import draw_gallery
-from experiments.report.inputs import ReportInputs
 from experiments.report.page_tables import page_tables
-from experiments.report.settings import Setting, setting_list
-from experiments.report.summary import Summary
-from experiments.report.verdict import limit_sentences
-from experiments.report.worst_runs import replay_command
 
 MOST_CONTEXTS = 10
 

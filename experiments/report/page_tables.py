@@ -10,12 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from experiments.report.grouping import MEASURES
-from experiments.report.head_ranking import KEY_VALUE_HEADS
-from experiments.report.inputs import ReportInputs
-from experiments.report.stopped import CellEnds
-from experiments.report.summary import MOST_POINTS, Summary
-from experiments.report.tables import (
+from experiments.report.facts.cells import (
     DASH,
     NOTHING,
     Cell,
@@ -27,7 +22,12 @@ from experiments.report.tables import (
     rate_cell,
     text_cell,
 )
-from experiments.report.worst_runs import SHOWN
+from experiments.report.facts.grouping import MEASURES
+from experiments.report.facts.head_ranking import KEY_VALUE_HEADS
+from experiments.report.facts.inputs import ReportInputs
+from experiments.report.facts.stopped import CellEnds
+from experiments.report.facts.summary import MOST_POINTS, Summary
+from experiments.report.facts.worst_runs import SHOWN
 
 MOST_ROWS = 300
 """Most rows of a table in the page; the JSON block and ``summary.csv`` have all of them."""

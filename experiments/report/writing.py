@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pandas as pd
 
-from experiments.campaign_folder import CampaignFolder
-from experiments.csv_file import write_text
+from experiments.campaign.folder import CampaignFolder
 from experiments.report.embedded import plain_value
-from experiments.report.inputs import read_inputs
+from experiments.report.facts.inputs import read_inputs
+from experiments.report.facts.summary import summarize
 from experiments.report.page import render_page
-from experiments.report.summary import summarize
-from experiments.result import cell
+from experiments.tables.csv_file import write_text
+from experiments.tables.schema import cell
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ def write_report(folder: CampaignFolder) -> Written:
     """Write ``report.html`` and ``summary.csv`` into a campaign's folder; nothing is written before both are made.
 
     Raises:
-        UsageError, CheckRefusedError, MissingResourceError: see ``experiments.report.inputs.read_inputs``.
+        UsageError, CheckRefusedError, MissingResourceError: see ``experiments.report.facts.inputs.read_inputs``.
     """
     inputs = read_inputs(folder)
     summary = summarize(inputs)

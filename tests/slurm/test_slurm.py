@@ -16,18 +16,18 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
 from cluster import Cluster, run, within
+from lock_holders import write_holder
 from micro_campaign import ROOT, MicroPlace, numbers, table
 from slow_detector import SlowDetector
-from test_writer_lock import write_holder
 
+from experiments.campaign.lock import WriterLock
 from experiments.command_line import main
-from experiments.csv_file import read_rows
 from experiments.errors import CheckRefusedError
-from experiments.result import ExperimentResult, columns
-from experiments.writer_lock import WriterLock
+from experiments.tables.csv_file import read_rows
+from experiments.tables.schema import ExperimentResult, columns
 
 pytestmark = pytest.mark.slurm
 

@@ -1,0 +1,137 @@
+"""What a detector is: it reads one attention call and says which rows break an invariant.
+
+    detector = get_detector("s@w")
+    detector.prepare(model)                      # once per model: tables that depend on the weights alone
+    verdict = detector.check(state)              # per attention call
+    if verdict.applicable and verdict.fired: ...
+    verdicts = detector.check_each(state)        # the same for each sequence of the batch on its own
+
+A detector reads the faulty pass only. One that compares with the fault-free pass is an *oracle*: its name starts
+with ``oracle_``, and ``check`` takes what ``reduce`` kept of that pass.
+
+Public names: ``Detector``; and of ``bounds.core.verdict``: ``Verdict``, ``merged``, ``MAX_POSITIONS``, ``extreme``,
+``first_positions``.
+
+>>> Verdict.not_applicable("q@o", "queries have 192 channels and values 128").fired
+False
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+from torch import nn
+
+from bounds.core.attention_state import AttentionState
+from bounds.core.sequences import sequence_of
+from bounds.core.verdict import MAX_POSITIONS, Verdict, extreme, first_positions, merged
+from bounds.epsilon.violations import require_tolerance
+
+__all__ = ["MAX_POSITIONS", "Detector", "Verdict", "extreme", "first_positions", "merged"]
+
+
+class Detector(ABC):
+    """Base class of the detectors; subclasses set the class variables and implement ``judge``.
+
+    Class attributes:
+        name: the name in configurations and results.
+        needs: names of the ``AttentionState`` tensors it reads.
+        statement: the invariant in one line, with its place in docs/theory.md.
+        cost: extra work per row of n keys and d channels, as a class such as ``"n"``, ``"n + d"`` or ``"n exp"``.
+        oracle: whether it needs the fault-free pass.
+        proved: whether a theorem rules out false positives; not so for thresholds taken from the literature.
+        calibrated: whether it must see fault-free calls of other inputs first (``calibrate``).
+        per_group: whether the verdict on a call is that of ``bounds.core.sequences.by_group`` of it, merged over the
+            groups, number for number: nothing it reads belongs to several groups of heads.
+    """
+
+    name: ClassVar[str]
+    needs: ClassVar[frozenset[str]]
+    statement: ClassVar[str]
+    cost: ClassVar[str]
+    oracle: ClassVar[bool] = False
+    proved: ClassVar[bool] = True
+    calibrated: ClassVar[bool] = False
+    per_group: ClassVar[bool] = False
+
+    def __init__(self, tolerance: float = 0.0) -> None:
+        """Set the allowance that is added to every proved tolerance, in the detector's own units.
+
+        Raises:
+            ValueError: when it is negative or not finite.
+        """
+        require_tolerance(tolerance)
+        self.tolerance = tolerance
+
+    @property
+    def propagates(self) -> bool:
+        """Whether it can fire on a correct evaluation of attention whose inputs an earlier fault has changed.
+
+        What is proved holds of all inputs, so that such a detector is silent behind a fault.
+        """
+        return self.oracle or not self.proved
+
+    def prepare(self, model: nn.Module) -> None:  # noqa: B027
+        """Compute what depends on the model's weights alone. Most detectors need nothing."""
+
+    def calibrate(self, state: AttentionState) -> None:  # noqa: B027
+        """Learn from a fault-free call. Only ``calibrated`` detectors do; theorems need no calibration."""
+
+    def derive(self, state: AttentionState) -> None:  # noqa: B027
+        """Compute the statistics that detectors share (``state.derived``), so that their cost can be told apart."""
+
+    def applicable(self, state: AttentionState) -> str | None:
+        """Return why the invariant says nothing about ``state``, or None when it applies."""
+        missing = sorted(name for name in self.needs if getattr(state, name, None) is None)
+        return f"it reads {', '.join(missing)}, which this state does not carry" if missing else None
+
+    def reduce(self, state: AttentionState) -> Any:
+        """Return what ``check`` needs to remember of the fault-free pass: None unless the detector is an oracle."""
+        return None
+
+    def check(self, state: AttentionState, baseline: Any = None) -> Verdict:
+        """Judge one attention call.
+
+        Args:
+            state: the call.
+            baseline: for an oracle, what ``reduce`` returned for the fault-free pass.
+
+        Raises:
+            ValueError: when an oracle gets no baseline, a baseline is given to another detector, or the two passes
+                have different shapes.
+        """
+        refused = self.refused(state, baseline)
+        return self.judge(state, baseline) if refused is None else refused
+
+    def check_each(self, state: AttentionState, baseline: Any = None) -> list[Verdict]:
+        """Judge each sequence of the batch as ``check`` judges a call of it alone; positions are left out.
+
+        Args:
+            state: the call; what is the same for all sequences may have a batch of 1.
+            baseline: for an oracle, what ``reduce`` returned for the same sequences of the fault-free pass, or
+                ``bounds.core.sequences.gathered`` of it.
+
+        Raises:
+            ValueError: as ``check`` does.
+        """
+        return [
+            self.check(sequence_of(state, number), sequence_of(baseline, number)) for number in range(state.rows[0])
+        ]
+
+    def refused(self, state: AttentionState, baseline: Any) -> Verdict | None:
+        """Return the verdict on a call the invariant says nothing about, None when it is to be judged.
+
+        Raises:
+            ValueError: when an oracle gets no baseline, or a baseline is given to another detector.
+        """
+        if (reason := self.applicable(state)) is not None:
+            return Verdict.not_applicable(self.name, reason)
+        if self.oracle != (baseline is not None):
+            got, allowed = ("None", "what reduce() returned") if self.oracle else ("one", "None: it is no oracle")
+            raise ValueError(f"{self.name}: baseline: got {got}, allowed {allowed}")
+        return None
+
+    @abstractmethod
+    def judge(self, state: AttentionState, baseline: Any) -> Verdict:
+        """Judge a call the invariant applies to; ``check`` has verified the arguments."""

@@ -1,0 +1,222 @@
+"""What a single fault can have done to the output of an attention call, seen from the checks of that call (T26).
+
+    certificate = certify(state, FaultChecks(q=p_q, k=p_k, v=p_v, scores=s_row, weights=w_sum, out=o_row))
+    certificate.largest_relative            # no row of out is off by more than this share of its length
+
+The checks are equations that one changed element breaks by exactly its error: projections for q, k and v, row sums for
+scores, weights and out. If none fires, the error is at most the sum of two tolerances, and T26 turns that into a bound
+on every row of the output. The bound is on the distance between the output as stored and the one a fault-free pass
+would have stored: the rounding of both passes is in it. What no check covers is not certified, and that is said.
+
+Public names: ``FaultChecks``, ``Certificate``, ``certify``.
+
+>>> from bounds.products import output_sums
+
+>>> from bounds.products import score_sums
+>>> q, k, v = torch.randn(3, 1, 1, 4, 8, generator=torch.Generator().manual_seed(0))
+>>> a = q @ k.mT
+>>> w = torch.softmax(a, -1)
+>>> state = AttentionState(query=q, key=k, value=v, logits=a, scores=a, weights=w, out=w @ v, scaling=1.0,
+...                        kv_equal=False, has_bias_or_cap=False)
+>>> certificate = certify(state, FaultChecks(scores=score_sums.row_sums(q, k, a),
+...                                          out=output_sums.row_sums(w, v, state.out)))
+>>> sorted(certificate.bounds), bool((certificate.bounds["scores"] < 1e-3).all())
+(['out', 'scores'], True)
+>>> certificate.largest_relative, certificate.reason
+(None, 'no check covers q, k, v, weights')
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bounds.core.attention_state import AttentionState
+from bounds.core.row_check import RowCheck
+from bounds.effects.certificate_terms import CertificateTerms, certificate_terms, row_maximum, weighted_maximum
+from bounds.numerics.rounding import reduced_precision
+
+KAPPA = 2.0**-6
+"""By how much a tolerance may grow when the element it judges does: at most two storage roundings of 2^-8, and less
+than 2^-10 for everything else. What a fault adds to its own tolerance is lost at this rate."""
+
+
+@dataclass(frozen=True, eq=False)
+class FaultChecks:
+    """For each location the check whose residual a single changed element moves by exactly its error.
+
+    Residuals are absolute values; (B, H, T) for q, scores, weights and out, (B, H_kv, S) for k and v. One more axis,
+    of groups, tiles or elements, is allowed. None where no such check was made.
+
+    Attributes:
+        q, k, v: sums of the channels of a projection where nothing lies between it and the attention product
+            (``projection_sums.row_sums``); where something does (a rotation), the element-by-element check of that.
+        scores: ``score_sums.row_sums`` or ``tile_sums``.
+        weights: ``softmax_sums.row_sums``.
+        out: ``output_sums.row_sums`` or ``group_sums``.
+    """
+
+    q: RowCheck | None = None
+    k: RowCheck | None = None
+    v: RowCheck | None = None
+    scores: RowCheck | None = None
+    weights: RowCheck | None = None
+    out: RowCheck | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Certificate:
+    """Bounds on what one fault, in one element of one location, can have changed.
+
+    Attributes:
+        bounds: by location, float64 (B, H, T): bound on the Euclidean length of the change of each row of out; infinite
+            where a check has no finite residual, NaN in rows without a visible key.
+        reasons: by location, why there is no bound.
+        largest_relative: largest bound of any location in units of the row's length, over all rows; None unless every
+            location is certified.
+        median_relative: the median over rows of the same.
+    """
+
+    bounds: Mapping[str, Tensor]
+    reasons: Mapping[str, str]
+    largest_relative: float | None
+    median_relative: float | None
+
+    @property
+    def reason(self) -> str | None:
+        """Why the output as a whole is not certified, None when it is."""
+        if not self.reasons:
+            return None
+        uncovered = [location for location, reason in self.reasons.items() if reason == _UNCOVERED]
+        parts = [f"no check covers {', '.join(uncovered)}"] if uncovered else []
+        others = [f"{location}: {reason}" for location, reason in self.reasons.items() if reason != _UNCOVERED]
+        return "; ".join(parts + others)
+
+
+_UNCOVERED = "no check covers it"
+
+
+@torch.no_grad()
+def certify(state: AttentionState, checks: FaultChecks) -> Certificate:
+    """Bound what a single fault can have done to each row of the output (docs/theory.md, T26).
+
+    Args:
+        state: the call, faulty or not.
+        checks: residuals and tolerances computed on that call. An allowance that the user added to a tolerance needs no
+            mention: the residual is what is used. The bound holds whether or not a check fires.
+
+    Temporary memory is bounded (``bounds.numerics.blocks``).
+    """
+    terms = certificate_terms(state)
+    bounds: dict[str, Tensor] = {}
+    reasons: dict[str, str] = {}
+    for entry in dataclasses.fields(FaultChecks):
+        location, check = entry.name, getattr(checks, entry.name)
+        reason = _reason(state, location, check)
+        if reason is not None:
+            reasons[location] = reason
+            continue
+        bound = _EFFECTS[location](state, terms, largest_error(check))
+        # NaN (an infinite error times nothing) is no bound either.
+        bounds[location] = torch.where(terms.checked, torch.where(bound >= 0, bound, math.inf), math.nan)
+    largest, median = (None, None) if reasons else _summary(state, bounds, terms.checked)
+    return Certificate(bounds, reasons, largest, median)
+
+
+def _reason(state: AttentionState, location: str, check: RowCheck | None) -> str | None:
+    if check is None:
+        return _UNCOVERED
+    if location in ("q", "k", "scores") and state.has_bias_or_cap is None:
+        return "it is not known how the scores become logits"
+    if location in ("q", "k", "scores") and state.has_bias_or_cap and state.scores is None:
+        return "the logits have a bias or soft cap, and this state does not carry the scores"
+    return reduced_precision(state.query) or reduced_precision(state.value)
+
+
+def _summary(state: AttentionState, bounds: Mapping[str, Tensor], checked: Tensor) -> tuple[float | None, float | None]:
+    length = state.out.double().square().sum(-1).sqrt()
+    worst = torch.stack(list(bounds.values())).amax(0)
+    relative = torch.where(worst == 0, 0.0, worst / length)[checked.expand(worst.shape)]
+    return (float(relative.max()), float(relative.median())) if len(relative) else (None, None)
+
+
+def largest_error(check: RowCheck) -> Tensor:
+    """Return the largest error of one element that leaves this residual, one number a row, float64.
+
+    A residual r means that the error is at most r plus the tolerance of the clean call, which is at most that of this
+    call plus KAPPA times the error.
+    """
+    error = (check.residual.clamp(min=0.0) + check.tolerance) / (1 - KAPPA)
+    error = torch.where(torch.isfinite(error), error, math.inf)
+    if check.checked is not None:
+        error = torch.where(check.checked, error, math.inf)
+    return error.amax(-1) if error.ndim == 4 else error
+
+
+def _out(state: AttentionState, terms: CertificateTerms, error: Tensor) -> Tensor:
+    return error
+
+
+def _weights(state: AttentionState, terms: CertificateTerms, error: Tensor) -> Tensor:
+    recast = terms.cast.roundoff * (2 * terms.total + error) + 2 * terms.cast.absolute
+    moved = (error + recast) * terms.longest_value[..., None]
+    return _with_products(terms, moved)
+
+
+def _value(state: AttentionState, terms: CertificateTerms, error: Tensor) -> Tensor:
+    mass = state.weights[..., : state.key.shape[2]] if state.mass is None else state.mass
+    per_key = state.per_query_head(error)
+    moved = weighted_maximum(mass, per_key)
+    # The clean values may be longer than the stored ones by the error.
+    grown = terms.product_growth * terms.total * row_maximum(per_key, terms.visible, terms.columns)
+    return _with_products(terms, moved + grown)
+
+
+def _scores(state: AttentionState, terms: CertificateTerms, error: Tensor) -> Tensor:
+    shifted = terms.slope * error * (1 + terms.logit_error)
+    spread = shifted + terms.passes * terms.logit_error * terms.logit_size + terms.logit_floor
+    return _through_softmax(terms, spread / (1 - terms.logit_error))
+
+
+def _query(state: AttentionState, terms: CertificateTerms, error: Tensor) -> Tensor:
+    real = terms.scaling * error * 2 * terms.key_radius
+    return _through_softmax(terms, real + _product_slack(terms, terms.scaling * error * terms.longest_key))
+
+
+def _key(state: AttentionState, terms: CertificateTerms, error: Tensor) -> Tensor:
+    reached = row_maximum(state.per_query_head(error), terms.visible, terms.columns)
+    real = terms.scaling * reached * terms.largest_query
+    return _through_softmax(terms, real + _product_slack(terms, terms.scaling * reached * terms.query_length))
+
+
+def _product_slack(terms: CertificateTerms, change: Tensor) -> Tensor:
+    """Return how much further apart rounding can move two logits of a row, both passes together.
+
+    Args:
+        terms: of the call.
+        change: (B, H, T), bound on the change of one logit in real numbers.
+    """
+    relative = terms.score_error + terms.logit_error
+    size = 2 * terms.score_growth * terms.scaling * terms.query_length * terms.longest_key
+    size = size + 2 * relative * terms.logit_size + terms.logit_floor
+    return 2 * (change * (terms.score_growth + 2 * relative) + size) / (1 - 2 * relative)
+
+
+def _through_softmax(terms: CertificateTerms, spread: Tensor) -> Tensor:
+    """Return T26 for logits whose changes differ by at most ``spread`` within a row, with the rounding behind them."""
+    moved = torch.where(torch.isfinite(spread), torch.tanh(spread / 4) * 2 * terms.value_radius, math.inf)
+    stored = 2 * (terms.total - 1) * terms.longest_seen
+    return _with_products(terms, moved + stored)
+
+
+def _with_products(terms: CertificateTerms, moved: Tensor) -> Tensor:
+    # The last factor covers the float64 arithmetic of this module.
+    return (moved + terms.products) / (1 - terms.out_error) * (1 + 2.0**-20)
+
+
+_EFFECTS = {"q": _query, "k": _key, "v": _value, "scores": _scores, "weights": _weights, "out": _out}

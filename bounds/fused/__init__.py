@@ -1,0 +1,1 @@
+"""Detectors for fused kernels, which show neither scores nor weights."""

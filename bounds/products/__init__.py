@@ -1,0 +1,1 @@
+"""The score product and the value product, checked by sums and element by element."""

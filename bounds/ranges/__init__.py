@@ -1,0 +1,1 @@
+"""Values that no input can produce, from the weights alone."""

@@ -1,0 +1,1 @@
+"""Weights that sum to one, are a distribution, and are that of the logits."""

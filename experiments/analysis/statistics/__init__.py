@@ -1,0 +1,1 @@
+"""Clusters, intervals and estimates: the arithmetic under the tables."""

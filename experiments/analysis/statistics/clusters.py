@@ -1,0 +1,332 @@
+"""Clusters: runs that are not independent, because they share an input, or a head.
+
+Sums are taken over each cluster first (pseudo-bulk); everything that follows treats the cluster, never the run, as the
+unit that was drawn. So a million runs cost one pass, and an interval says how the estimate would vary had other inputs
+and other heads been drawn.
+
+    for key, sums in Grouping(runs, "bit_field").sums(detected(runs)):
+        estimate = ratio(sums)          # estimate.value, estimate.variance, estimate.degrees
+
+By default runs are clustered in two *ways* that cross, by input and by head. What is estimated is the rate over all
+texts, of which the inputs are a sample, and over heads like these: layers and heads are taken for a sample, too. The
+variance is V(input) + V(head) - V(input and head). ``cluster=["model", "layer"]`` makes one way, a list of such lists
+several. A way that has a single cluster in a group (a table by head; a campaign on one input) says nothing about its
+variation and is left out; the limits then speak of that head or that input alone.
+
+Sources: the ratio estimator and its linearised variance between clusters, W. G. Cochran, "Sampling Techniques", 3rd
+ed. 1977, 6.3 and 9A; the delete-one-cluster form, K. M. Wolter, "Introduction to Variance Estimation", 2nd ed. 2007,
+4.2; degrees of freedom from the variance of that variance, W. Pan, M. M. Wall, Statistics in Medicine 21:1429, 2002;
+clusters in several ways, A. C. Cameron, J. B. Gelbach, D. L. Miller, Journal of Business & Economic Statistics 29:238,
+2011.
+
+Public names: ``DEFAULT_CLUSTER``, ``Cluster``, ``ClusterSums``, ``Grouping``, ``Ratio``, ``cluster_columns``,
+``crossed``, ``ratio``, ``changes``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from experiments.analysis.statistics.distinct import listed, require_columns
+from experiments.errors import UsageError
+
+Cluster = Sequence[str] | Sequence[Sequence[str]]
+"""Columns that make clusters in one way, or a list of such lists: several ways."""
+
+DEFAULT_CLUSTER = (("model", "batch_index"), ("model", "layer", "index_head"))
+"""What runs of one cluster share. The campaign is not part of it: two campaigns on one input are not independent."""
+
+Floats = NDArray[np.float64]
+Ways = tuple[int, ...]
+"""Positions of ways; of several, the clusters of their intersection are meant."""
+
+
+@dataclass(frozen=True)
+class ClusterSums:
+    """Sums over the runs of each cluster of one group; arrays of one length, the number of clusters.
+
+    Of clusters in several ways, the arrays are those of the way that is worth the fewest clusters.
+
+    Attributes:
+        values: sum of weight times value.
+        weights: sum of weights; where no run is weighted, the number of runs.
+        runs: number of runs.
+        squares: sum of squared weights.
+        hits: sum of values, without weights.
+        crossed: the same of the other ways (1) and of the intersections of two ways (2), of three (3).
+    """
+
+    values: Floats
+    weights: Floats
+    runs: Floats
+    squares: Floats
+    hits: Floats
+    crossed: tuple[tuple[int, ClusterSums], ...] = ()
+
+    @property
+    def ways(self) -> tuple[ClusterSums, ...]:
+        """The sums of every way; intersections are none."""
+        return (self, *(sums for count, sums in self.crossed if count == 1))
+
+    def where(self, held: NDArray[np.bool_]) -> ClusterSums:
+        """Return some of the clusters, as clusters of one way."""
+        return ClusterSums(self.values[held], self.weights[held], self.runs[held], self.squares[held], self.hits[held])
+
+    @property
+    def effective_clusters(self) -> float:
+        """What the clusters are worth if they differ in weight: (sum w)^2 / sum w^2 (Kish)."""
+        total = float((self.weights**2).sum())
+        return float(self.weights.sum()) ** 2 / total if total > 0 else 0.0
+
+    @property
+    def units(self) -> float:
+        """Effective clusters of the intersection of all ways: runs that share everything that clusters share."""
+        return (
+            max(self.crossed, key=lambda part: part[0])[1].effective_clusters
+            if self.crossed
+            else (self.effective_clusters)
+        )
+
+    @property
+    def effective_runs(self) -> float:
+        """What the runs would be worth if they were independent, given their weights (Kish)."""
+        total = float(self.squares.sum())
+        return float(self.weights.sum()) ** 2 / total if total > 0 else 0.0
+
+    @property
+    def are_singletons(self) -> bool:
+        """Whether every cluster is a single run."""
+        return bool((self.runs == 1).all())
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A ratio of sums over clusters, and how well it is known.
+
+    Attributes:
+        value: sum of values divided by sum of weights.
+        variance: of ``value``, from the differences between clusters; NaN with fewer than two.
+        degrees: degrees of freedom of that variance.
+    """
+
+    value: float
+    variance: float
+    degrees: float
+
+
+def ratio(sums: ClusterSums) -> Ratio:
+    """Return the ratio estimate and its delete-one-cluster variance.
+
+    Without cluster i the ratio changes by ``-(values_i - ratio weights_i) / (total - weights_i)``; the variance is
+    (C - 1) / C times the sum of the squares of these. Of clusters in several ways, it is the sum over the ways, less
+    that of the intersections of two, plus that of three, and so on; and at least the largest of one way. The degrees
+    are those of the way that has the fewest.
+
+    >>> ones = np.ones(4)
+    >>> sums = ClusterSums(np.array([0.0, 1.0, 1.0, 2.0]), 2 * ones, 2 * ones, 2 * ones, np.array([0.0, 1.0, 1.0, 2.0]))
+    >>> estimate = ratio(sums)
+    >>> estimate.value, round(estimate.variance, 6), round(estimate.degrees, 6)
+    (0.5, 0.041667, 3.0)
+    """
+    found = _ratio_of_one_way(sums)
+    ways = [found, *(_ratio_of_one_way(way) for way in sums.ways[1:])]
+    if len(ways) == 1:
+        return found
+    total = found.variance - sum((-1) ** count * _ratio_of_one_way(part).variance for count, part in sums.crossed)
+    return Ratio(found.value, max(total, *(way.variance for way in ways)), min(way.degrees for way in ways))
+
+
+def changes(sums: ClusterSums) -> Floats:
+    """Return by how much each cluster of a way moves the ratio: its squares sum to the variance of that way.
+
+    A cluster of weight 0 moves nothing. All are NaN with fewer than two clusters.
+    """
+    total, count = float(sums.weights.sum()), int((sums.weights > 0).sum())
+    if count < 2:
+        return np.full(len(sums.weights), math.nan)
+    change = (sums.values - float(sums.values.sum()) / total * sums.weights) / (total - sums.weights)
+    return np.where(sums.weights > 0, change * math.sqrt((count - 1) / count), 0.0)
+
+
+def _ratio_of_one_way(sums: ClusterSums) -> Ratio:
+    # A cluster of weight 0 says nothing and must not count as one.
+    kept = sums.where(sums.weights > 0)
+    total, count = float(kept.weights.sum()), len(kept.weights)
+    if not count:
+        return Ratio(math.nan, math.nan, math.nan)
+    value = float(kept.values.sum()) / total
+    if count < 2:
+        return Ratio(value, math.nan, 0.0)
+    change = changes(kept)
+    return Ratio(value, float((change**2).sum()), _degrees(change, sums.effective_clusters))
+
+
+def _degrees(change: Floats, clusters: float) -> float:
+    """Return the degrees of freedom of a variance: how well so many clusters, as skewed as these, can tell it.
+
+    A variance of C normal numbers has C - 1. In general the variance of a sample variance s^2 is
+    s^4 (kurtosis - (C - 3) / (C - 1)) / C, which a chi-squared variable of 2 C / (...) degrees of freedom has.
+    """
+    count, squares = len(change), change**2
+    if not squares.any():
+        return clusters - 1
+    kurtosis = count * float((squares**2).sum()) / float(squares.sum()) ** 2
+    excess = kurtosis - (count - 3) / (count - 1)
+    return max(1.0, min(clusters - 1, 2 * count / excess if excess > 0 else math.inf))
+
+
+def cluster_columns(cluster: Cluster) -> list[str]:
+    """Return every column that a choice of clusters names, once.
+
+    >>> cluster_columns([["model", "layer"], ["model", "bit"]])
+    ['model', 'layer', 'bit']
+    """
+    return list(dict.fromkeys(name for way in _ways(cluster) for name in way))
+
+
+def _ways(cluster: Cluster) -> list[list[str]]:
+    given = [cluster] if isinstance(cluster, str) else list(cluster)
+    columns = [way for way in given if isinstance(way, str)]
+    if columns and len(columns) < len(given):
+        raise UsageError(f"cluster: got {cluster!r}, allowed a list of columns, or a list of such lists")
+    return [list(way) for way in given if not isinstance(way, str)] or [columns]
+
+
+class Grouping:
+    """Which group and which clusters every row of a table belongs to; found once, for any number of values.
+
+    Args:
+        frame: one row per run.
+        by: the columns that make groups; groups come sorted. None: one group, even of no rows.
+        cluster: the columns that make clusters, in one way or several. An empty cell is a value like any other.
+
+    Attributes:
+        keys: the values of ``by`` of each group.
+
+    Raises:
+        UsageError: an unknown column.
+
+    >>> frame = pd.DataFrame({"bit": [1, 1, 2], "input": [0, 1, 0]})
+    >>> [(key, sums.hits.tolist()) for key, sums in Grouping(frame, "bit", ["input"]).sums(np.array([1, 0, 1]))]
+    [((1,), [1.0, 0.0]), ((2,), [1.0])]
+    """
+
+    def __init__(
+        self, frame: pd.DataFrame, by: str | Sequence[str] | None = None, cluster: Cluster = DEFAULT_CLUSTER
+    ) -> None:
+        names, ways = listed(by), _ways(cluster)
+        require_columns(frame, [*names, *cluster_columns(cluster)])
+        self.keys, self._group = _codes(frame, names)
+        units = [_codes(frame, way)[1] for way in ways]
+        self._partitions = {
+            chosen: _Partition(self._group, [units[way] for way in chosen], len(self.keys))
+            for count in range(1, len(ways) + 1)
+            for chosen in combinations(range(len(ways)), count)
+        }
+
+    def rows(self) -> list[NDArray[np.intp]]:
+        """Return the positions of each group's rows."""
+        order = np.argsort(self._group, kind="stable")
+        return np.split(order, np.cumsum(np.bincount(self._group, minlength=len(self.keys)))[:-1])
+
+    def sums(
+        self,
+        values: NDArray[Any],
+        weights: Floats | None = None,
+        *,
+        counted: NDArray[np.bool_] | None = None,
+        denominators: Floats | None = None,
+    ) -> Iterator[tuple[tuple[Any, ...], ClusterSums]]:
+        """Yield each group's key and the sums of its clusters.
+
+        Args:
+            values: one number per row.
+            weights: one number per row; 1 if left out.
+            counted: the rows that count; all if left out. Clusters without one are none.
+            denominators: one number per row that its weight is multiplied with; 1 if left out.
+        """
+        for key, parts in self.parts(values, weights, counted=counted, denominators=denominators):
+            yield key, crossed(parts)
+
+    def parts(
+        self,
+        values: NDArray[Any],
+        weights: Floats | None = None,
+        *,
+        counted: NDArray[np.bool_] | None = None,
+        denominators: Floats | None = None,
+    ) -> Iterator[tuple[tuple[Any, ...], dict[Ways, ClusterSums]]]:
+        """Yield each group's key and, by way and by intersection of ways, the sums of all its clusters.
+
+        Arguments as for ``sums``; clusters without a row that counts are there, with sums of 0.
+        """
+        rows = np.ones(len(values)) if counted is None else counted.astype(np.float64)
+        number = np.where(rows > 0, values.astype(np.float64), 0.0)
+        weight = rows if weights is None else rows * weights
+        columns = [weight * number, weight, rows, weight**2, number]
+        if denominators is not None:
+            columns[1] = weight * np.where(rows > 0, denominators, 0.0)
+        totals = {ways: [part.summed(column) for column in columns] for ways, part in self._partitions.items()}
+        for position, key in enumerate(self.keys):
+            yield (
+                key,
+                {ways: _sliced(totals[ways], part.span(position)) for ways, part in self._partitions.items()},
+            )
+
+
+def _sliced(columns: list[Floats], span: slice) -> ClusterSums:
+    values, weights, runs, squares, hits = (column[span] for column in columns)
+    return ClusterSums(values, weights, runs, squares, hits)
+
+
+def crossed(parts: Mapping[Ways, ClusterSums]) -> ClusterSums:
+    """Return the sums of a group as one: clusters that have runs, in the ways that have more than one of them."""
+    present = {ways: sums.where(sums.runs > 0) for ways, sums in parts.items()}
+    several = [ways[0] for ways, sums in present.items() if len(ways) == 1 and len(sums.runs) > 1]
+    if not several:
+        return present[(0,)]
+    first = min(several, key=lambda way: present[(way,)].effective_clusters)
+    others = tuple(
+        (len(ways), sums) for ways, sums in present.items() if set(ways) <= set(several) and ways != (first,)
+    )
+    return replace(present[(first,)], crossed=others)
+
+
+class _Partition:
+    """The clusters of one way, or of the intersection of several, numbered group by group in the order of their keys.
+
+    So the rows' order changes nothing.
+    """
+
+    def __init__(self, group: NDArray[np.int64], units: Sequence[NDArray[np.int64]], groups: int) -> None:
+        place, numbers = group, np.arange(groups)
+        for unit in units:
+            count = int(unit.max(initial=0)) + 1
+            pairs, place = np.unique(place * count + unit, return_inverse=True)
+            numbers = numbers[pairs // count]
+        self._place, self._count = place, len(numbers)
+        self._ends = np.searchsorted(numbers, np.arange(groups + 1))
+
+    def span(self, position: int) -> slice:
+        return slice(self._ends[position], self._ends[position + 1])
+
+    def summed(self, numbers: Floats) -> Floats:
+        return np.bincount(self._place, weights=numbers, minlength=self._count).astype(np.float64, copy=False)
+
+
+def _codes(frame: pd.DataFrame, names: list[str]) -> tuple[list[tuple[Any, ...]], NDArray[np.int64]]:
+    """Return the sorted distinct values of some columns, and for each row which of them it has."""
+    if not names:
+        return [()], np.zeros(len(frame), np.int64)
+    groups = frame.groupby(names, observed=True, dropna=False, sort=True)
+    keys = groups.size().index
+    tuples = [key if isinstance(key, tuple) else (key,) for key in keys]
+    return tuples, groups.ngroup().to_numpy(np.int64)

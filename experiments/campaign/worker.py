@@ -1,0 +1,302 @@
+"""Run a campaign, or one shard of it, exactly once each run, however often it is stopped.
+
+    status = run_campaign(config, shard=Shard(1, 1), overwrite=False, arguments=sys.argv[1:])
+    status = run_campaign(..., stopping=stop.requested)      # leaves between two passes when that is true
+
+Runs of one model and one data set are handed over together, in windows, and come back in any order. Rows are appended
+as they come: first what the detectors said and how far the fault got, then the run's own row, which makes it count. A
+run that raises is recorded with its traceback and does not stop the others; it is tried again the next time.
+
+Public names: ``run_campaign``, ``CampaignStatus``, ``Progress``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from tqdm import tqdm
+
+from experiments.campaign.cells import Cells, grid_of
+from experiments.campaign.folder import CampaignFolder
+from experiments.campaign.lock import WriterLock
+from experiments.campaign.provenance import ShardProvenance
+from experiments.campaign.session import Session
+from experiments.campaign.tally import Tally
+from experiments.config import ExperimentConfig
+from experiments.engine.contexts import Contexts, check_plan, check_runs, context_key
+from experiments.engine.pairs import PairedRunner
+from experiments.errors import CheckRefusedError, MissingResourceError, UsageError
+from experiments.machine.environment import environment_facts, set_determinism
+from experiments.plan.plan import Plan, PlannedRun, context_values, make_plan
+from experiments.plan.shards import Shard, shard_of
+from experiments.runs.record import RunRecord
+from experiments.tables.csv_file import CsvFile, read_keys, read_rows
+from experiments.tables.schema import PER_RUN, CleanRow, ExperimentResult, FailureRow, cells, columns
+from monitoring import TraceWriter
+
+logger = logging.getLogger(__name__)
+
+LOG_EVERY_SECONDS = 30.0
+WINDOW = 4096
+"""Most runs that are handed over together."""
+
+
+@dataclass(frozen=True)
+class CampaignStatus:
+    """How a shard ended: runs done before, done now, and failed now; and whether it was stopped before its end."""
+
+    folder: CampaignFolder
+    before: int
+    done: int
+    failed: int
+    seconds: float
+    stopped: bool = False
+
+
+def run_campaign(
+    config: ExperimentConfig,
+    *,
+    shard: Shard,
+    overwrite: bool,
+    arguments: Sequence[str],
+    stopping: Callable[[], bool] = lambda: False,
+    quiet: bool = False,
+) -> CampaignStatus:
+    """Run what is missing of a shard, until ``stopping`` is true; ``quiet``: without a progress bar.
+
+    Nothing stays of a campaign whose plan, model, data or one of the two checks were refused before its first run. A
+    worker that is refused later is noted with the reason in the session of its shard.
+
+    Raises:
+        UsageError, MissingResourceError, CheckRefusedError: see the exit statuses of ``run_sweep.py``.
+    """
+    plan = make_plan(config)
+    folder = CampaignFolder.of(config)
+    folder.check_writable()
+    if not overwrite:
+        folder.check_same(config)
+    check_plan(plan)
+    set_determinism(config.run.threads)
+    mine = shard_of(plan, shard)
+    with (
+        Contexts(TraceWriter(None)) as contexts,
+        _locked(folder, shard) as lock,
+        # As long as it is not known what is done, nothing counts as done by this worker.
+        Tally(
+            folder, lock, Session.begin(folder, shard, len(mine), len(mine), write=not overwrite), not overwrite
+        ) as tally,
+    ):
+        finished = set() if overwrite else folder.finished_runs()
+        grid = Cells(plan, mine, {}) if overwrite else grid_of(folder, plan, mine)
+        done = finished | grid.unneeded()
+        todo = [run for run in mine if run.run_id not in done]
+        before = sum(run.run_id in finished for run in mine)
+        if not overwrite:
+            tally.start_work(before)
+        if not todo or stopping():
+            tally.stopped = bool(todo)
+            return CampaignStatus(folder, before, 0, 0, 0.0, tally.stopped)
+        first = plan.config_of(todo[0])
+        check_runs(contexts.open(first), _same_context(plan, todo, context_key(first)))
+        if overwrite:
+            folder.clear(lock.path)
+        folder.begin(config, plan)
+        provenance = ShardProvenance(folder, shard, environment_facts(arguments))
+        provenance.note(contexts.facts)
+        tally.start_work(before)
+        return _execute(tally, plan, todo, contexts, provenance, grid, stopping, quiet=quiet)
+
+
+def _same_context(plan: Plan, runs: Iterable[PlannedRun], key: str) -> Iterator[ExperimentConfig]:
+    fault_axes = [i for i, axis in enumerate(plan.axes) if axis.startswith("fault.")]
+    seen: set[str] = set()
+    for run in runs:
+        values = repr([run.values[i] for i in fault_axes])
+        if values not in seen:
+            seen.add(values)
+            config = plan.config_of(run)
+            if context_key(config) == key:
+                yield config
+
+
+@contextlib.contextmanager
+def _locked(folder: CampaignFolder, shard: Shard) -> Iterator[WriterLock]:
+    lock = folder.shards / f"{shard.file_name}.lock"
+    made = [path for path in (folder.shards, *folder.shards.parents) if not path.exists()]
+    try:
+        with WriterLock(lock, count=shard.count, detach=lambda: folder.detach(shard.file_name)) as held:
+            held.check_beside()
+            yield held
+    finally:
+        # A refusal leaves no empty folders behind.
+        for path in made:
+            with contextlib.suppress(OSError):
+                path.rmdir()
+
+
+def _execute(
+    tally: Tally,
+    plan: Plan,
+    todo: list[PlannedRun],
+    contexts: Contexts,
+    provenance: ShardProvenance,
+    grid: Cells,
+    stopping: Callable[[], bool],
+    *,
+    quiet: bool,
+) -> CampaignStatus:
+    folder, shard = tally.folder, tally.shard
+    with contextlib.ExitStack() as stack:
+        contexts.use_trace(stack.enter_context(TraceWriter(folder.file("trace") / f"{shard.file_name}.jsonl")))
+        files = stack.enter_context(ShardFiles(folder, shard, record=plan.config.detect.record))
+        progress = stack.enter_context(Progress(tally.session.before, len(todo), quiet=quiet))
+
+        def opened(config: ExperimentConfig) -> PairedRunner:
+            known = len(contexts.facts)
+            pairs = contexts.open(config)
+            pairs.stopping = stopping
+            if len(contexts.facts) > known:
+                check_runs(pairs, _same_context(plan, todo, context_key(config)))
+            provenance.note(contexts.facts)
+            return pairs
+
+        for window in _windows(plan, todo, grid):
+            if stopping():
+                break
+            for run, record in _records(opened, window, stopping):
+                tally.check()
+                if isinstance(record, Exception):
+                    tally.failed += 1
+                    grid.note(run, None)
+                    files.append_failure(run, record)
+                    logger.error("run %s failed: %s: %s", run.run_id, type(record).__name__, record)
+                else:
+                    tally.done += 1
+                    files.append(record)
+                    grid.note(run, record.result)
+                progress.advance()
+            provenance.note(contexts.facts)
+        unneeded = grid.unneeded()
+        needed = sum(run.run_id not in unneeded for run in todo)
+        tally.stopped = stopping() and tally.done + tally.failed < needed
+    seconds = time.time() - tally.session.begun
+    return CampaignStatus(folder, tally.session.before, tally.done, tally.failed, seconds, tally.stopped)
+
+
+def _windows(
+    plan: Plan, runs: Iterable[PlannedRun], grid: Cells
+) -> Iterator[list[tuple[PlannedRun, ExperimentConfig]]]:
+    """Yield runs with their configurations: consecutive ones of one context, at most WINDOW together."""
+    for _, group in itertools.groupby(runs, key=lambda run: context_values(plan, run)):
+        for needed in grid.rounds(group):
+            while window := [(run, plan.config_of(run)) for run in itertools.islice(needed, WINDOW)]:
+                yield window
+
+
+def _records(
+    opened: Callable[[ExperimentConfig], PairedRunner],
+    window: Sequence[tuple[PlannedRun, ExperimentConfig]],
+    stopping: Callable[[], bool],
+) -> Iterator[tuple[PlannedRun, RunRecord | Exception]]:
+    """Yield each run of a window with its record; with the error where it, or what all of them need, raised."""
+    waiting = {run.run_id: run for run, _ in window}
+    try:
+        for run, record in opened(window[0][1]).run_many(window):
+            del waiting[run.run_id]
+            yield run, record
+        if waiting and not stopping():
+            raise RuntimeError(f"{len(waiting)} of {len(window)} runs were handed over and not executed")
+    except (UsageError, MissingResourceError, CheckRefusedError):
+        raise
+    except Exception as error:
+        # The context could not be opened, or the runs not be executed together.
+        for run in waiting.values():
+            yield run, error
+
+
+class ShardFiles:
+    """The files of one shard, open for appending; ``record`` is ``detect.record``."""
+
+    def __init__(self, folder: CampaignFolder, shard: Shard, record: str = "all") -> None:
+        self._folder, self._only_fired = folder, record == "fired"
+        stem = folder.shards / shard.file_name
+        self._runs_path = stem.with_suffix(".csv")
+        self._per_run_paths = {name: stem.with_suffix(f".{name}.csv") for name in PER_RUN}
+        self._clean_path = stem.with_suffix(".clean.csv")
+        self._failures_path = stem.with_suffix(".failures.csv")
+        self._clean_seen: set[tuple[str, ...]] = set()
+        self._tracebacks_path = folder.file("logs") / f"{shard.file_name}.txt"
+        self._tracebacks: dict[str, str] = {}
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> ShardFiles:
+        enter = self._stack.enter_context
+        self._runs = enter(CsvFile(self._runs_path, columns(ExperimentResult)))
+        done = set(read_keys(self._runs_path, columns(ExperimentResult)))
+        # Such rows of a run whose own row never followed belong to a run that will be done again.
+        self._per_run = {
+            name: enter(CsvFile(self._per_run_paths[name], columns(row_type), keep=done))
+            for name, row_type in PER_RUN.items()
+        }
+        self._clean = enter(CsvFile(self._clean_path, columns(CleanRow)))
+        self._clean_seen = {tuple(row[:4]) for row in read_rows(self._clean_path, columns(CleanRow))}
+        self._failures = enter(CsvFile(self._failures_path, columns(FailureRow)))
+        return self
+
+    def __exit__(self, *details: object) -> None:
+        self._stack.close()
+
+    def append(self, record: RunRecord) -> None:
+        """Append a finished run; its own row comes last and makes it count."""
+        new = [row for row in map(cells, record.clean) if tuple(row[:4]) not in self._clean_seen]
+        self._clean_seen.update(tuple(row[:4]) for row in new)
+        self._clean.append(*new)
+        for name, file in self._per_run.items():
+            rows = getattr(record, name)
+            if name == "detections" and self._only_fired:
+                rows = [row for row in rows if row.violations]
+            file.append(*map(cells, rows))
+        self._runs.append(cells(record.result))
+
+    def append_failure(self, run: PlannedRun, error: Exception) -> None:
+        """Append a run that raised, and its traceback to the shard's log; the same one twice is named, not repeated."""
+        path, text = self._tracebacks_path, "".join(traceback.format_exception(error))
+        first = self._tracebacks.setdefault(text, run.run_id)
+        path.parent.mkdir(exist_ok=True)
+        with path.open("a", encoding="utf-8") as stream:
+            stream.write(f"run {run.run_id}: {text if first == run.run_id else f'as run {first}'}\n")
+        relative = str(path.relative_to(self._folder.path))
+        message = f"{type(error).__name__}: {error}"
+        self._failures.append(cells(FailureRow(run_id=run.run_id, exception=message, traceback=relative)))
+
+
+class Progress:
+    """One bar on a terminal, a log line now and then elsewhere; nothing if it is to be quiet."""
+
+    def __init__(self, before: int, runs: int, *, quiet: bool = False) -> None:
+        self._quiet = quiet
+        self._before, self._runs, self._number = before, runs, 0
+        self._start = self._last = time.perf_counter()
+        self._bar = tqdm(total=before + runs, initial=before, unit="run", disable=quiet or None, dynamic_ncols=True)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *details: object) -> None:
+        self._bar.close()
+
+    def advance(self, runs: int = 1) -> None:
+        """Count runs that were done."""
+        self._number += runs
+        self._bar.update(runs)
+        now = time.perf_counter()
+        if self._bar.disable and not self._quiet and now - self._last >= LOG_EVERY_SECONDS:
+            self._last = now
+            rate = self._number / (now - self._start)
+            logger.info("%d of %d runs, %.1f runs/s", self._before + self._number, self._before + self._runs, rate)

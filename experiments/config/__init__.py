@@ -1,0 +1,36 @@
+"""The configuration of a campaign: made in Python, read from YAML, given as dotted options, or all of these.
+
+config = ExperimentConfig(name="bits", seed=1, fault=FaultConfig(location="scores", bit=30))
+config = ExperimentConfig(exp_name="bits", injection_location="scores", injection_bit=30)   # flat spelling
+config = load_config(["--config", "experiments/configs/default.yaml", "--fault.location", "q"])
+"""
+
+from experiments.config.building import flat_fields, known_fields
+from experiments.config.experiment import (
+    ExperimentConfig,
+    config_from_mapping,
+    dump_config,
+    load_config,
+    read_config_file,
+)
+from experiments.config.fault_section import FaultConfig, IndexConfig
+from experiments.config.sections import DataConfig, DetectConfig, ModelConfig, RunConfig, StopConfig
+from experiments.config.slurm_section import SlurmConfig
+
+__all__ = [
+    "DataConfig",
+    "DetectConfig",
+    "ExperimentConfig",
+    "FaultConfig",
+    "IndexConfig",
+    "ModelConfig",
+    "RunConfig",
+    "SlurmConfig",
+    "StopConfig",
+    "config_from_mapping",
+    "dump_config",
+    "flat_fields",
+    "known_fields",
+    "load_config",
+    "read_config_file",
+]

@@ -1,0 +1,128 @@
+"""The section ``fault`` of a campaign's configuration.
+
+    FaultConfig(location="scores", bit="exponent", index=IndexConfig(head=3)).spec()
+
+Public names: ``FaultConfig``, ``IndexConfig``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from experiments.config.checks import check_at_least, check_choice
+from experiments.errors import UsageError
+from fault_injection.faults.fault import BIT_KINDS, FaultSpec
+from fault_injection.faults.layer_choice import LAYER_MODES, compiled_pattern
+from fault_injection.faults.site import ElementIndex
+from fault_injection.numbers.bits import check_bits
+
+AIMS = ("uniform", "bits", "effect")
+
+
+@dataclass(frozen=True)
+class IndexConfig:
+    """The element a fault hits, in full or in part; what is ``null`` is drawn for each run."""
+
+    batch: int | None = None
+    head: int | None = None
+    row: int | None = None
+    col: int | None = None
+
+    def __post_init__(self) -> None:
+        for key in ("batch", "head", "row", "col"):
+            check_at_least(f"fault.index.{key}", getattr(self, key), 0)
+
+    def element(self) -> ElementIndex:
+        """Return the index as ``fault_injection`` takes it."""
+        return ElementIndex(self.batch, self.head, self.row, self.col)
+
+
+@dataclass(frozen=True)
+class FaultConfig:
+    """The fault of a run.
+
+    Attributes:
+        location: ``q k v scores weights out``.
+        bit: a bit number, a list of them (all at once), ``sign``, ``exponent``, ``mantissa``, or ``null`` for any.
+        kind: ``bitflip stuck_at_0 stuck_at_1 zero random_value bit_error_rate``.
+        rate: the bit error rate.
+        layers: a layer number or a list of them.
+        layer_mode: ``first all random specific``; by default ``specific`` where layers are named, else ``random``.
+        layer_pattern: a regular expression searched in the names of the attention modules.
+        index: the element.
+        include_masked: draw hidden keys of scores and weights as well.
+        aim: how what is open is drawn: ``uniform``; ``bits`` (sign and exponent more often than mantissa); ``effect``
+            (faults more often that are predicted to move their layer's output). Rows have a ``sampling_weight``.
+    """
+
+    location: str = "scores"
+    bit: int | list[int] | str | None = None
+    kind: str = "bitflip"
+    rate: float | None = None
+    layers: int | list[int] | None = None
+    layer_mode: str | None = None
+    layer_pattern: str | None = None
+    index: IndexConfig = field(default_factory=IndexConfig)
+    include_masked: bool = False
+    aim: str = "uniform"
+
+    def __post_init__(self) -> None:
+        try:
+            self.spec()
+            if self.layer_pattern is not None:
+                compiled_pattern(self.layer_pattern)
+        except UsageError:
+            raise
+        except ValueError as error:
+            raise UsageError(_with_key("fault.bit", str(error))) from error
+        self._check_aim()
+        if self.layer_mode is not None:
+            check_choice("fault.layer_mode", self.layer_mode, LAYER_MODES)
+        if self.layer_mode == "specific" and self.layers is None and self.layer_pattern is None:
+            raise UsageError("fault.layer_mode: specific needs fault.layers or fault.layer_pattern")
+        for layer in self.layer_list() or ():
+            check_at_least("fault.layers", layer, 0)
+        if self.layers == []:
+            raise UsageError("fault.layers: got an empty list; leave it out to mean every layer")
+
+    def _check_aim(self) -> None:
+        check_choice("fault.aim", self.aim, AIMS)
+        if self.aim == "effect" and self.kind == "bit_error_rate":
+            raise UsageError("fault.aim: got 'effect', allowed uniform where fault.kind is bit_error_rate")
+        if self.aim == "bits" and not (self.kind in BIT_KINDS and isinstance(self.bit, str | None)):
+            raise UsageError(
+                f"fault.aim: got 'bits', allowed only where a bit is drawn: fault.kind {', '.join(BIT_KINDS)} (got "
+                f"{self.kind}) and fault.bit null or the name of a field (got {self.bit})"
+            )
+
+    def layer_list(self) -> list[int] | None:
+        """Return the named layers as a list."""
+        return [self.layers] if isinstance(self.layers, int) else self.layers
+
+    def effective_layer_mode(self) -> str:
+        """Return the layer mode with its default filled in."""
+        named = self.layers is not None or self.layer_pattern is not None
+        return self.layer_mode or ("specific" if named else "random")
+
+    def spec(self) -> FaultSpec:
+        """Return the fault specification."""
+        several = [self.bit] if isinstance(self.bit, int) else self.bit
+        bits = tuple(several) if isinstance(several, list) else several
+        return FaultSpec(self.location, self.kind, bits, self.index.element(), self.include_masked, self.rate)
+
+    def check_bits_of(self, dtype: str) -> None:
+        """Refuse bits that no tensor of a model of this dtype has; scores and weights may be wider than the model."""
+        native = getattr(torch, dtype)
+        upcast = self.location in ("scores", "weights", "q", "k") and native.itemsize < torch.float32.itemsize
+        bits = self.spec().bits
+        if isinstance(bits, tuple):
+            try:
+                check_bits(bits, torch.float32 if upcast else native)
+            except ValueError as error:
+                raise UsageError(_with_key("fault.bit", str(error))) from error
+
+
+def _with_key(key: str, message: str) -> str:
+    return message if message.startswith("fault.") else f"{key}: {message.removeprefix('bit: ')}"

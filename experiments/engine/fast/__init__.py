@@ -1,0 +1,1 @@
+"""Runs that compute only what their fault can have changed, bit for bit the plain pair."""

@@ -1,0 +1,66 @@
+"""Which runs a figure speaks of, in words: the n of its caption.
+
+    population(runs)          # "n = 768 distinct faults of 768 runs; model reference (float32)"
+
+Public names: ``population``, ``propagated``, ``short_name``, ``ordered``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pandas as pd
+
+from experiments.analysis import distinct_faults
+from experiments.tables.schema import OUTCOMES
+from fault_injection import LOCATIONS
+from fault_injection.numbers.bits import FIELDS
+
+_DEPTHS = ("early", "mid", "late")
+_ORDER = {name: place for place, name in enumerate((*LOCATIONS, *FIELDS, *OUTCOMES, *_DEPTHS))}
+
+
+def propagated(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return the distinct faults whose runs reached the output of the model: those that shares of outcomes are of."""
+    faults = distinct_faults(runs)
+    return faults[(faults["scope"] == "full") & faults["outcome"].notna()]
+
+
+def population(runs: pd.DataFrame) -> str:
+    """Return a clause on the runs: how many, of which models, and over what they are pooled."""
+    faults = distinct_faults(runs)
+    known = int(((faults["scope"] == "full") & faults["outcome"].notna()).sum())
+    clauses = [f"n = {len(faults):,} distinct faults of {len(runs):,} runs"]
+    if known < len(faults):
+        clauses.append(f"{known:,} of them propagated to the output of the model")
+    models = faults[["model", "dtype"]].drop_duplicates().astype(str)
+    names = ", ".join(f"{short_name(model)} ({dtype})" for model, dtype in models.itertuples(index=False))
+    clauses.append(f"{'models' if len(models) > 1 else 'model'} {names}")
+    # Points of the grid that differ in detectors or in execution look at the same faults: each counts on its own.
+    axes = [name for name in faults.columns if name.startswith(("detect.", "run.")) and faults[name].nunique() > 1]
+    clauses += [f"pooled over {faults[name].nunique()} values of {name}" for name in axes]
+    weights = faults["sampling_weight"].dropna() if "sampling_weight" in faults.columns else pd.Series(dtype=float)
+    if (weights != 1).any():
+        clauses.append(
+            "drawn with unequal probabilities: rates and means are weighted, quantiles and histograms are not"
+        )
+    return "; ".join(clauses)
+
+
+def short_name(model: Any) -> str:
+    """Return the last part of a model's path.
+
+    >>> short_name("/data/models/gpt2/")
+    'gpt2'
+    """
+    return str(model).rstrip("/").rsplit("/", 1)[-1]
+
+
+def ordered(values: Sequence[Any]) -> list[Any]:
+    """Return distinct names in the order of the computation, or of the field, else sorted.
+
+    >>> ordered(["scores", "q", "early"]), ordered([3, 1])
+    (['q', 'scores', 'early'], [1, 3])
+    """
+    return sorted(set(values), key=lambda value: (_ORDER.get(str(value).split(" ")[0], len(_ORDER)), value))

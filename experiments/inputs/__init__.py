@@ -1,0 +1,1 @@
+"""What comes in: models, texts, windows, batches."""

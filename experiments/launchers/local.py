@@ -1,0 +1,197 @@
+"""``--launcher local --workers N``: the shards of a campaign as processes of this machine.
+
+Public name: ``launch_local``.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+import torch
+from tqdm import tqdm
+
+from experiments.campaign.folder import CampaignFolder
+from experiments.campaign.states import shards_left
+from experiments.campaign.worker import Progress
+from experiments.config import ExperimentConfig
+from experiments.engine.contexts import check_plan
+from experiments.launchers.leaving import OF_LAUNCHER
+from experiments.launchers.row_counter import RowCounter
+from experiments.machine.stop_request import TERM_SECONDS, StopRequest
+from experiments.plan.plan import make_plan
+from experiments.plan.shards import Shard
+
+PROGRAM = Path(__file__).resolve().parents[2] / "run_sweep.py"
+
+LOOK_SECONDS = 0.2
+"""How often the files of the workers are looked at."""
+
+WAIT_SECONDS = 0.05
+"""How often it is looked whether workers that were asked to stop have ended."""
+
+
+PATIENCE_SECONDS = 10.0
+"""How much longer than their grace time workers are waited for: they close their files after it."""
+
+
+def launch_local(
+    config: ExperimentConfig, options: Sequence[str], workers: int, stop: StopRequest, *, overwrite: bool, quiet: bool
+) -> int:
+    """Run one process for each shard with something left and wait for all; return the worst exit status.
+
+    Every process computes with ``run.threads`` threads, as a single one would: the same bits, whatever the number of
+    workers. Where there are GPUs each process sees one of them, in turn. If this process is asked to stop, the signal
+    is passed on to all workers, and they are waited for.
+
+    Raises:
+        KeyboardInterrupt: this process was asked to stop before all was done; no worker is left.
+    """
+    plan = make_plan(config)
+    check_plan(plan)
+    folder = CampaignFolder.of(config)
+    folder.check_writable()
+    if overwrite:
+        folder.clear_all()
+    folder.check_same(config)
+    shards = [Shard(number, workers) for number in shards_left(folder, plan, workers)]
+    _warn_of_too_many(len(shards), config.run.threads)
+    counter = RowCounter(folder)
+    done = counter.count()
+    options = [*options, "--grace", f"{stop.grace:.0f}"]
+    bar = Progress(done, len(plan.runs) - done, quiet=quiet)
+    with bar as progress, _started(options, shards, config, stop) as processes:
+        working = True
+        while working:
+            if stop.requested():
+                raise KeyboardInterrupt
+            time.sleep(LOOK_SECONDS)
+            working = any(process.poll() is None for process in processes)
+            before, done = done, counter.count()
+            if done > before:
+                progress.advance(done - before)
+    # A process that a signal ended has a negative status; its runs are missing, like those that failed.
+    statuses = [process.wait() for process in processes]
+    if stop.requested() and any(statuses):
+        # Who signals all processes of a job at once can be faster than this loop.
+        raise KeyboardInterrupt
+    return max((1 if status < 0 else status for status in statuses), default=0)
+
+
+@contextmanager
+def _started(
+    options: Sequence[str], shards: Sequence[Shard], config: ExperimentConfig, stop: StopRequest
+) -> Iterator[list[subprocess.Popen[str]]]:
+    """Start the workers; whatever ends the block, none of them is left."""
+    said = _Said()
+    gpus = _gpus(config)
+    processes: list[subprocess.Popen[str]] = []
+    readers: list[threading.Thread] = []
+    try:
+        for place, shard in enumerate(shards):
+            process = subprocess.Popen(
+                [sys.executable, str(PROGRAM), *options, "--shard", f"{shard.number}/{shard.count}", "--quiet"],
+                env={**os.environ, **_environment(place, config.run.threads, gpus)},
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            processes.append(process)
+            readers.append(threading.Thread(target=said.pass_on, args=(shard.number, process), daemon=True))
+            readers[-1].start()
+        yield processes
+    finally:
+        _end(processes, stop)
+        for process, reader in zip(processes, readers, strict=False):
+            reader.join()
+            if process.stderr is not None:
+                process.stderr.close()
+
+
+def _end(processes: Sequence[subprocess.Popen[str]], stop: StopRequest) -> None:
+    """Pass the request to stop on to those that still run, and wait for them; who interrupts the wait has them killed.
+
+    They have their grace time, and a little to close their files; then they are killed. Signals that come meanwhile are
+    passed on, too: a later one can only shorten it.
+    """
+    running = [process for process in processes if process.poll() is None]
+    # The alarm of this process would end the wait before theirs end the passes in hand.
+    stop.finished()
+    end = time.monotonic() + _longest(stop, stop.signal) + PATIENCE_SECONDS
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        nonlocal end
+        if callable(noted := handlers[signal.Signals(number)]):
+            noted(number, frame)
+            stop.finished()
+        for process in running:
+            process.send_signal(number)
+        end = min(end, time.monotonic() + _longest(stop, number) + PATIENCE_SECONDS)
+
+    try:
+        for number in handlers:
+            signal.signal(number, pass_on)
+        for process in running:
+            process.send_signal(stop.signal or signal.SIGTERM)
+        while any(process.poll() is None for process in running) and time.monotonic() < end:
+            time.sleep(WAIT_SECONDS)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for process in running:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+
+
+def _longest(stop: StopRequest, number: int | None) -> float:
+    """Return how long a worker may take after a signal; after Ctrl-C it is told by SIGTERM."""
+    return stop.grace if number == signal.SIGUSR1 else min(stop.grace, TERM_SECONDS)
+
+
+class _Said:
+    """Passes on what workers say; what all of them say, once."""
+
+    def __init__(self) -> None:
+        self._lines: set[str] = set()
+        self._lock = threading.Lock()
+
+    def pass_on(self, number: int, process: subprocess.Popen[str]) -> None:
+        """Write the lines of one worker to standard error, until it has ended."""
+        for line in process.stderr or ():
+            with self._lock:
+                if line not in self._lines:
+                    self._lines.add(line)
+                    tqdm.write(f"worker {number}: {line.rstrip()}", file=sys.stderr)
+
+
+def _environment(place: int, threads: int, gpus: Sequence[str]) -> dict[str, str]:
+    # Libraries that were not told would start a thread on every core, in every worker.
+    own = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), OF_LAUNCHER: str(os.getpid())}
+    return own | ({"CUDA_VISIBLE_DEVICES": gpus[place % len(gpus)]} if gpus else {})
+
+
+def _gpus(config: ExperimentConfig) -> list[str]:
+    """Return the names of the GPUs that workers are to share; none if the campaign names its device."""
+    devices = {config.model.device, *map(str, config.sweep.get("model.device", ()))}
+    if not devices <= {"auto", "cuda"} or not torch.cuda.is_available():
+        return []
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible.split(",") if visible else [str(number) for number in range(torch.cuda.device_count())]
+
+
+def _warn_of_too_many(workers: int, threads: int) -> None:
+    cores = len(os.sched_getaffinity(0))
+    if workers * threads > cores:
+        print(f"{workers} workers x {threads} threads on {cores} cores: more than fit; they will slow each other down",
+              file=sys.stderr)  # fmt: skip

@@ -1,0 +1,1 @@
+"""One evaluation of the model: fault-free, injected, and the checks before both."""

@@ -1,0 +1,1 @@
+"""What watches or repairs a pass while it runs."""

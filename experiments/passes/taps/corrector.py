@@ -1,0 +1,139 @@
+"""The tap that repairs a pass while it runs.
+
+Where the sums of a product's rows and columns, or of the weights' rows, say that one element of scores, weights or
+output is wrong, it is computed again and the pass goes on with the repaired tensor (``bounds.effects.correction``).
+
+    corrector = Corrector(situation.visible)
+    with tapped(model, injector), tapped(model, watcher), tapped(model, corrector):
+        model(**batch)
+    corrector.repairs
+
+It comes after whatever injects and after whatever watches: those see the faulty tensor. In a fault-free pass it finds
+nothing (docs/theory.md, T19). Errors of queries, keys and values it cannot repair: the products start from them.
+
+Public names: ``Corrector``, ``check_clean_correction``, ``correction_columns``.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from bounds.effects.correction import Repair, repair_output, repair_scores, repair_weights
+from bounds.numerics.rounding import reduced_precision
+from experiments.errors import CheckRefusedError
+from experiments.passes.baseline import Baseline
+from experiments.passes.subject import Subject
+from fault_injection import AttentionCall, Fault
+from fault_injection.numbers.model_outputs import bitwise_equal
+
+_PRODUCTS = {"scores": "q", "out": "v"}
+
+
+class Corrector:
+    """Repairs scores, weights and outputs inside a pass.
+
+    Args:
+        visible: by ``(layer, call)``, which keys each query sees (``Situation.visible``).
+        layers: the layers to repair (default: all).
+        synchronize: called before every reading of the clock.
+
+    Attributes:
+        repairs: what became of every violation, in the order of computation.
+        seconds: time spent.
+
+    Raises:
+        CheckRefusedError: while the pass runs, when matrix products are set to less precision than the theorems assume.
+    """
+
+    locations = frozenset({"q", "k", "v", "scores", "logits", "weights", "mass", "out"})
+
+    def __init__(
+        self,
+        visible: Mapping[tuple[int, int], Tensor],
+        *,
+        layers: AbstractSet[int] | None = None,
+        synchronize: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.layers = layers
+        self.repairs: list[Repair] = []
+        self.seconds = 0.0
+        self._visible = visible
+        self._synchronize = synchronize
+        # Its own, not the call's: a watcher in the same session empties those when the output is there.
+        self._kept: dict[str, Tensor] = {}
+
+    def on(self, location: str, tensor: Tensor, call: AttentionCall) -> Tensor | None:
+        """Keep operands; return a repaired copy of a result where one element of it was wrong, else ``None``."""
+        if location not in ("scores", "weights", "out"):
+            self._kept[location] = tensor.detach()
+            return None
+        self._synchronize()
+        start = time.perf_counter()
+        repaired, found = self._repair(location, tensor.detach(), call)
+        self.repairs += [replace(repair, layer=call.core.index, call=call.number) for repair in found]
+        self._synchronize()
+        self.seconds += time.perf_counter() - start
+        return repaired if any(repair.status == "repaired" for repair in found) else None
+
+    def _repair(self, location: str, tensor: Tensor, call: AttentionCall) -> tuple[Tensor, tuple[Repair, ...]]:
+        take = self._kept.pop
+        if location == "weights":
+            return repair_weights(take("logits"), tensor, self._visible[call.core.index, call.number])
+        self._require_precision(location, call)
+        if location == "scores":
+            return repair_scores(take("q"), take("k"), tensor, call.product.factor, call.product.addend)
+        return repair_output(take("mass"), take("v"), tensor)
+
+    def _require_precision(self, location: str, call: AttentionCall) -> None:
+        setting = reduced_precision(self._kept[_PRODUCTS[location]])
+        if setting is not None:
+            raise CheckRefusedError(
+                f"detect.correct: {location} of {call.core.name}: {setting}; the theorems need full precision"
+            )
+
+
+def check_clean_correction(subject: Subject, batch: Mapping[str, Tensor], baseline: Baseline) -> None:
+    """Let a corrector look at the fault-free pass of ``batch``, in which it has nothing to do.
+
+    Raises:
+        CheckRefusedError: it found something, or the output is not bitwise that of the plain pass.
+    """
+    corrector = Corrector(baseline.situation.visible)
+    corrected = subject.forward(batch, corrector)
+    if corrector.repairs:
+        first = corrector.repairs[0]
+        raise CheckRefusedError(
+            f"control run: correction finds {len(corrector.repairs)} errors in the fault-free pass, the first in "
+            f"{first.location} of layer {first.layer} at {first.index} ({first.status}); no repair could be trusted"
+        )
+    if not bitwise_equal(corrected.output, baseline.evaluation.output):
+        raise CheckRefusedError("control run: the fault-free pass gives another output when correction looks at it")
+
+
+def correction_columns(faults: Sequence[Fault], corrector: Corrector | None) -> dict[str, Any]:
+    """Return what correction did in a pass with ``faults``, in numbers; None for each if it was not asked for.
+
+    Keys: ``repairs``, ``miscorrections`` (repairs of an element that none of the faults hit), ``unrepaired`` and
+    ``correction_seconds``.
+    """
+    if corrector is None:
+        return dict.fromkeys(("repairs", "miscorrections", "unrepaired", "correction_seconds"))
+    hit = {
+        (fault.layer, fault.call, fault.location, *map(int, np.unravel_index(element.flat, fault.shape)))
+        for fault in faults
+        for element in fault.elements
+    }
+    done = [repair for repair in corrector.repairs if repair.status == "repaired"]
+    return {
+        "repairs": len(done),
+        "miscorrections": sum((one.layer, one.call, one.location, *one.index) not in hit for one in done),
+        "unrepaired": len(corrector.repairs) - len(done),
+        "correction_seconds": corrector.seconds,
+    }

@@ -1,0 +1,1 @@
+"""Which runs there are, who does them, and when enough are done."""

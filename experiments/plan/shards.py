@@ -1,0 +1,138 @@
+"""Shards: which runs of a plan one worker does.
+
+    shard = parse_shard("3/16", os.environ)
+    shard_of(plan, shard)                    # its runs, in the order in which they are best done
+
+Who does what follows from the plan and the number of shards alone: every worker finds its part by itself, and finds the
+same one when it is submitted again. What is done already is no part of it: rows are looked for in the files of all
+shards, so a campaign begun with 16 workers can be finished with 4.
+
+Runs of one input share its fault-free pass, its recording and the passes of the fast engine, so a shard gets runs of
+few inputs: within a model, runs are put in the order of data set and input, and cut where the expected cost
+(``run_cost``) has reached the next n-th part. How models compare is not known from the configuration, so each is
+cut on its own. With a stopping rule whole cells of the grid are dealt out instead, the dearest first.
+
+Public names: ``Shard``, ``parse_shard``, ``shard_of``, ``shard_numbers``, ``MOST_SHARDS``.
+"""
+
+from __future__ import annotations
+
+import heapq
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from experiments.errors import UsageError
+from experiments.plan.plan import Plan, PlannedRun, classes_of
+from experiments.plan.run_cost import run_costs
+
+MOST_SHARDS = 100_000
+"""Most shards that a campaign can be divided into."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Part ``number`` (from 1) of ``count``."""
+
+    number: int = 1
+    count: int = 1
+
+    @property
+    def file_name(self) -> str:
+        """Return the stem of the shard's files; a campaign begun with many shards can be finished with few."""
+        return f"{self.number:04d}"
+
+
+def parse_shard(text: str | None, environment: Mapping[str, str]) -> Shard:
+    """Return the shard of ``--shard i/n``, else of a Slurm array task, else the whole.
+
+    Raises:
+        UsageError: not of the form ``i/n`` with 1 <= i <= n; array variables that make no sense.
+    """
+    if text is not None:
+        match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
+        if match is None or not 1 <= int(match[1]) <= int(match[2]) <= MOST_SHARDS:
+            raise UsageError(f"--shard: got {text!r}, allowed i/n with 1 <= i <= n <= {MOST_SHARDS:,}, e.g. 3/16")
+        return Shard(int(match[1]), int(match[2]))
+    task, count = environment.get("SLURM_ARRAY_TASK_ID"), environment.get("SLURM_ARRAY_TASK_COUNT")
+    if task is None or count is None:
+        return Shard()
+    first, step = environment.get("SLURM_ARRAY_TASK_MIN", "0"), environment.get("SLURM_ARRAY_TASK_STEP", "1")
+    numbers = [int(text) if re.fullmatch(r"\d+", text) else -1 for text in (task, count, first, step)]
+    if min(numbers) >= 0 and numbers[3] > 0 and numbers[1] <= MOST_SHARDS:
+        number, rest = divmod(numbers[0] - numbers[2], numbers[3])
+        if rest == 0 and 1 <= number + 1 <= numbers[1]:
+            return Shard(number + 1, numbers[1])
+    raise UsageError(
+        f"SLURM_ARRAY_TASK_ID: task {task!r} does not fit an array of {count!r} from {first!r} by {step!r}"
+    )
+
+
+def shard_of(plan: Plan, shard: Shard) -> list[PlannedRun]:
+    """Return the runs of ``shard``: those of one model and one data set together, in it those of one input."""
+    order = _execution_order(plan)
+    mine = _cut(plan, order, shard.count)[order] == shard.number
+    return [plan.runs[index] for index in order[mine]]
+
+
+def shard_numbers(plan: Plan, count: int) -> NDArray[np.int64]:
+    """Return the number (1 .. count) of the shard of every run, in the order of the plan: (runs,) int64."""
+    return _cut(plan, _execution_order(plan), count)
+
+
+def _execution_order(plan: Plan) -> NDArray[np.int64]:
+    """Return the indices of all runs by context, input and place in the plan.
+
+    Where cells of the grid may end early, runs stay in the order of the plan, cell by cell.
+    """
+    if plan.config.stop.margin is not None:
+        return np.lexsort((np.arange(len(plan.runs)), classes_of(plan, "seed", "model.", "data.").number))
+    data = classes_of(plan, "data.")
+    batches = [config.num_samples // config.batch_size for config in (plan.config_of(run).data for run in data.first)]
+    inputs = [run.batch_index(batches[kind]) for run, kind in zip(plan.runs, data.number.tolist(), strict=True)]
+    return np.lexsort((np.array(inputs, np.int64), classes_of(plan, "seed", "model.", "data.").number))
+
+
+def _cut(plan: Plan, order: NDArray[np.int64], count: int) -> NDArray[np.int64]:
+    """Return the shard of every run: where the middle of its cost falls among ``count`` equal parts of its model's.
+
+    The load of a shard is then within the cost of one run (of each model) of an exact part. A cell that may end early
+    is not parted: it ends by its own rows, and one worker must know them all.
+    """
+    if plan.config.stop.margin is not None:
+        return np.repeat(_dealt(plan, count), plan.config.num_runs)
+    numbers = np.empty(len(plan.runs), np.int64)
+    costs, model = run_costs(plan)[order], classes_of(plan, "model.").number[order]
+    for number in np.unique(model):
+        chosen = model == number
+        ends = np.cumsum(costs[chosen])
+        # Whole numbers: the same on every machine.
+        numbers[order[chosen]] = 1 + (2 * ends - costs[chosen]) * count // (2 * ends[-1])
+    return numbers
+
+
+def _dealt(plan: Plan, count: int) -> NDArray[np.int64]:
+    """Return the shard of every cell: the dearest first, to the shard with the least of its model, then of all.
+
+    Costs are those of all repeats: how many a cell will need is not known. A cell is one piece of work, so shards
+    beyond the number of cells stay empty. (R. L. Graham, Bounds on multiprocessing timing anomalies, 1969: the load of
+    a shard is at most 4/3 of the best possible.)
+    """
+    costs = run_costs(plan).reshape(-1, plan.config.num_runs).sum(axis=1)
+    model = classes_of(plan, "model.").number[:: plan.config.num_runs]
+    numbers = np.empty(len(costs), np.int64)
+    totals = [0] * count
+    for kind in np.unique(model).tolist():
+        cells = np.flatnonzero(model == kind)
+        loads = [(0, total, shard) for shard, total in enumerate(totals)]
+        heapq.heapify(loads)
+        for cell in cells[np.argsort(-costs[cells], kind="stable")].tolist():
+            load, total, shard = loads[0]
+            cost = int(costs[cell])
+            totals[shard] = total + cost
+            heapq.heapreplace(loads, (load + cost, total + cost, shard))
+            numbers[cell] = 1 + shard
+    return numbers

@@ -1,0 +1,1 @@
+"""The two models that ship with the project, and how they are made."""

@@ -1,0 +1,50 @@
+"""Which detectors look at a point of the grid, and what they said of its fault-free passes.
+
+    point = {"detect.detectors": '["lite"]', "detect.tolerance": "0.0"}     # texts of plan.csv
+    detectors_of(config.detect, point)           # ("finite", "W_sum", ...)
+    clean_of(load_clean(folder), point)          # the rows of clean.csv that belong to this point
+
+A detector that does not look at a point missed nothing there: it has no recall, not one of 0.
+
+Public names: ``detectors_of``, ``clean_of``, ``AXES``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+
+import pandas as pd
+
+from experiments.config.sections import DetectConfig
+
+AXES = ("detect.tolerance", "detect.detectors")
+"""The swept fields that decide which rows of ``clean.csv`` belong to a point."""
+
+
+def detectors_of(config: DetectConfig, point: Mapping[str, str]) -> tuple[str, ...]:
+    """Return the names of the detectors at a point, suites replaced by their members and users' classes by their names.
+
+    Args:
+        config: the campaign's, for a point that does not name its own.
+        point: swept field -> text of ``plan.csv``; other fields than ``AXES`` may be there.
+
+    Raises:
+        UsageError: an unknown detector, or a class of a user's that does not load.
+    """
+    if "detect.detectors" in point:
+        config = dataclasses.replace(config, detectors=json.loads(point["detect.detectors"]))
+    return config.names()
+
+
+def clean_of(clean: pd.DataFrame, point: Mapping[str, str]) -> pd.DataFrame:
+    """Return the rows of ``clean.csv`` of the detectors that look at a point, at the point's tolerance.
+
+    A field that is not swept chooses nothing: all rows are of its one value. Arguments and errors: ``detectors_of``.
+    """
+    if "detect.tolerance" in point:
+        clean = clean[clean["tolerance"] == json.loads(point["detect.tolerance"])]
+    if "detect.detectors" in point:
+        clean = clean[clean["detector"].isin(detectors_of(DetectConfig(), point))]
+    return clean

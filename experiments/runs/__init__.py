@@ -1,0 +1,1 @@
+"""One run: its fault drawn, its measurements made into a row."""

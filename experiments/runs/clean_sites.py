@@ -1,0 +1,89 @@
+"""What ``fault.aim: effect`` knows of an input before a run: its clean tensors at a location, and what faults there do.
+
+    sites = CleanSites(subject, batches)
+    clean = sites.get(batch_index, "scores", layers, situation)     # by layer; one fault-free pass the first time
+    clean[3].elements, clean[3].terms
+
+Public names: ``CleanSite``, ``CleanSites``.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from bounds.effects.fault_severity import SeverityTerms, severity_terms
+from experiments.passes.subject import Subject
+from experiments.passes.taps.call_state import COMPLETE, Situation, call_state, keep_tensor
+from fault_injection import AttentionCall
+
+KEPT_BYTES = 1 << 30
+"""Most bytes that are kept of inputs other than the last one."""
+
+
+@dataclass(frozen=True, eq=False)
+class CleanSite:
+    """One location of one layer in a fault-free pass: its tensor, and what severities of its faults have in common."""
+
+    elements: Tensor
+    terms: SeverityTerms
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are kept."""
+        return self.elements.nbytes + self.terms.nbytes
+
+
+class CleanSites:
+    """The clean sites of inputs, the latest of them kept.
+
+    Args:
+        subject: the patched model.
+        batches: on its device.
+    """
+
+    def __init__(self, subject: Subject, batches: Sequence[Mapping[str, Tensor]]) -> None:
+        self._subject, self._batches = subject, batches
+        self._kept: OrderedDict[tuple[int, str, tuple[int, ...]], Mapping[int, CleanSite]] = OrderedDict()
+
+    def get(
+        self, batch_index: int, location: str, layers: tuple[int, ...], situation: Situation
+    ) -> Mapping[int, CleanSite]:
+        """Return the sites of ``layers`` by layer; ``situation`` is that of the input."""
+        key = batch_index, location, layers
+        if key not in self._kept:
+            recorder = _Recorder(location, frozenset(layers), situation)
+            self._subject.forward(self._batches[batch_index], recorder)
+            self._kept[key] = recorder.found
+            while len(self._kept) > 1 and self._nbytes() > KEPT_BYTES:
+                self._kept.popitem(last=False)
+        self._kept.move_to_end(key)
+        return self._kept[key]
+
+    def _nbytes(self) -> int:
+        return sum(site.nbytes for sites in self._kept.values() for site in sites.values())
+
+
+class _Recorder:
+    """A tap that makes the clean sites of the first evaluation of each core."""
+
+    locations = COMPLETE
+
+    def __init__(self, location: str, layers: frozenset[int], situation: Situation) -> None:
+        self.layers = layers
+        self.found: dict[int, CleanSite] = {}
+        self._location, self._situation = location, situation
+
+    def on(self, location: str, tensor: Tensor, call: AttentionCall) -> None:
+        """Keep the tensors of the call; at its end, what is needed of them."""
+        if call.number > 0:
+            return
+        keep_tensor(location, tensor, call, self._situation)
+        if location == "out":
+            state = call_state(call, self._situation)
+            elements = call.tensors[self._location].clone()
+            self.found[call.core.index] = CleanSite(elements, severity_terms(state, self._location))
+            call.tensors.clear()

@@ -1,0 +1,1 @@
+"""The instrumented attention: cores found, probed and shown to taps."""

@@ -1,0 +1,1 @@
+"""What a fault is, where it can lie, how it is drawn and injected."""

@@ -1,0 +1,1 @@
+"""Floating-point numbers as bit patterns: formats, rewrites, comparison."""

@@ -1,0 +1,1 @@
+"""Where the queries, keys and values of a core come from."""

@@ -1,0 +1,1 @@
+"""The forward cache: exact keys, owned values, counted and traced passes."""

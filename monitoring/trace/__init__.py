@@ -1,0 +1,1 @@
+"""The flight recorder: one line per forward pass, written and read."""
