@@ -5,7 +5,7 @@
 #   make test-all   the slow ones too
 #   make test-slurm on a real Slurm: see tests/slurm/start.sh
 #   make test-ci    first these, then all others
-#   make quality    lint, format and types
+#   make quality    lint, format, types, and who imports whom
 #   make style      format and fix what can be fixed
 
 PYTHON ?= python3
@@ -37,6 +37,7 @@ quality: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 style: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .

@@ -60,3 +60,8 @@ def get_detector(name: str, tolerance: float = 0.0) -> Detector:
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise ValueError(f"detector: got {name!r}, allowed {', '.join(list_detectors())}{hint}")
     return _DETECTORS[name](tolerance)
+
+
+def is_oracle(name: str) -> bool:
+    """Whether a detector of this name reads the fault-free pass."""
+    return name.startswith("oracle_")

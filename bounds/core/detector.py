@@ -18,6 +18,7 @@ False
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
@@ -26,7 +27,6 @@ from torch import nn
 from bounds.core.attention_state import AttentionState
 from bounds.core.sequences import sequence_of
 from bounds.core.verdict import MAX_POSITIONS, Verdict, extreme, first_positions, merged
-from bounds.epsilon.violations import require_tolerance
 
 __all__ = ["MAX_POSITIONS", "Detector", "Verdict", "extreme", "first_positions", "merged"]
 
@@ -135,3 +135,11 @@ class Detector(ABC):
     @abstractmethod
     def judge(self, state: AttentionState, baseline: Any) -> Verdict:
         """Judge a call the invariant applies to; ``check`` has verified the arguments."""
+
+
+def require_tolerance(tolerance: float) -> None:
+    """Raise ValueError unless ``tolerance`` is a finite number that is not negative."""
+    if not (math.isfinite(tolerance) and tolerance >= 0):
+        raise ValueError(
+            f"tolerance: got {tolerance!r}, allowed a finite number >= 0 (it adds to the proved tolerance)"
+        )

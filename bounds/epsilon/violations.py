@@ -3,7 +3,7 @@
 The rule (docs/theory.md, "Decision"): with residual ``r = max(lower - epsilon, epsilon - upper)`` a row is a
 violation iff **not (r <= tolerance)** or the tolerance is not finite, so that NaN and Inf always count.
 
-Public names: ``detect_violation``, ``row_outcome``, ``Violations``, ``require_tolerance``.
+Public names: ``detect_violation``, ``row_outcome``, ``Violations``.
 
 >>> from bounds.epsilon.bounds import compute_attention_bounds
 >>> logits = torch.tensor([[1.0, 0.0, -1.0], [0.0, 2.0, 0.5]])
@@ -24,6 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bounds.core.detector import require_tolerance
 from bounds.core.row_outcome import BoundedOutcome, not_finite, verdict
 from bounds.epsilon.bounds import AttentionBounds, Interval
 
@@ -82,14 +83,6 @@ def detect_violation(
     if epsilon.shape != bounds.lower.shape:
         raise ValueError(f"epsilon: got shape {tuple(epsilon.shape)}, allowed {tuple(bounds.lower.shape)}")
     return _judge(bounds, epsilon.double(), tolerance)
-
-
-def require_tolerance(tolerance: float) -> None:
-    """Raise ValueError unless ``tolerance`` is a finite number that is not negative."""
-    if not (math.isfinite(tolerance) and tolerance >= 0):
-        raise ValueError(
-            f"tolerance: got {tolerance!r}, allowed a finite number >= 0 (it adds to the proved tolerance)"
-        )
 
 
 def row_outcome(bounds: AttentionBounds | Interval, epsilon: Tensor, tolerance: float = 0.0) -> BoundedOutcome:

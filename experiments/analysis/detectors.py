@@ -19,6 +19,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from bounds import get_detector, list_detectors
+from bounds.registry import is_oracle
 from bounds.suites import SUITES
 from experiments.analysis.rates import group_rates
 from experiments.analysis.statistics.clusters import DEFAULT_CLUSTER, Cluster, Grouping, cluster_columns
@@ -30,7 +31,6 @@ from experiments.analysis.statistics.distinct import (
     require_columns,
     weights_of,
 )
-from experiments.passes.taps.watcher import is_oracle
 
 DETECTOR_COLUMNS = (
     *("detector", "kind", "n", "seen", "detected", "detected_low", "detected_high"),

@@ -38,6 +38,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from bounds.registry import is_oracle
 from experiments.analysis.statistics.clusters import DEFAULT_CLUSTER, Cluster, ClusterSums, Grouping, Ratio, ratio
 from experiments.analysis.statistics.distinct import (
     check_one_setting,
@@ -57,7 +58,6 @@ from experiments.analysis.statistics.intervals import (
     wilson_interval,
     wilson_limits,
 )
-from experiments.passes.taps.watcher import is_oracle
 from experiments.tables.schema import OUTCOMES
 
 By = str | Sequence[str] | None

@@ -9,8 +9,8 @@ from bounds import get_detector, list_detectors
 from bounds.suites import SUITES
 from experiments.config import ExperimentConfig, known_fields
 from experiments.config.checks import check_choice
+from experiments.config.source_names import SOURCES
 from experiments.inputs.models import BUILT_IN_MODELS, load_model
-from experiments.inputs.sources import SOURCES
 from experiments.passes.subject import Subject
 from fault_injection import LOCATIONS
 

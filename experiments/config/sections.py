@@ -17,8 +17,8 @@ from bounds.suites import expand
 from bounds.user_detectors import is_detector_path, load_detector
 from experiments.config.checks import check_at_least, check_choice
 from experiments.config.fault_section import FaultConfig
+from experiments.config.source_names import parse_source
 from experiments.errors import UsageError
-from experiments.inputs.sources import parse_source
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 ENGINES = ("auto", "plain", "fast")

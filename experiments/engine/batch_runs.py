@@ -24,7 +24,6 @@ from experiments.engine.fast.engine import FastEngine
 from experiments.engine.fast.front import EngineMismatchError
 from experiments.engine.fast.recording import resumed
 from experiments.engine.fast.run import FastRun
-from experiments.engine.fast.site_step import FaultSite
 from experiments.engine.fast.wide_linear import OutputBuffer
 from experiments.engine.opened_batch import OpenedBatch
 from experiments.engine.proof import Proof, prove
@@ -33,6 +32,7 @@ from experiments.plan.plan import PlannedRun, canonical_json
 from experiments.runs.measured import Measured
 from experiments.runs.record import DrawnRun, RunRecord
 from experiments.runs.rows import tightest
+from fault_injection.faults.one_head import FaultSite
 from monitoring.cache.fingerprints import model_fingerprint
 
 if TYPE_CHECKING:

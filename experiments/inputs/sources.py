@@ -8,14 +8,7 @@
 
 ``synthetic`` is the source without documents: ``experiments.inputs.windows`` draws its tokens from the vocabulary.
 
-Public names: ``SOURCES``, ``Source``, ``parse_source``, ``read_documents``.
-
->>> parse_source("hf:Salesforce/wikitext:wikitext-2-raw-v1")
-Source(kind='hf', target='Salesforce/wikitext', config='wikitext-2-raw-v1')
->>> parse_source("pydocs")
-Traceback (most recent call last):
-experiments.errors.UsageError: data.source: got 'pydocs', allowed pydoc, synthetic, text:PATH, json:PATH, csv:PATH, \
-hf:NAME[:CONFIG]; did you mean 'pydoc'?
+Public names: ``read_documents``.
 """
 
 from __future__ import annotations
@@ -25,31 +18,13 @@ import io
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from experiments.config.source_names import parse_source
 from experiments.errors import MissingResourceError, UsageError, nearest
 from experiments.inputs.hub import HubUnreachableError, first_line, hub_files
 from experiments.inputs.pydoc_text import held_out_topics
-
-SOURCES: Mapping[str, str] = {
-    "pydoc": "held-out topics of the documentation that comes with Python; no file, no network",
-    "synthetic": "token ids drawn evenly from the vocabulary, special tokens left out",
-    "text:PATH": "a UTF-8 text file as one document, or every *.txt of a folder",
-    "json:PATH": "an array or JSON lines, of strings or of objects with the text under data.field",
-    "csv:PATH": "a table with a header line and the text in the column data.field",
-    "hf:NAME[:CONFIG]": "a dataset of the hub, or a local dataset folder; the text in data.field of data.split",
-}
-
-
-@dataclass(frozen=True)
-class Source:
-    """A parsed ``data.source``: its kind, the path or name after the colon, and the configuration of a hub dataset."""
-
-    kind: str
-    target: str | None = None
-    config: str | None = None
 
 
 class _Record(NamedTuple):
@@ -57,26 +32,6 @@ class _Record(NamedTuple):
 
     where: str
     value: Any
-
-
-def parse_source(source: str) -> Source:
-    """Take ``data.source`` apart; touches no file.
-
-    Raises:
-        UsageError: Unknown kind, or a path where none belongs, or none where one belongs.
-    """
-    kind, colon, target = source.partition(":")
-    forms = {form.partition(":")[0]: form for form in SOURCES}
-    if kind not in forms:
-        raise UsageError(f"data.source: got {source!r}, allowed {', '.join(SOURCES)}{nearest(kind, forms)}")
-    if (":" in forms[kind]) != bool(target) or (colon and not target):
-        raise UsageError(f"data.source: got {source!r}, allowed {forms[kind]}")
-    if kind != "hf":
-        return Source(kind, target or None)
-    name, _, config = target.partition(":")
-    if not name:
-        raise UsageError(f"data.source: got {source!r}, allowed {forms[kind]}")
-    return Source(kind, name, config or None)
 
 
 def read_documents(source: str, field: str | None = None, split: str = "test") -> list[str]:

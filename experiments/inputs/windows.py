@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from experiments.config.source_names import parse_source
 from experiments.errors import TooFewWindowsError, UsageError
 from experiments.inputs.batches import (
     IGNORED,
@@ -36,7 +37,7 @@ from experiments.inputs.batches import (
     refuse_unknown_ids,
     validate_batch,
 )
-from experiments.inputs.sources import parse_source, read_documents
+from experiments.inputs.sources import read_documents
 
 if TYPE_CHECKING:
     from experiments.config import DataConfig

@@ -18,9 +18,8 @@ from bounds import Detector, get_detector
 from experiments.config import ExperimentConfig
 from experiments.passes.baseline import Baseline, compute_baseline
 from experiments.passes.calibration import calibrate
+from experiments.passes.gate import check_clean_correction
 from experiments.passes.subject import Subject
-from experiments.passes.taps.corrector import check_clean_correction
-from experiments.runs.rows import clean_rows
 from experiments.tables.schema import CleanRow
 from monitoring.cache.cached_forward import CachedForward
 from monitoring.cache.fingerprints import digest, input_fingerprint, model_fingerprint
@@ -124,3 +123,24 @@ class Baselines:
         """Return the rows of passes that were looked at for the first time since the last call."""
         rows, self._new = tuple(self._new), []
         return rows
+
+
+def clean_rows(baseline_id: str, baseline: Baseline, layer_names: Sequence[str], tolerance: float) -> list[CleanRow]:
+    """Return what the detectors said of a fault-free pass."""
+    return [
+        CleanRow(
+            baseline=baseline_id,
+            detector=name,
+            proved=get_detector(name).proved,
+            tolerance=tolerance,
+            layer=layer,
+            module=layer_names[layer],
+            applicable=verdict.applicable,
+            reason=verdict.reason,
+            rows_checked=verdict.rows_checked,
+            violations=verdict.violations,
+            largest_ratio=verdict.largest_ratio,
+            smallest_margin=verdict.smallest_margin,
+        )
+        for (name, layer), verdict in baseline.verdicts.items()
+    ]

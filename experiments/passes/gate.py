@@ -18,7 +18,9 @@ from torch import Tensor
 
 from experiments.effects.loss import Evaluation
 from experiments.errors import CheckRefusedError
+from experiments.passes.baseline import Baseline
 from experiments.passes.subject import Subject
+from experiments.passes.taps.corrector import Corrector
 from fault_injection import LOCATIONS, Fault, Site, injected, suspended
 from fault_injection.faults.fault import Element
 from fault_injection.numbers.bits import float_format
@@ -102,3 +104,21 @@ def _no_op(site: Site) -> Fault:
     element = Element(0, float_format(site.dtype).all_bits, 0)
     dtype = str(site.dtype).removeprefix("torch.")
     return Fault(site.location, site.layer, site.module, "bitflip", dtype, site.shape, (0, 0, 0, 0), (), (element,))
+
+
+def check_clean_correction(subject: Subject, batch: Mapping[str, Tensor], baseline: Baseline) -> None:
+    """Let a corrector look at the fault-free pass of ``batch``, in which it has nothing to do.
+
+    Raises:
+        CheckRefusedError: it found something, or the output is not bitwise that of the plain pass.
+    """
+    corrector = Corrector(baseline.situation.visible)
+    corrected = subject.forward(batch, corrector)
+    if corrector.repairs:
+        first = corrector.repairs[0]
+        raise CheckRefusedError(
+            f"control run: correction finds {len(corrector.repairs)} errors in the fault-free pass, the first in "
+            f"{first.location} of layer {first.layer} at {first.index} ({first.status}); no repair could be trusted"
+        )
+    if not bitwise_equal(corrected.output, baseline.evaluation.output):
+        raise CheckRefusedError("control run: the fault-free pass gives another output when correction looks at it")

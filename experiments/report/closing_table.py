@@ -16,13 +16,13 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from bounds.registry import is_oracle
 from bounds.suites import SUITES
 from experiments.analysis.detectors import fired
 from experiments.analysis.rates import critical_rate, rate_table
 from experiments.analysis.statistics.distinct import distinct_faults, weights_of
 from experiments.analysis.statistics.intervals import wilson_interval
 from experiments.campaign.folder import CampaignFolder
-from experiments.passes.taps.watcher import is_oracle
 from experiments.report.facts.looking import AXES, clean_of, detectors_of
 from experiments.tables.schema import HARMFUL, OUTCOMES
 from fault_injection import LOCATIONS

@@ -12,17 +12,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+import numpy as np
 from torch import Tensor
 
 from bounds import Verdict, get_detector
+from bounds.registry import is_oracle
 from experiments.config import ExperimentConfig
 from experiments.effects.outcome import Effect
-from experiments.passes.baseline import Baseline
-from experiments.passes.taps.corrector import correction_columns
-from experiments.passes.taps.watcher import is_oracle
+from experiments.passes.taps.corrector import Corrector
 from experiments.plan.plan import PlannedRun
 from experiments.runs.measured import Measured, Setting
-from experiments.tables.schema import CleanRow, DetectionRow, ExperimentResult, PropagationRow
+from experiments.tables.schema import DetectionRow, ExperimentResult, PropagationRow
 from fault_injection import Fault, InjectionRecord, bit_field
 from fault_injection.numbers.bits import float_format
 
@@ -95,27 +95,6 @@ def tightest(seen: Seen, layer: int) -> tuple[float, float, float] | None:
     """Return epsilon (s@w) and its bounds in the row of a layer that is closest to them; None if nobody looked."""
     verdict = seen.verdicts.get(("s@w", layer))
     return None if verdict is None else verdict.tightest
-
-
-def clean_rows(baseline_id: str, baseline: Baseline, layer_names: Sequence[str], tolerance: float) -> list[CleanRow]:
-    """Return what the detectors said of a fault-free pass."""
-    return [
-        CleanRow(
-            baseline=baseline_id,
-            detector=name,
-            proved=get_detector(name).proved,
-            tolerance=tolerance,
-            layer=layer,
-            module=layer_names[layer],
-            applicable=verdict.applicable,
-            reason=verdict.reason,
-            rows_checked=verdict.rows_checked,
-            violations=verdict.violations,
-            largest_ratio=verdict.largest_ratio,
-            smallest_margin=verdict.smallest_margin,
-        )
-        for (name, layer), verdict in baseline.verdicts.items()
-    ]
 
 
 def propagation_rows(run_id: str, changes: Mapping[int, float]) -> tuple[PropagationRow, ...]:
@@ -247,4 +226,26 @@ def _detection_columns(detections: Sequence[DetectionRow], layer: int) -> dict[s
         "oracle_detectors": ";".join(oracle),
         "unproved_detectors": ";".join(dict.fromkeys(row.detector for row in fired if row.online and not row.proved)),
         "epsilon_margin": margin,
+    }
+
+
+def correction_columns(faults: Sequence[Fault], corrector: Corrector | None) -> dict[str, Any]:
+    """Return what correction did in a pass with ``faults``, in numbers; None for each if it was not asked for.
+
+    Keys: ``repairs``, ``miscorrections`` (repairs of an element that none of the faults hit), ``unrepaired`` and
+    ``correction_seconds``.
+    """
+    if corrector is None:
+        return dict.fromkeys(("repairs", "miscorrections", "unrepaired", "correction_seconds"))
+    hit = {
+        (fault.layer, fault.call, fault.location, *map(int, np.unravel_index(element.flat, fault.shape)))
+        for fault in faults
+        for element in fault.elements
+    }
+    done = [repair for repair in corrector.repairs if repair.status == "repaired"]
+    return {
+        "repairs": len(done),
+        "miscorrections": sum((one.layer, one.call, one.location, *one.index) not in hit for one in done),
+        "unrepaired": len(corrector.repairs) - len(done),
+        "correction_seconds": corrector.seconds,
     }

@@ -26,12 +26,13 @@ from experiments.engine.fast.pack import CONTROL, TILE, Stretch
 from experiments.engine.fast.propagation import Wave
 from experiments.engine.fast.recording import AttentionRecord, Recording, changed_rows
 from experiments.engine.fast.run import FastRun, OpenRun, shared_time
-from experiments.engine.fast.site_step import FaultSite, Keeper, site_of, site_step
+from experiments.engine.fast.site_step import Keeper, site_step
 from experiments.engine.fast.site_verdicts import CleanGroups
 from experiments.engine.fast.wide_linear import OutputBuffer
 from experiments.inputs.blocks import Chain
 from experiments.passes.subject import Subject
 from fault_injection import Fault
+from fault_injection.faults.one_head import FaultSite, site_of
 
 SITE_ELEMENTS = 1 << 20
 """Scores of one site step."""

@@ -20,9 +20,9 @@ from torch import Tensor
 from bounds import Verdict
 from experiments.effects.local_change import LocalChange
 from experiments.effects.outcome import Effect
-from experiments.engine.fast.site_step import FaultSite
 from experiments.engine.fast.site_verdicts import Verdicts
 from fault_injection import InjectionRecord
+from fault_injection.faults.one_head import FaultSite
 
 
 @dataclass(frozen=True)

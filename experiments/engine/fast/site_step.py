@@ -7,7 +7,7 @@ computes them together.
     step = site_step(subject, kept, [site_of(fault, kept.group) for fault in faults])
     step.out, step.changed           # (F, T, G, d_v) and (F, T): the faulty outputs, and where they differ
 
-Public names: ``FaultSite``, ``SiteStep``, ``Keeper``, ``site_step``, ``site_of``.
+Public names: ``FaultSite``, ``SiteStep``, ``Keeper``, ``site_step``.
 """
 
 from __future__ import annotations
@@ -21,45 +21,11 @@ from torch import Tensor
 from experiments.engine.fast.recording import AttentionRecord, changed_rows
 from experiments.passes.subject import Subject
 from experiments.passes.taps.call_state import COMPLETE
-from fault_injection import AttentionCall, Fault, InjectionRecord, instrumentation_of, tapped
+from fault_injection import AttentionCall, InjectionRecord, instrumentation_of, tapped
 from fault_injection.attention.call import ScoreProduct
 from fault_injection.faults.injector import injection_record
+from fault_injection.faults.one_head import FaultSite
 from fault_injection.numbers.bits import rewrite_bits
-
-
-@dataclass(frozen=True)
-class FaultSite:
-    """Where a fault lies in its group of heads.
-
-    Attributes:
-        fault: the fault.
-        sequence: which sequence of the batch it hits.
-        group: which key/value head, and with it which query heads.
-        head: the head within the group (0 for keys and values).
-        elements: position of each element in the (rows, columns) of its head.
-    """
-
-    fault: Fault
-    sequence: int
-    group: int
-    head: int
-    elements: tuple[int, ...]
-
-
-def site_of(fault: Fault, group: int) -> FaultSite | None:
-    """Return where a fault lies, ``group`` query heads to a key/value head; None unless it hits one head alone."""
-    if not fault.elements or fault.call != 0:
-        return None
-    flat = [element.flat for element in fault.elements]
-    plane = fault.shape[2] * fault.shape[3]
-    planes = {position // plane for position in flat}
-    if len(planes) != 1:
-        return None
-    sequence, head = divmod(planes.pop(), fault.shape[1])
-    elements = tuple(position % plane for position in flat)
-    if fault.location in ("k", "v"):
-        return FaultSite(fault, sequence, head, 0, elements)
-    return FaultSite(fault, sequence, head // group, head % group, elements)
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,21 +17,16 @@ Public names: ``Corrector``, ``check_clean_correction``, ``correction_columns``.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import replace
-from typing import Any
 
-import numpy as np
 from torch import Tensor
 
 from bounds.effects.correction import Repair, repair_output, repair_scores, repair_weights
 from bounds.numerics.rounding import reduced_precision
 from experiments.errors import CheckRefusedError
-from experiments.passes.baseline import Baseline
-from experiments.passes.subject import Subject
-from fault_injection import AttentionCall, Fault
-from fault_injection.numbers.model_outputs import bitwise_equal
+from fault_injection import AttentionCall
 
 _PRODUCTS = {"scores": "q", "out": "v"}
 
@@ -97,43 +92,3 @@ class Corrector:
             raise CheckRefusedError(
                 f"detect.correct: {location} of {call.core.name}: {setting}; the theorems need full precision"
             )
-
-
-def check_clean_correction(subject: Subject, batch: Mapping[str, Tensor], baseline: Baseline) -> None:
-    """Let a corrector look at the fault-free pass of ``batch``, in which it has nothing to do.
-
-    Raises:
-        CheckRefusedError: it found something, or the output is not bitwise that of the plain pass.
-    """
-    corrector = Corrector(baseline.situation.visible)
-    corrected = subject.forward(batch, corrector)
-    if corrector.repairs:
-        first = corrector.repairs[0]
-        raise CheckRefusedError(
-            f"control run: correction finds {len(corrector.repairs)} errors in the fault-free pass, the first in "
-            f"{first.location} of layer {first.layer} at {first.index} ({first.status}); no repair could be trusted"
-        )
-    if not bitwise_equal(corrected.output, baseline.evaluation.output):
-        raise CheckRefusedError("control run: the fault-free pass gives another output when correction looks at it")
-
-
-def correction_columns(faults: Sequence[Fault], corrector: Corrector | None) -> dict[str, Any]:
-    """Return what correction did in a pass with ``faults``, in numbers; None for each if it was not asked for.
-
-    Keys: ``repairs``, ``miscorrections`` (repairs of an element that none of the faults hit), ``unrepaired`` and
-    ``correction_seconds``.
-    """
-    if corrector is None:
-        return dict.fromkeys(("repairs", "miscorrections", "unrepaired", "correction_seconds"))
-    hit = {
-        (fault.layer, fault.call, fault.location, *map(int, np.unravel_index(element.flat, fault.shape)))
-        for fault in faults
-        for element in fault.elements
-    }
-    done = [repair for repair in corrector.repairs if repair.status == "repaired"]
-    return {
-        "repairs": len(done),
-        "miscorrections": sum((one.layer, one.call, one.location, *one.index) not in hit for one in done),
-        "unrepaired": len(corrector.repairs) - len(done),
-        "correction_seconds": corrector.seconds,
-    }

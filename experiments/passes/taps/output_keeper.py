@@ -12,8 +12,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from experiments.effects.local_change import LocalChange, local_changes, output_lengths
-from experiments.engine.fast.site_step import site_of
 from fault_injection import AttentionCall, Fault
+from fault_injection.faults.one_head import site_of
 
 
 class OutputKeeper:

@@ -9,7 +9,7 @@ detectors look behind them that can fire there.
         model(**batch)
     watcher.verdicts[("s@w", 0)]
 
-Public names: ``Watcher``, ``is_oracle``.
+Public names: ``Watcher``.
 """
 
 from __future__ import annotations
@@ -27,11 +27,6 @@ from bounds.core.sequences import merged
 from bounds.effects.certifier import Certifier
 from experiments.passes.taps.call_state import COMPLETE, Origins, Situation, call_state, keep_tensor
 from fault_injection import AttentionCall
-
-
-def is_oracle(name: str) -> bool:
-    """Whether a detector of this name reads the fault-free pass."""
-    return name.startswith("oracle_")
 
 
 class Watcher:

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 
 import pandas as pd
 
+from bounds.registry import is_oracle
 from experiments.analysis import detector_comparison, false_positive_rate, overhead
-from experiments.passes.taps.watcher import is_oracle
 from experiments.report.facts.grouping import Groups, counted_faults, wide_rates
 from experiments.report.facts.head_ranking import rank_heads
 from experiments.report.facts.inputs import ReportInputs

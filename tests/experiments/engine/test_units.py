@@ -21,7 +21,6 @@ from experiments.effects.local_change import local_changes, output_lengths
 from experiments.engine.fast.pack import CONTROL, TILE, Pack, Stretch, packed_arguments, tiled
 from experiments.engine.fast.propagation import window_start
 from experiments.engine.fast.recording import Recording, changed_rows, record, resumed
-from experiments.engine.fast.site_step import site_of
 from experiments.engine.fast.site_verdicts import unsupported
 from experiments.engine.fast.wide_linear import PIECE, WIDE, OutputBuffer, WideLinear
 from experiments.engine.opened_batch import is_causal
@@ -30,6 +29,7 @@ from experiments.passes.subject import Subject
 from experiments.passes.taps.call_state import Situation
 from fault_injection import LOCATIONS, AttentionCore, Fault
 from fault_injection.faults.fault import Element
+from fault_injection.faults.one_head import site_of
 
 # --------------------------------------------------------------------------------------------- packs
 

@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from experiments.config.source_names import SOURCES, Source, parse_source
 from experiments.errors import MissingResourceError, UsageError
 from experiments.inputs.pydoc_text import held_out_topics
-from experiments.inputs.sources import SOURCES, Source, parse_source, read_documents
+from experiments.inputs.sources import read_documents
 
 
 def write(path: Path, content: str) -> Path:

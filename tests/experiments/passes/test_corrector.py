@@ -20,9 +20,11 @@ from experiments.effects.loss import Evaluation
 from experiments.errors import CheckRefusedError
 from experiments.inputs.models import load_model
 from experiments.passes.baseline import Baseline, compute_baseline
+from experiments.passes.gate import check_clean_correction
 from experiments.passes.subject import Subject
-from experiments.passes.taps.corrector import Corrector, check_clean_correction, correction_columns
+from experiments.passes.taps.corrector import Corrector
 from experiments.passes.taps.watcher import Watcher
+from experiments.runs.rows import correction_columns
 from fault_injection import (
     LOCATIONS,
     ElementIndex,

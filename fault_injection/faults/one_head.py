@@ -1,0 +1,45 @@
+"""Faults that lie in one head: a small attention call of their own.
+
+Public names: ``FaultSite``, ``site_of``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fault_injection.faults.fault import Fault
+
+
+@dataclass(frozen=True)
+class FaultSite:
+    """Where a fault lies in its group of heads.
+
+    Attributes:
+        fault: the fault.
+        sequence: which sequence of the batch it hits.
+        group: which key/value head, and with it which query heads.
+        head: the head within the group (0 for keys and values).
+        elements: position of each element in the (rows, columns) of its head.
+    """
+
+    fault: Fault
+    sequence: int
+    group: int
+    head: int
+    elements: tuple[int, ...]
+
+
+def site_of(fault: Fault, group: int) -> FaultSite | None:
+    """Return where a fault lies, ``group`` query heads to a key/value head; None unless it hits one head alone."""
+    if not fault.elements or fault.call != 0:
+        return None
+    flat = [element.flat for element in fault.elements]
+    plane = fault.shape[2] * fault.shape[3]
+    planes = {position // plane for position in flat}
+    if len(planes) != 1:
+        return None
+    sequence, head = divmod(planes.pop(), fault.shape[1])
+    elements = tuple(position % plane for position in flat)
+    if fault.location in ("k", "v"):
+        return FaultSite(fault, sequence, head, 0, elements)
+    return FaultSite(fault, sequence, head // group, head % group, elements)
