@@ -27,6 +27,7 @@ from experiments.passes.taps.call_state import COMPLETE, Origins, Situation, cal
 from experiments.passes.taps.origins import recorded_origins
 from experiments.passes.taps.watcher import Watcher
 from fault_injection import AttentionCall, Fault, InjectionRecord, Injector, SiteSurvey, tapped
+from fault_injection.attention.call_tensors import CallTensors
 from fault_injection.numbers.model_outputs import bitwise_equal
 
 
@@ -127,16 +128,18 @@ class _SequenceWatcher:
         self.layers: frozenset[int] | None = None
         self.fired: list[set[str]] = [set() for _ in range(sequences)]
         self._detectors, self._situation, self._layer, self._origins = detectors, situation, layer, origins
+        self._kept = CallTensors()
 
     def on(self, location: str, tensor: Tensor, call: AttentionCall) -> None:
         if call.core.index < self._layer:
             return
-        keep_tensor(location, tensor, call, self._situation)
+        keep_tensor(self._kept, location, tensor, call, self._situation)
         if location != "out":
             return
         with torch.no_grad():
-            self._look(call_state(call, self._situation, self._origins), (call.core.index, call.number))
-        call.tensors.clear()
+            self._look(
+                call_state(call, self._kept.take(call), self._situation, self._origins), (call.core.index, call.number)
+            )
 
     def _look(self, state: AttentionState, key: tuple[int, int]) -> None:
         statistics = self._situation.baseline.get(key, {})

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from bounds.core.attention_state import AttentionState
 from bounds.effects.fault_effect import LogitMap
 from fault_injection import AttentionCall, attention_cores, tapped
+from fault_injection.attention.call_tensors import CallTensors
 from fault_injection.faults.site import visible_keys
 
 _CAPS = ("attn_logit_softcapping", "attention_logit_cap", "attn_logit_softcap")
@@ -58,6 +59,7 @@ class _Observer:
 
     layers: AbstractSet[int] | None
     seen: dict[int, _Seen] = field(default_factory=dict)
+    kept: CallTensors = field(default_factory=CallTensors)
 
     locations = frozenset({"q", "k", "v", "scores", "logits", "weights", "mass", "out"})
 
@@ -65,11 +67,11 @@ class _Observer:
         if call.number > 0:
             return None
         # A copy of the scores: some architectures scale them in place.
-        call.tensors[location] = tensor.detach().clone() if location == "scores" else tensor.detach()
+        self.kept.keep(call, location, tensor.detach().clone() if location == "scores" else tensor.detach())
         if location != "out":
             return None
         leaf = torch.zeros_like(tensor, requires_grad=True)
-        self.seen[call.core.index] = _Seen(call, dict(call.tensors), leaf)
+        self.seen[call.core.index] = _Seen(call, self.kept.take(call), leaf)
         return tensor + leaf
 
 
@@ -80,6 +82,7 @@ class _ScoreShaker:
     layers: AbstractSet[int] | None
     visible: Mapping[int, Tensor]
     pairs: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    kept: CallTensors = field(default_factory=CallTensors)
 
     locations = frozenset({"scores", "logits"})
 
@@ -93,9 +96,9 @@ class _ScoreShaker:
             size = min(4 + 4 * float(tensor.detach().abs().amax()), torch.finfo(tensor.dtype).max / 16)
             shaken = (tensor.detach() + size * (2 * noise - 1)).to(tensor.dtype)
             shaken = torch.where(hidden, torch.finfo(tensor.dtype).max / 4, shaken)
-            call.tensors["shaken"] = shaken.clone()
+            self.kept.keep(call, "shaken", shaken.clone())
             return shaken
-        self.pairs[call.core.index] = call.tensors["shaken"], tensor.detach()
+        self.pairs[call.core.index] = self.kept.take(call)["shaken"], tensor.detach()
         return None
 
 

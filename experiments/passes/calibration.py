@@ -19,6 +19,7 @@ from bounds import Detector
 from experiments.passes.subject import Subject
 from experiments.passes.taps.call_state import COMPLETE, Situation, call_state, keep_tensor
 from fault_injection import AttentionCall, SiteSurvey
+from fault_injection.attention.call_tensors import CallTensors
 
 
 def calibrate(
@@ -46,12 +47,12 @@ class _Calibrator:
     def __init__(self, detectors: Sequence[Detector], situation: Situation) -> None:
         self._detectors = detectors
         self._situation = situation
+        self._kept = CallTensors()
 
     def on(self, location: str, tensor: Tensor, call: AttentionCall) -> None:
-        keep_tensor(location, tensor, call, self._situation)
+        keep_tensor(self._kept, location, tensor, call, self._situation)
         if location == "out":
             with torch.no_grad():
-                state = call_state(call, self._situation)
+                state = call_state(call, self._kept.take(call), self._situation)
                 for detector in self._detectors:
                     detector.calibrate(state)
-            call.tensors.clear()

@@ -19,6 +19,7 @@ from bounds.effects.fault_severity import SeverityTerms, severity_terms
 from experiments.passes.subject import Subject
 from experiments.passes.taps.call_state import COMPLETE, Situation, call_state, keep_tensor
 from fault_injection import AttentionCall
+from fault_injection.attention.call_tensors import CallTensors
 
 KEPT_BYTES = 1 << 30
 """Most bytes that are kept of inputs other than the last one."""
@@ -76,14 +77,15 @@ class _Recorder:
         self.layers = layers
         self.found: dict[int, CleanSite] = {}
         self._location, self._situation = location, situation
+        self._kept = CallTensors()
 
     def on(self, location: str, tensor: Tensor, call: AttentionCall) -> None:
         """Keep the tensors of the call; at its end, what is needed of them."""
         if call.number > 0:
             return
-        keep_tensor(location, tensor, call, self._situation)
+        keep_tensor(self._kept, location, tensor, call, self._situation)
         if location == "out":
-            state = call_state(call, self._situation)
-            elements = call.tensors[self._location].clone()
+            kept = self._kept.take(call)
+            state = call_state(call, kept, self._situation)
+            elements = kept[self._location].clone()
             self.found[call.core.index] = CleanSite(elements, severity_terms(state, self._location))
-            call.tensors.clear()

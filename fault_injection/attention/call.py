@@ -76,23 +76,21 @@ class ScoreProduct:
     addend: Tensor | None = None
 
 
-@dataclass
+@dataclass(eq=False)
 class AttentionCall:
-    """One evaluation of a core.
+    """One evaluation of a core. Taps keep tensors by it (``CallTensors``): two evaluations are never equal.
 
     Attributes:
         core: the core that is evaluated.
         number: how often this core was evaluated before in the session of the tap that is called (0 for an ordinary
             forward pass). A recomputation by gradient checkpointing has the number of the evaluation it repeats.
         scaling: the factor between QK^T and the logits where the architecture states it, else ``None``.
-        tensors: what a tap chose to keep for the rest of the call; dropped when the call ends.
         product: how the scores come from queries and keys; known from the scores on.
     """
 
     core: AttentionCore
     number: int
     scaling: float | None = None
-    tensors: dict[str, Tensor] = field(default_factory=dict)
     product: ScoreProduct = field(default_factory=ScoreProduct)
 
 

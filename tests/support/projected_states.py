@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from bounds import AttentionState
 from bounds.core.attention_state import ProjectedOperand
 from fault_injection import AttentionCall, is_patched, patched, tapped
+from fault_injection.attention.call_tensors import CallTensors
 from fault_injection.operands.finding import operand_sources
 from fault_injection.operands.operand_recorder import OperandRecorder
 
@@ -24,15 +25,15 @@ class StateTap:
     def __init__(self, recorder: OperandRecorder, look: Callable[[AttentionState], None]) -> None:
         self._recorder = recorder
         self._look = look
+        self._kept = CallTensors()
 
     def on(self, location: str, tensor: Tensor, call: AttentionCall) -> None:
-        call.tensors[location] = tensor.detach()
+        self._kept.keep(call, location, tensor.detach())
         if location == "out":
-            self._look(state_of(call, self._recorder))
+            self._look(state_of(call, self._kept.take(call), self._recorder))
 
 
-def state_of(call: AttentionCall, recorder: OperandRecorder) -> AttentionState:
-    kept = call.tensors
+def state_of(call: AttentionCall, kept: Mapping[str, Tensor], recorder: OperandRecorder) -> AttentionState:
     recorded = recorder.recorded(call.core)
     return AttentionState(
         query=kept["q"],

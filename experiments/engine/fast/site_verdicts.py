@@ -26,6 +26,7 @@ from experiments.engine.fast.recording import AttentionRecord
 from experiments.engine.fast.site_step import Keeper, SiteStep
 from experiments.passes.taps.call_state import COMPLETE, Origins, Situation, call_state, keep_tensor
 from fault_injection import AttentionCall
+from fault_injection.attention.call_tensors import CallTensors
 
 READ = {"q": "query", "k": "key", "v": "value"}
 """By location, the operand that a fault there changes."""
@@ -82,6 +83,7 @@ class CleanGroups:
         self.bounds_seconds = self.detection_seconds = 0.0
         self._detectors, self._situation, self._origins = detectors, situation, origins
         self._synchronize = synchronize
+        self._kept = CallTensors()
         self._verdicts: dict[tuple[str, int], list[Verdict]] = {}
         self._statistics: dict[tuple[str, int], Any] = {}
         self._others: dict[tuple[str, int, int], tuple[list[Verdict], list[Verdict]]] = {}
@@ -91,12 +93,14 @@ class CleanGroups:
 
     def on(self, location: str, tensor: Tensor, call: AttentionCall) -> None:
         """Keep the tensor until the call's output is there; then judge its groups."""
-        keep_tensor(location, tensor, call, self._situation)
-        if location != "out" or call.number:
+        if call.number:
+            return
+        keep_tensor(self._kept, location, tensor, call, self._situation)
+        if location != "out":
             return
         layer = call.core.index
         with torch.no_grad():
-            state = call_state(call, self._situation, self._origins)
+            state = call_state(call, self._kept.take(call), self._situation, self._origins)
             groups = by_group(state)
             for detector in self._detectors:
                 parts = groups if detector.per_group else state
@@ -107,7 +111,6 @@ class CleanGroups:
                 self._verdicts[detector.name, layer] = detector.check_each(parts, statistics)
         self._light[layer] = _without_operands(_without_products(groups))
         self._call[layer] = _without_products(state)
-        call.tensors.clear()
 
     def whole(self) -> dict[tuple[str, int], Verdict]:
         """Return by detector and layer what the verdicts on the groups say of the whole calls, as a check on them."""

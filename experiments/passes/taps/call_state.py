@@ -1,7 +1,8 @@
 """Make the state that detectors read from the tensors that a tap kept of one attention call.
 
-    keep_tensor(location, tensor, call, situation)       # at every event of the call
-    state = call_state(call, situation, origins)         # at its last event, "out"
+    kept = CallTensors()                                          # the tap's own
+    keep_tensor(kept, location, tensor, call, situation)          # at every event of the call
+    state = call_state(call, kept.take(call), situation, origins) # at its last event, "out"
 
 Public names: ``Situation``, ``keep_tensor``, ``call_state``, ``COMPLETE``, ``Origins``.
 """
@@ -17,6 +18,7 @@ from torch import Tensor
 from bounds import AttentionState
 from bounds.core.attention_state import ProjectedOperand
 from fault_injection import AttentionCall, AttentionCore, SiteSurvey
+from fault_injection.attention.call_tensors import CallTensors
 
 COMPLETE = frozenset({"q", "k", "v", "scores", "logits", "weights", "mass", "out"})
 """The events a tap must keep for a complete state."""
@@ -51,16 +53,17 @@ class Situation:
         return cls(dict(survey.visible), dict(survey.plain_logits), kv_equal, tuple(sorted(survey.overwritten)))
 
 
-def keep_tensor(location: str, tensor: Tensor, call: AttentionCall, situation: Situation) -> None:
-    """Keep a tensor in ``call.tensors`` until the call ends; a copy where the architecture would overwrite it."""
+def keep_tensor(kept: CallTensors, location: str, tensor: Tensor, call: AttentionCall, situation: Situation) -> None:
+    """Keep a tensor until the call ends; a copy where the architecture would overwrite it."""
     overwritten = location == "scores" and (call.core.index, call.number) in situation.overwritten
-    call.tensors[location] = tensor.detach().clone() if overwritten else tensor.detach()
+    kept.keep(call, location, tensor.detach().clone() if overwritten else tensor.detach())
 
 
-def call_state(call: AttentionCall, situation: Situation, origins: Origins | None = None) -> AttentionState:
-    """Return the state of a call whose tensors were all kept."""
+def call_state(
+    call: AttentionCall, kept: Mapping[str, Tensor], situation: Situation, origins: Origins | None = None
+) -> AttentionState:
+    """Return the state of a call of which all tensors were kept."""
     key = call.core.index, call.number
-    kept = call.tensors
     return AttentionState(
         query=kept["q"],
         key=kept["k"],

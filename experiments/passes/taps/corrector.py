@@ -27,6 +27,7 @@ from bounds.effects.correction import Repair, repair_output, repair_scores, repa
 from bounds.numerics.rounding import reduced_precision
 from experiments.errors import CheckRefusedError
 from fault_injection import AttentionCall
+from fault_injection.attention.call_tensors import CallTensors
 
 _PRODUCTS = {"scores": "q", "out": "v"}
 
@@ -61,13 +62,12 @@ class Corrector:
         self.seconds = 0.0
         self._visible = visible
         self._synchronize = synchronize
-        # Its own, not the call's: a watcher in the same session empties those when the output is there.
-        self._kept: dict[str, Tensor] = {}
+        self._kept = CallTensors()
 
     def on(self, location: str, tensor: Tensor, call: AttentionCall) -> Tensor | None:
         """Keep operands; return a repaired copy of a result where one element of it was wrong, else ``None``."""
         if location not in ("scores", "weights", "out"):
-            self._kept[location] = tensor.detach()
+            self._kept.keep(call, location, tensor.detach())
             return None
         self._synchronize()
         start = time.perf_counter()
@@ -78,7 +78,7 @@ class Corrector:
         return repaired if any(repair.status == "repaired" for repair in found) else None
 
     def _repair(self, location: str, tensor: Tensor, call: AttentionCall) -> tuple[Tensor, tuple[Repair, ...]]:
-        take = self._kept.pop
+        take = self._kept.of(call).pop
         if location == "weights":
             return repair_weights(take("logits"), tensor, self._visible[call.core.index, call.number])
         self._require_precision(location, call)
@@ -87,7 +87,7 @@ class Corrector:
         return repair_output(take("mass"), take("v"), tensor)
 
     def _require_precision(self, location: str, call: AttentionCall) -> None:
-        setting = reduced_precision(self._kept[_PRODUCTS[location]])
+        setting = reduced_precision(self._kept.of(call)[_PRODUCTS[location]])
         if setting is not None:
             raise CheckRefusedError(
                 f"detect.correct: {location} of {call.core.name}: {setting}; the theorems need full precision"

@@ -27,6 +27,7 @@ from bounds.core.sequences import merged
 from bounds.effects.certifier import Certifier
 from experiments.passes.taps.call_state import COMPLETE, Origins, Situation, call_state, keep_tensor
 from fault_injection import AttentionCall
+from fault_injection.attention.call_tensors import CallTensors
 
 
 class Watcher:
@@ -78,10 +79,11 @@ class Watcher:
         self._origins_behind = any("projected" in detector.needs for detector in behind)
         self._situation = situation
         self._synchronize = synchronize
+        self._kept = CallTensors()
 
     def on(self, location: str, tensor: Tensor, call: AttentionCall) -> None:
         """Keep the tensor until the call's output is there; then let every detector look."""
-        keep_tensor(location, tensor, call, self._situation)
+        keep_tensor(self._kept, location, tensor, call, self._situation)
         if location != "out":
             return
         key = call.core.index, call.number
@@ -90,7 +92,8 @@ class Watcher:
         hit = self._injected is None or key[0] in self._injected
         looking = self._detectors if hit else self._behind
         with torch.no_grad():
-            state = call_state(call, self._situation, self.origins if hit or self._origins_behind else None)
+            origins = self.origins if hit or self._origins_behind else None
+            state = call_state(call, self._kept.take(call), self._situation, origins)
             for detector in looking:
                 detector.derive(state)
             if not self._situation.baseline:
@@ -103,7 +106,6 @@ class Watcher:
             if self._certifier is not None and self.layers is not None and key == (min(self.layers), 0):
                 self.certificate = self._certifier.certify(state).largest_relative
         self.detection_seconds += self._now() - prepared
-        call.tensors.clear()
 
     def _now(self) -> float:
         self._synchronize()

@@ -26,6 +26,7 @@ from fault_injection import (
     patched,
     tapped,
 )
+from fault_injection.attention.call_tensors import CallTensors
 from fault_injection.numbers.model_outputs import bitwise_equal, bitwise_equal_outputs
 
 DTYPES = [pytest.param(getattr(torch, name), id=name) for name in ("float32", "bfloat16", "float16")]
@@ -90,10 +91,11 @@ class Observer:
 
     def __init__(self) -> None:
         self.calls = 0
+        self.kept = CallTensors()
 
     def on(self, location: str, tensor: Tensor, call: Any) -> None:
         self.calls += location == "out"
-        call.tensors[location] = tensor
+        self.kept.keep(call, location, tensor)
 
 
 @every_entry
@@ -222,14 +224,16 @@ class Biases:
 
     def __init__(self) -> None:
         self.seen: dict[tuple[int, int], Tensor] = {}
+        self.kept = CallTensors()
 
     def on(self, location: str, tensor: Tensor, call: Any) -> None:
-        call.tensors[location] = tensor.double()
+        self.kept.keep(call, location, tensor.double())
         if location == "logits":
             assert call.scaling is not None, call.core.name
-            q, k = call.tensors["q"], call.tensors["k"]
+            kept = self.kept.take(call)
+            q, k = kept["q"], kept["k"]
             products = q @ repeated(k, q.shape[1]).mT
-            logits = call.tensors["logits"][..., : products.shape[-1]]
+            logits = kept["logits"][..., : products.shape[-1]]
             self.seen[call.core.index, call.number] = logits - call.scaling * products
 
 
