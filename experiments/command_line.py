@@ -16,11 +16,13 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
+from experiments.commands.listing import LISTS
 from experiments.errors import CheckRefusedError, MissingResourceError, UsageError, nearest
 from experiments.launchers.leaving import leave
+from experiments.launchers.registry import launcher_help
 from experiments.machine.stop_request import StopRequest
 
-HELP = """\
+_HELP = """\
 usage: run_sweep.py [--config FILE] [--<field> VALUE ...] [--sweep.<field> VALUES ...] [options]
        run_sweep.py replay results/NAME RUN_ID     one run again; the same numbers, or exit 1
        run_sweep.py status results/NAME            done, running, failed and missing runs; rate and expected end
@@ -37,13 +39,9 @@ options:
   --<field> VALUE         any field by its dotted name, e.g. --fault.location scores --data.num_samples 128
   --sweep.<field> VALUES  an axis: a,b,c or start:stop[:step] or a YAML list
   --dry-run               print the plan and write nothing
-  --list WHAT             models, locations, detectors, layers, sources, fields
+  --list WHAT             {lists}
   --shard I/N             this part of the plan only (also read from a Slurm array task's variables)
-  --launcher local --workers N
-                          N processes on this machine, one shard each, then merge
-  --launcher slurm --workers N
-                          N tasks of a Slurm array job, then a merge job; see docs/cluster.md and --slurm.<field>;
-                          with --dry-run: show the scripts
+{launchers}
   --grace SECONDS         after SIGUSR1, how long the pass in hand may take (default 90)
   --quiet                 no progress bar
   --overwrite             forget an earlier campaign of this name
@@ -54,10 +52,15 @@ check refused, 2 bad usage, 3 a needed resource is missing.
 """
 
 
+def help_text() -> str:
+    """Return what ``--help`` prints."""
+    return _HELP.format(lists=", ".join(LISTS), launchers=launcher_help())
+
+
 def main(arguments: Sequence[str]) -> int:
     """Run the command with these arguments and return its exit status; refusals are one line on standard error."""
     if "--help" in arguments or "-h" in arguments:
-        print(HELP, end="")
+        print(help_text(), end="")
         return 0
     return _guarded(arguments)
 

@@ -1,18 +1,39 @@
 """``run_sweep.py --list``: what can be chosen.
 
-Public name: ``print_list``.
+    print_list("locations", config)
+    print_list("launchers", config)
+
+``LISTS`` is the table: a word, and the function that prints its list. What is heavy is imported by the function.
 """
 
 from __future__ import annotations
 
-from bounds import get_detector, list_detectors
-from bounds.suites import SUITES
-from experiments.config import ExperimentConfig, known_fields
-from experiments.config.checks import check_choice
-from experiments.config.source_names import SOURCES
-from experiments.inputs.models import BUILT_IN_MODELS, load_model
-from experiments.passes.subject import Subject
-from fault_injection import LOCATIONS
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
+
+from experiments.launchers.registry import LAUNCHERS
+from experiments.registry import Registry
+
+if TYPE_CHECKING:
+    from experiments.config import ExperimentConfig
+
+
+def print_list(what: str, config: ExperimentConfig) -> None:
+    """Print one list; ``what`` is a word of ``LISTS``."""
+    LISTS.find(what)(config)
+
+
+def _print_pairs(pairs: Iterable[tuple[str, str]], width: int) -> None:
+    for name, meaning in pairs:
+        print(f"{name:{width}} {meaning}")
+
+
+def _print_models(config: ExperimentConfig) -> None:
+    from experiments.inputs.models import BUILT_IN_MODELS
+
+    _print_pairs(((name, "built in") for name in BUILT_IN_MODELS), 16)
+    print("or a local folder, or a hub name (safetensors)")
+
 
 _LOCATION_MEANINGS = {
     "q": "queries as the score product reads them (after rotation and normalisation)",
@@ -24,28 +45,16 @@ _LOCATION_MEANINGS = {
 }
 
 
-def print_list(what: str, config: ExperimentConfig) -> None:
-    """Print one list: ``models``, ``locations``, ``detectors``, ``layers``, ``sources`` or ``fields``."""
-    check_choice("--list", what, ("models", "locations", "detectors", "layers", "sources", "fields"))
-    if what == "models":
-        for name in BUILT_IN_MODELS:
-            print(f"{name:16} built in")
-        print("or a local folder, or a hub name (safetensors)")
-    elif what == "locations":
-        for name in LOCATIONS:
-            print(f"{name:8} {_LOCATION_MEANINGS[name]}")
-    elif what == "detectors":
-        _print_detectors()
-    elif what == "sources":
-        for name, meaning in SOURCES.items():
-            print(f"{name:18} {meaning}")
-    elif what == "fields":
-        print("\n".join(known_fields()))
-    else:
-        _print_layers(config)
+def _print_locations(config: ExperimentConfig) -> None:
+    from fault_injection import LOCATIONS
+
+    _print_pairs(((name, _LOCATION_MEANINGS[name]) for name in LOCATIONS), 8)
 
 
-def _print_detectors() -> None:
+def _print_detectors(config: ExperimentConfig) -> None:
+    from bounds import get_detector, list_detectors
+    from bounds.suites import SUITES
+
     for detector in map(get_detector, list_detectors()):
         marks = [f"cost: {detector.cost}", f"reads {_joined(detector.needs)}"]
         if not detector.proved:
@@ -62,8 +71,41 @@ def _joined(names: object) -> str:
 
 
 def _print_layers(config: ExperimentConfig) -> None:
+    from experiments.inputs.models import load_model
+    from experiments.passes.subject import Subject
+
     loaded = load_model(config.model)
     with Subject(loaded.model, loaded.family) as subject:
         for core in subject.cores:
             equal = subject.kv_equal.get(core.index)
             print(f"{core.index:4} {core.name:48} path {core.path}  K = V: {'yes' if equal else 'no'}")
+
+
+def _print_sources(config: ExperimentConfig) -> None:
+    from experiments.config.source_names import SOURCES
+
+    _print_pairs(SOURCES.items(), 18)
+
+
+def _print_fields(config: ExperimentConfig) -> None:
+    from experiments.config import known_fields
+
+    print("\n".join(known_fields()))
+
+
+def _print_launchers(config: ExperimentConfig) -> None:
+    _print_pairs(((name, launcher.meaning) for name, launcher in LAUNCHERS.items()), 8)
+
+
+LISTS: Registry[Callable[[ExperimentConfig], None]] = Registry(
+    "--list",
+    {
+        "models": _print_models,
+        "locations": _print_locations,
+        "detectors": _print_detectors,
+        "layers": _print_layers,
+        "sources": _print_sources,
+        "fields": _print_fields,
+        "launchers": _print_launchers,
+    },
+)

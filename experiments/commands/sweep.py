@@ -18,12 +18,10 @@ from experiments.campaign.worker import run_campaign
 from experiments.commands.listing import print_list
 from experiments.commands.options import take_flag, take_value, whole_number
 from experiments.config import load_config
-from experiments.config.checks import check_choice
 from experiments.engine.contexts import check_plan
 from experiments.errors import UsageError
 from experiments.launchers.leaving import OF_LAUNCHER, leave
-from experiments.launchers.local import launch_local
-from experiments.launchers.slurm import launch_slurm, print_scripts
+from experiments.launchers.registry import LAUNCHERS, Order
 from experiments.machine.slurm_task import SlurmTask
 from experiments.machine.stop_request import StopRequest
 from experiments.plan.plan import Plan, make_plan
@@ -53,21 +51,22 @@ def sweep(arguments: Sequence[str], stop: StopRequest) -> int:
     shard = parse_shard(shard_text, os.environ)
     count = _workers(launcher, workers, shard_text)
     overwrite = overwrite and _may_overwrite(CampaignFolder.of(config), shard, alone=count is not None or dry_run)
-    if dry_run or launcher == "slurm":
+    chosen = LAUNCHERS[launcher or "local"]
+    order = None if count is None else Order(config, options, count, overwrite, grace, quiet)
+    if dry_run:
         plan = make_plan(config)
         check_plan(plan)
-        if not dry_run:
-            return launch_slurm(config, plan, count or 1, overwrite=overwrite, grace=grace, quiet=quiet)
         _print_plan(plan, shard)
-        if launcher == "slurm":
-            print_scripts(config, plan, count or 1, grace=grace, quiet=quiet)
+        if order is not None:
+            chosen.show(order)
         return 0
     folder = CampaignFolder.of(config)
-    if OF_LAUNCHER not in os.environ:
-        check_over(folder)
     try:
-        if count is not None:
-            return _finish(folder, launch_local(config, options, count, stop, overwrite=overwrite, quiet=quiet))
+        if order is not None:
+            launched = chosen.launch(order, stop)
+            return _finish(folder, launched) if chosen.waits else launched
+        if OF_LAUNCHER not in os.environ:
+            check_over(folder)
         status = run_campaign(
             config, shard=shard, overwrite=overwrite, arguments=arguments, stopping=stop.requested, quiet=quiet
         )
@@ -159,7 +158,7 @@ def _print_missing(folder: CampaignFolder, merged: Merged) -> None:
 def _workers(launcher: str | None, workers: str | None, shard: str | None) -> int | None:
     if launcher is None and workers is None:
         return None
-    check_choice("--launcher", launcher or "local", ("local", "slurm"))
+    LAUNCHERS.find(launcher or "local")
     if shard is not None:
         raise UsageError("--shard: cannot be given together with --launcher; the launcher makes the shards")
     if workers is None or not whole_number(workers, most=MOST_SHARDS):

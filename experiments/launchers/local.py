@@ -1,6 +1,6 @@
 """``--launcher local --workers N``: the shards of a campaign as processes of this machine.
 
-Public name: ``launch_local``.
+launch(Order(config, options, workers=2), stop)
 """
 
 from __future__ import annotations
@@ -21,10 +21,12 @@ from tqdm import tqdm
 
 from experiments.campaign.folder import CampaignFolder
 from experiments.campaign.states import shards_left
+from experiments.campaign.submission import check_over
 from experiments.campaign.worker import Progress
 from experiments.config import ExperimentConfig
 from experiments.engine.contexts import check_plan
 from experiments.launchers.leaving import OF_LAUNCHER
+from experiments.launchers.registry import Order
 from experiments.launchers.row_counter import RowCounter
 from experiments.machine.stop_request import TERM_SECONDS, StopRequest
 from experiments.plan.plan import make_plan
@@ -43,9 +45,7 @@ PATIENCE_SECONDS = 10.0
 """How much longer than their grace time workers are waited for: they close their files after it."""
 
 
-def launch_local(
-    config: ExperimentConfig, options: Sequence[str], workers: int, stop: StopRequest, *, overwrite: bool, quiet: bool
-) -> int:
+def launch(order: Order, stop: StopRequest) -> int:
     """Run one process for each shard with something left and wait for all; return the worst exit status.
 
     Every process computes with ``run.threads`` threads, as a single one would: the same bits, whatever the number of
@@ -55,19 +55,20 @@ def launch_local(
     Raises:
         KeyboardInterrupt: this process was asked to stop before all was done; no worker is left.
     """
-    plan = make_plan(config)
-    check_plan(plan)
+    config, plan = order.config, make_plan(order.config)
     folder = CampaignFolder.of(config)
+    check_over(folder)
+    check_plan(plan)
     folder.check_writable()
-    if overwrite:
+    if order.overwrite:
         folder.clear_all()
     folder.check_same(config)
-    shards = [Shard(number, workers) for number in shards_left(folder, plan, workers)]
+    shards = [Shard(number, order.workers) for number in shards_left(folder, plan, order.workers)]
     _warn_of_too_many(len(shards), config.run.threads)
     counter = RowCounter(folder)
     done = counter.count()
-    options = [*options, "--grace", f"{stop.grace:.0f}"]
-    bar = Progress(done, len(plan.runs) - done, quiet=quiet)
+    options = [*order.options, "--grace", f"{stop.grace:.0f}"]
+    bar = Progress(done, len(plan.runs) - done, quiet=order.quiet)
     with bar as progress, _started(options, shards, config, stop) as processes:
         working = True
         while working:
@@ -84,6 +85,10 @@ def launch_local(
         # Who signals all processes of a job at once can be faster than this loop.
         raise KeyboardInterrupt
     return max((1 if status < 0 else status for status in statuses), default=0)
+
+
+def show(order: Order) -> None:
+    """Print nothing: the plan says it all."""
 
 
 @contextmanager

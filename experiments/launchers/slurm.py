@@ -1,6 +1,7 @@
 """``--launcher slurm --workers N``: a campaign as an array job of workers and a merge job behind it.
 
-Public names: ``launch_slurm``, ``print_scripts``.
+launch(Order(config, options, workers=16), stop)       # submits, and returns at once
+show(Order(config, options, workers=16))               # prints the two scripts and submits nothing
 """
 
 from __future__ import annotations
@@ -15,66 +16,59 @@ from experiments.campaign.folder import CampaignFolder
 from experiments.campaign.states import shards_left
 from experiments.campaign.submission import Submission, check_over
 from experiments.config import ExperimentConfig
+from experiments.engine.contexts import check_plan
 from experiments.errors import CheckRefusedError, MissingResourceError
+from experiments.launchers.registry import Order
 from experiments.launchers.slurm_scripts import BatchFiles, array_text
 from experiments.machine.slurm_task import ask
-from experiments.plan.plan import Plan
+from experiments.machine.stop_request import StopRequest
+from experiments.plan.plan import Plan, make_plan
 from experiments.tables.csv_file import write_text
 
 SUBMIT_SECONDS = 120.0
 """How long ``sbatch`` may take: it asks a busy controller again for a while."""
 
 
-def launch_slurm(
-    config: ExperimentConfig,
-    plan: Plan,
-    workers: int,
-    *,
-    overwrite: bool,
-    grace: int | None = None,
-    quiet: bool = False,
-) -> int:
+def launch(order: Order, stop: StopRequest) -> int:
     """Write the plan and the scripts, submit them, say how to follow them, and return at once.
 
     Only shards with something left to do become tasks. The merge runs when all of them have ended, however they did.
     An earlier campaign that is to be overwritten is removed when Slurm has taken the array, and is back if it has not.
-
-    Args:
-        config: the campaign.
-        plan: its runs.
-        workers: how many shards.
-        overwrite: forget an earlier campaign of this name.
-        grace: seconds, of the workers; see ``BatchFiles``.
-        quiet: of the workers.
 
     Raises:
         MissingResourceError: ``sbatch`` is not here, or does not answer.
         CheckRefusedError: Slurm refuses, in its own words; or an earlier submission of the campaign is not over.
         UsageError: the folder holds another campaign, or cannot be written, or its path cannot be said in a script.
     """
+    config, plan = order.config, _checked_plan(order.config)
     if shutil.which("sbatch") is None:
         raise MissingResourceError("sbatch: not found; --launcher slurm needs Slurm's programs on this machine")
     folder = CampaignFolder.of(config)
-    BatchFiles(folder, config, workers)
+    files = BatchFiles(folder, config, order.workers, order.grace, order.quiet)
     folder.check_writable()
     check_over(folder)
-    with folder.replaced() if overwrite else contextlib.nullcontext():
+    with folder.replaced() if order.overwrite else contextlib.nullcontext():
         folder.check_same(config)
-        left = shards_left(folder, plan, workers)
+        left = shards_left(folder, plan, order.workers)
         if not left:
             # A stopping rule spares some of them.
             number = "" if config.stop.margin is not None else f" {len(plan.runs)}"
             print(f"all{number} runs are done; then: run_sweep.py merge {folder.path}")
             return 0
         folder.begin(config, plan)
-        files = BatchFiles(folder, config, workers, grace, quiet)
         write_text(folder.file("run.sbatch"), files.run())
         write_text(folder.file("merge.sbatch"), files.merge())
         folder.file("logs").mkdir(exist_ok=True)
-        submission = _submit_array(folder, config, workers, left)
+        submission = _submit_array(folder, config, order.workers, left)
     merge_job = _submit_merge(folder, submission)
     _say(folder, plan, config, left, submission.job, merge_job)
     return 0
+
+
+def _checked_plan(config: ExperimentConfig) -> Plan:
+    plan = make_plan(config)
+    check_plan(plan)
+    return plan
 
 
 def _submit_array(folder: CampaignFolder, config: ExperimentConfig, workers: int, left: list[int]) -> Submission:
@@ -104,14 +98,13 @@ def _submit_merge(folder: CampaignFolder, submission: Submission) -> str:
     return merge_job
 
 
-def print_scripts(
-    config: ExperimentConfig, plan: Plan, workers: int, *, grace: int | None = None, quiet: bool = False
-) -> None:
-    """Print the scripts and the commands that would submit them; ``grace``, ``quiet`` like ``launch_slurm``."""
+def show(order: Order) -> None:
+    """Print the scripts and the commands that would submit them."""
+    config, plan = order.config, make_plan(order.config)
     folder = CampaignFolder.of(config)
-    files = BatchFiles(folder, config, workers, grace, quiet)
+    files = BatchFiles(folder, config, order.workers, order.grace, order.quiet)
     run, merge = (shlex.quote(str(folder.file(name))) for name in ("run.sbatch", "merge.sbatch"))
-    left = shards_left(folder, plan, workers)
+    left = shards_left(folder, plan, order.workers)
     print(f"\n--- {run}\n{files.run()}\n--- {merge}\n{files.merge()}")
     if left:
         print(f"sbatch --parsable --array={_array(config, left)} {run}")

@@ -10,7 +10,7 @@ from lock_holders import write_dead_holder, write_holder
 from micro_campaign import ROOT, MicroPlace, files_below, table
 
 from bounds import list_detectors
-from experiments.command_line import HELP, main
+from experiments.command_line import help_text, main
 from experiments.commands.options import take_flag, take_value
 from experiments.config import known_fields, load_config
 from experiments.errors import UsageError
@@ -32,14 +32,14 @@ def done(place: MicroPlace, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("arguments", [["--help"], ["-h"], ["replay", "--help"], ["--seed", "1", "--help"]])
 def test_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == 0
-    assert capsys.readouterr().out == HELP
+    assert capsys.readouterr().out == help_text()
 
 
 def test_help_names_every_command_and_option() -> None:
     commands = ("replay", "status", "merge", "report", "trace", "plan-size")
     options = ("config", "sweep.", "dry-run", "list", "shard", "launcher", "workers", "overwrite")
     for word in (*commands, *(f"--{option}" for option in options), "Exit status"):
-        assert word in HELP
+        assert word in help_text()
 
 
 def test_help_does_not_wait_for_torch() -> None:

@@ -24,6 +24,7 @@ from experiments.command_line import main
 from experiments.config import ExperimentConfig, load_config
 from experiments.errors import CheckRefusedError
 from experiments.launchers import local as local_launcher
+from experiments.launchers.registry import Order
 from experiments.machine.stop_request import StopRequest
 from experiments.plan.plan import make_plan
 from experiments.plan.shards import Shard, shard_of
@@ -210,7 +211,7 @@ def test_only_shards_with_something_left_are_started(place: MicroPlace, tmp_path
     workers.clear()
     config = load_config(place.arguments(tmp_path))
     CampaignFolder(tmp_path / "micro").begin(config, plan)
-    assert local_launcher.launch_local(config, [], 3, StopRequest(), overwrite=False, quiet=True) == 0
+    assert local_launcher.launch(Order(config, [], 3, quiet=True), StopRequest()) == 0
     assert [worker.command[-2] for worker in workers] == ["1/3", "3/3"]
 
 
