@@ -97,6 +97,16 @@ def _print_launchers(config: ExperimentConfig) -> None:
     _print_pairs(((name, launcher.meaning) for name, launcher in LAUNCHERS.items()), 8)
 
 
+def _print_columns(config: ExperimentConfig) -> None:
+    from experiments.tables.readme import column_lines
+    from experiments.tables.schema import TABLES
+
+    for table, row_type in TABLES.items():
+        print(f"{table}.csv")
+        for name, kind, unit, meaning in column_lines(row_type):
+            print(f"  {name:19} {kind}{f' ({unit})' if unit else ''}: {meaning.replace('*(', '(').replace(')*', ')')}")
+
+
 LISTS: Registry[Callable[[ExperimentConfig], None]] = Registry(
     "--list",
     {
@@ -107,5 +117,6 @@ LISTS: Registry[Callable[[ExperimentConfig], None]] = Registry(
         "sources": _print_sources,
         "fields": _print_fields,
         "launchers": _print_launchers,
+        "columns": _print_columns,
     },
 )

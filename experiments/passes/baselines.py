@@ -10,17 +10,19 @@ Public name: ``Baselines``.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from bounds import Detector, get_detector
+from bounds import Detector, Verdict, get_detector
+from bounds.registry import is_oracle
 from experiments.config import ExperimentConfig
 from experiments.passes.baseline import Baseline, compute_baseline
 from experiments.passes.calibration import calibrate
 from experiments.passes.gate import check_clean_correction
 from experiments.passes.subject import Subject
-from experiments.tables.schema import CleanRow
+from experiments.tables.schema import CleanRow, row_of
 from monitoring.cache.cached_forward import CachedForward
 from monitoring.cache.fingerprints import digest, input_fingerprint, model_fingerprint
 
@@ -125,22 +127,39 @@ class Baselines:
         return rows
 
 
+@dataclass(frozen=True)
+class Look:
+    """What one detector said of one layer of one pass: the facts of a row of ``detections.csv`` or ``clean.csv``.
+
+    Attributes:
+        pass_id: the run, or the fault-free pass.
+        name: of the detector.
+        layer, module: where it looked; no layer for the model's output.
+        verdict: what it said.
+        tolerance: ``detect.tolerance``, of a fault-free pass.
+    """
+
+    pass_id: str
+    name: str
+    layer: int | None
+    module: str
+    verdict: Verdict
+    tolerance: float | None = None
+
+    @property
+    def online(self) -> bool:
+        """Whether the detector sees the faulty pass only."""
+        return not is_oracle(self.name)
+
+    @property
+    def proved(self) -> bool:
+        """Whether a theorem rules out its false positives."""
+        return get_detector(self.name).proved
+
+
 def clean_rows(baseline_id: str, baseline: Baseline, layer_names: Sequence[str], tolerance: float) -> list[CleanRow]:
     """Return what the detectors said of a fault-free pass."""
     return [
-        CleanRow(
-            baseline=baseline_id,
-            detector=name,
-            proved=get_detector(name).proved,
-            tolerance=tolerance,
-            layer=layer,
-            module=layer_names[layer],
-            applicable=verdict.applicable,
-            reason=verdict.reason,
-            rows_checked=verdict.rows_checked,
-            violations=verdict.violations,
-            largest_ratio=verdict.largest_ratio,
-            smallest_margin=verdict.smallest_margin,
-        )
+        row_of(CleanRow, Look(baseline_id, name, layer, layer_names[layer], verdict, tolerance))
         for (name, layer), verdict in baseline.verdicts.items()
     ]

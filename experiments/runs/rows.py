@@ -1,28 +1,27 @@
 """Turn what a run measured into the rows of the result files.
 
-    detections = detection_rows(planned.run_id, watcher, effect, batch, config)
-    row = run_row(planned, config, Setting(model=..., ...), Measured(effect=effect, detections=detections, ...))
-
-Public names: ``run_row``, ``detection_rows``, ``tightest``, ``Seen``, ``clean_rows``,
-``propagation_rows``.
+detections = detection_rows(planned.run_id, watcher, effect, batch, config)
+row = run_row(planned, config, Setting(model=..., ...), Measured(effect=effect, detections=detections, ...))
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar, NamedTuple, Protocol
 
 import numpy as np
 from torch import Tensor
 
-from bounds import Verdict, get_detector
-from bounds.registry import is_oracle
+from bounds import Verdict
 from experiments.config import ExperimentConfig
 from experiments.effects.outcome import Effect
+from experiments.passes.baselines import Look
 from experiments.passes.taps.corrector import Corrector
 from experiments.plan.plan import PlannedRun
 from experiments.runs.measured import Measured, Setting
-from experiments.tables.schema import DetectionRow, ExperimentResult, PropagationRow
+from experiments.tables.schema import DetectionRow, ExperimentResult, PropagationRow, row_of
 from fault_injection import Fault, InjectionRecord, bit_field
 from fault_injection.numbers.bits import float_format
 
@@ -48,47 +47,14 @@ def detection_rows(
     The ``finite`` check also looks at the model's output, where there is one (``effect``): a fault may overflow behind
     the last attention layer.
     """
-    rows = [
-        _detection_row(run_id, name, layer, seen.modules[layer], verdict)
-        for (name, layer), verdict in seen.verdicts.items()
+    looks = [
+        Look(run_id, name, layer, seen.modules[layer], verdict) for (name, layer), verdict in seen.verdicts.items()
     ]
     if effect is not None and "finite" in config.detect.names():
-        rows.append(
-            DetectionRow(
-                run_id=run_id,
-                detector="finite",
-                online=True,
-                proved=True,
-                layer=None,
-                module=OUTPUT,
-                applicable=True,
-                reason=None,
-                rows_checked=batch["input_ids"].numel(),
-                violations=effect.nonfinite_rows,
-                nonfinite=effect.nonfinite_rows,
-                largest_ratio=None,
-                smallest_margin=None,
-            )
-        )
-    return rows
-
-
-def _detection_row(run_id: str, name: str, layer: int, module: str, verdict: Verdict) -> DetectionRow:
-    return DetectionRow(
-        run_id=run_id,
-        detector=name,
-        online=not is_oracle(name),
-        proved=get_detector(name).proved,
-        layer=layer,
-        module=module,
-        applicable=verdict.applicable,
-        reason=verdict.reason,
-        rows_checked=verdict.rows_checked,
-        violations=verdict.violations,
-        nonfinite=verdict.nonfinite,
-        largest_ratio=verdict.largest_ratio,
-        smallest_margin=verdict.smallest_margin,
-    )
+        rows, broken = batch["input_ids"].numel(), effect.nonfinite_rows
+        verdict = Verdict("finite", rows_checked=rows, violations=broken, nonfinite=broken)
+        looks.append(Look(run_id, "finite", None, OUTPUT, verdict))
+    return [row_of(DetectionRow, look) for look in looks]
 
 
 def tightest(seen: Seen, layer: int) -> tuple[float, float, float] | None:
@@ -111,74 +77,142 @@ def run_row(
     sampling_weight: float = 1.0,
 ) -> ExperimentResult:
     """Return the row of ``runs.csv``; see ``ExperimentResult`` for what each column means."""
-    first, metrics = measured.faults[0], measured.metrics
-    epsilon = measured.tightest or (None, None, None)
-    return ExperimentResult(
-        run_id=planned.run_id,
-        repeat=planned.repeat,
-        seed=config.seed,
-        model=setting.model,
-        dtype=setting.dtype,
-        device=setting.device,
-        source=setting.source,
-        batch_index=measured.batch_index,
-        layer_type="attn",
-        layer_depth=layer_depth(first.layer, setting.depth),
-        location=config.fault.location,
-        kind=config.fault.kind,
-        **_site_columns(measured.faults, measured.records),
-        effective=_effective(measured),
-        fault_id=measured.fault_id,
-        sampling_weight=sampling_weight,
-        **_effect_columns(measured),
-        **_detection_columns(measured.detections, first.layer),
-        epsilon=epsilon[0],
-        epsilon_lower=epsilon[1],
-        epsilon_upper=epsilon[2],
-        certificate=_certificate(measured.certificate, measured.faults, measured.detections),
-        **correction_columns(measured.faults, measured.corrector),
-        baseline_seconds=metrics.baseline_forward_time,
-        injection_seconds=measured.injection_seconds,
-        bounds_seconds=metrics.bounds_computation_time,
-        detection_seconds=metrics.violation_detection_time,
-        total_seconds=metrics.total_time,
-        peak_memory_mb=metrics.peak_memory_mb,
-        attention_flops=metrics.attention_flops,
-        bounds_flops=metrics.bounds_flops,
-        execution=measured.execution,
-        hits=sum(len(fault.elements) for fault in measured.faults),
-    )
+    return row_of(ExperimentResult, RunFacts(planned, config, setting, measured, sampling_weight))
 
 
-def _effective(measured: Measured) -> bool:
-    masked_away = measured.effect is not None and measured.effect.outcome == "masked"
-    return any(record.changed and not (record.fault.masked_position and masked_away) for record in measured.records)
+@dataclass(frozen=True)
+class RunFacts:
+    """All that is known of a run: the columns of ``runs.csv`` say which attribute of it they hold.
+
+    What nothing else has computed is a property here.
+    """
+
+    planned: PlannedRun
+    config: ExperimentConfig
+    setting: Setting
+    measured: Measured
+    sampling_weight: float = 1.0
+
+    layer_type: ClassVar = "attn"
+
+    @property
+    def first(self) -> Fault:
+        """The fault of the first injected layer."""
+        return self.measured.faults[0]
+
+    @cached_property
+    def hit(self) -> InjectionRecord | None:
+        """What the first fault hit; None if it hit nothing."""
+        return next((record for record in self.measured.records if record.fault is self.first), None)
+
+    @property
+    def index(self) -> Index | None:
+        """The first element that was hit."""
+        return None if self.first.index is None else Index(*self.first.index)
+
+    @property
+    def layers(self) -> str:
+        """All injected layers."""
+        return ";".join(str(fault.layer) for fault in self.measured.faults)
+
+    @property
+    def layer_depth(self) -> str:
+        """The third of the model that the first injected layer lies in."""
+        return layer_depth(self.first.layer, self.setting.depth)
+
+    @property
+    def bit(self) -> int | None:
+        """The bit, where there is exactly one."""
+        return self.first.bits[0] if len(self.first.bits) == 1 else None
+
+    @property
+    def bits(self) -> str | None:
+        """All bits."""
+        return ";".join(str(bit) for bit in self.first.bits) or None
+
+    @property
+    def bit_field(self) -> str | None:
+        """The field that all bits lie in, or ``mixed``."""
+        fields = {bit_field(self.hit.dtype, bit) for bit in self.first.bits} if self.hit is not None else set()
+        return None if not fields else fields.pop() if len(fields) == 1 else "mixed"
+
+    @property
+    def bits_before(self) -> str | None:
+        """The bit pattern of the element before the fault."""
+        return None if self.hit is None else _pattern(self.hit, self.hit.bits_before)
+
+    @property
+    def bits_after(self) -> str | None:
+        """The bit pattern of the element after the fault."""
+        return None if self.hit is None else _pattern(self.hit, self.hit.bits_after)
+
+    @property
+    def hits(self) -> int:
+        """The number of elements of all faults."""
+        return sum(len(fault.elements) for fault in self.measured.faults)
+
+    @property
+    def effective(self) -> bool:
+        """Whether a fault changed a bit that something reads."""
+        effect = self.measured.effect
+        masked_away = effect is not None and effect.outcome == "masked"
+        records = self.measured.records
+        return any(record.changed and not (record.fault.masked_position and masked_away) for record in records)
+
+    @property
+    def scope(self) -> str:
+        """How far the fault was followed."""
+        return "full" if self.measured.local is None else "site"
+
+    @property
+    def nonfinite(self) -> bool | None:
+        """Whether the outcome is ``nonfinite``; None without one."""
+        return None if self.measured.effect is None else self.measured.effect.outcome == "nonfinite"
+
+    @cached_property
+    def alarms(self) -> Alarms:
+        """What the detectors said."""
+        return Alarms.of(self.measured.detections, self.first.layer)
+
+    @property
+    def epsilon(self) -> Epsilon | None:
+        """Epsilon in its tightest row; None if nobody looked."""
+        return None if self.measured.tightest is None else Epsilon(*self.measured.tightest)
+
+    @property
+    def certificate(self) -> float | None:
+        """The certificate, where it holds: no alarm, and one element."""
+        faults = self.measured.faults
+        # T26 is about one element.
+        several = sum(len(fault.elements) for fault in faults if fault.layer == self.first.layer) > 1
+        return None if self.alarms.violation_detected or several else self.measured.certificate
+
+    @cached_property
+    def correction(self) -> Correction | None:
+        """What correction did; None if it was not asked for."""
+        corrector = self.measured.corrector
+        return None if corrector is None else Correction.of(self.measured.faults, corrector)
 
 
-def _effect_columns(measured: Measured) -> dict[str, Any]:
-    effect, local = measured.effect, measured.local
-    return {
-        "scope": "full" if local is None else "site",
-        "local_change": None if local is None else local.relative,
-        "local_max": None if local is None else local.largest,
-        "baseline_loss": measured.baseline_loss,
-        "injected_loss": None if effect is None else effect.injected_loss,
-        "loss_diff": None if effect is None else effect.loss_diff,
-        "relative_change": None if effect is None else effect.relative_change,
-        "kl_mean": None if effect is None else effect.kl_mean,
-        "top1_changed": None if effect is None else effect.top1_changed,
-        "nonfinite": None if effect is None else effect.outcome == "nonfinite",
-        "outcome": None if effect is None else effect.outcome,
-    }
+class Index(NamedTuple):
+    """The place of an element."""
+
+    batch: int
+    head: int
+    row: int
+    column: int
 
 
-def _certificate(
-    certificate: float | None, faults: Sequence[Fault], detections: Sequence[DetectionRow]
-) -> float | None:
-    alarm = any(row.violations and row.online and row.proved for row in detections)
-    # T26 is about one element.
-    several = sum(len(fault.elements) for fault in faults if fault.layer == faults[0].layer) > 1
-    return None if alarm or several else certificate
+class Epsilon(NamedTuple):
+    """Epsilon (s@w) of one row, and its bounds."""
+
+    value: float
+    lower: float
+    upper: float
+
+
+def _pattern(hit: InjectionRecord, bits: int | None) -> str | None:
+    return None if bits is None else f"0x{bits:0{float_format(hit.dtype).width // 4}x}"
 
 
 def layer_depth(layer: int, depth: int) -> str:
@@ -191,61 +225,64 @@ def layer_depth(layer: int, depth: int) -> str:
     return "early" if centre < 1 / 3 else "mid" if centre < 2 / 3 else "late"
 
 
-def _site_columns(faults: Sequence[Fault], records: Sequence[InjectionRecord]) -> dict[str, Any]:
-    first = faults[0]
-    index = first.index or (None, None, None, None)
-    hit = next((record for record in records if record.fault is first), None)
-    found: dict[str, Any] = dict(zip(("index_batch", "index_head", "index_row", "index_col"), index, strict=True))
-    found |= {"layer": first.layer, "module": first.module, "masked_position": first.masked_position}
-    found["layers"] = ";".join(str(fault.layer) for fault in faults)
-    bits = first.bits
-    fields = {bit_field(hit.dtype, bit) for bit in bits} if hit is not None else set()
-    found["bit"] = bits[0] if len(bits) == 1 else None
-    found["bits"] = ";".join(str(bit) for bit in bits) or None
-    found["bit_field"] = None if not fields else fields.pop() if len(fields) == 1 else "mixed"
-    if hit is not None:
-        digits = float_format(hit.dtype).width // 4
-        found["value_before"], found["value_after"] = hit.value_before, hit.value_after
-        for name, pattern in (("bits_before", hit.bits_before), ("bits_after", hit.bits_after)):
-            found[name] = None if pattern is None else f"0x{pattern:0{digits}x}"
-    return found
+@dataclass(frozen=True)
+class Alarms:
+    """What the detectors said of a run, in the words of the columns."""
+
+    violation_detected: bool
+    detectors: str
+    num_violations: int
+    oracle_detected: bool | None
+    oracle_detectors: str
+    unproved_detectors: str
+    epsilon_margin: float | None
+
+    @classmethod
+    def of(cls, detections: Sequence[DetectionRow], layer: int) -> Alarms:
+        """Put together the rows of a run; the margin is that of the first injected layer."""
+        fired = [row for row in detections if row.violations > 0]
+        proved = [row for row in fired if row.online and row.proved]
+        oracle = [row for row in fired if not row.online]
+        margins = (row.smallest_margin for row in detections if (row.detector, row.layer) == ("s@w", layer))
+        return cls(
+            violation_detected=bool(proved),
+            detectors=_names(proved),
+            num_violations=sum(row.violations for row in proved),
+            oracle_detected=bool(oracle) if any(not row.online for row in detections) else None,
+            oracle_detectors=_names(oracle),
+            unproved_detectors=_names([row for row in fired if row.online and not row.proved]),
+            epsilon_margin=next(margins, None),
+        )
 
 
-def _detection_columns(detections: Sequence[DetectionRow], layer: int) -> dict[str, Any]:
-    fired = [row for row in detections if row.violations > 0]
-    proved = [row for row in fired if row.online and row.proved]
-    online = list(dict.fromkeys(row.detector for row in proved))
-    oracle = list(dict.fromkeys(row.detector for row in fired if not row.online))
-    has_oracle = any(not row.online for row in detections)
-    margin = next((row.smallest_margin for row in detections if (row.detector, row.layer) == ("s@w", layer)), None)
-    return {
-        "violation_detected": bool(online),
-        "detectors": ";".join(online),
-        "num_violations": sum(row.violations for row in proved),
-        "oracle_detected": bool(oracle) if has_oracle else None,
-        "oracle_detectors": ";".join(oracle),
-        "unproved_detectors": ";".join(dict.fromkeys(row.detector for row in fired if row.online and not row.proved)),
-        "epsilon_margin": margin,
-    }
+def _names(rows: Sequence[DetectionRow]) -> str:
+    return ";".join(dict.fromkeys(row.detector for row in rows))
 
 
-def correction_columns(faults: Sequence[Fault], corrector: Corrector | None) -> dict[str, Any]:
-    """Return what correction did in a pass with ``faults``, in numbers; None for each if it was not asked for.
+@dataclass(frozen=True)
+class Correction:
+    """What correction did in a pass.
 
-    Keys: ``repairs``, ``miscorrections`` (repairs of an element that none of the faults hit), ``unrepaired`` and
-    ``correction_seconds``.
+    Attributes:
+        repairs: elements that it replaced.
+        miscorrections: those of them that no fault had hit.
+        unrepaired: errors that it saw and left.
+        seconds: what it took.
     """
-    if corrector is None:
-        return dict.fromkeys(("repairs", "miscorrections", "unrepaired", "correction_seconds"))
-    hit = {
-        (fault.layer, fault.call, fault.location, *map(int, np.unravel_index(element.flat, fault.shape)))
-        for fault in faults
-        for element in fault.elements
-    }
-    done = [repair for repair in corrector.repairs if repair.status == "repaired"]
-    return {
-        "repairs": len(done),
-        "miscorrections": sum((one.layer, one.call, one.location, *one.index) not in hit for one in done),
-        "unrepaired": len(corrector.repairs) - len(done),
-        "correction_seconds": corrector.seconds,
-    }
+
+    repairs: int
+    miscorrections: int
+    unrepaired: int
+    seconds: float
+
+    @classmethod
+    def of(cls, faults: Sequence[Fault], corrector: Corrector) -> Correction:
+        """Compare the repairs of a pass with its faults."""
+        hit = {
+            (fault.layer, fault.call, fault.location, *map(int, np.unravel_index(element.flat, fault.shape)))
+            for fault in faults
+            for element in fault.elements
+        }
+        done = [repair for repair in corrector.repairs if repair.status == "repaired"]
+        wrong = sum((one.layer, one.call, one.location, *one.index) not in hit for one in done)
+        return cls(len(done), wrong, len(corrector.repairs) - len(done), corrector.seconds)

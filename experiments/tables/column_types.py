@@ -4,8 +4,6 @@
     arrow_schema(ExperimentResult)                  # the same for pyarrow
 
 Text that always exists may be empty (``detectors``); every other empty cell is a missing value.
-
-Public names: ``ColumnType``, ``column_types``, ``arrow_schema``.
 """
 
 from __future__ import annotations
@@ -14,6 +12,8 @@ import types
 import typing
 from dataclasses import dataclass
 from typing import Any
+
+from experiments.tables.columns import in_use
 
 KINDS = (str, bool, int, float)
 
@@ -37,7 +37,7 @@ def column_types(row_type: type[Any]) -> dict[str, ColumnType]:
         TypeError: a column is of none of ``KINDS``, alone or beside ``None``.
     """
     found = {}
-    for name, hint in typing.get_type_hints(row_type).items():
+    for name, hint in typing.get_type_hints(in_use(row_type)).items():
         parts = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
         kinds = [part for part in parts if part is not type(None)]
         if len(kinds) != 1 or kinds[0] not in KINDS:

@@ -24,7 +24,7 @@ from experiments.passes.gate import check_clean_correction
 from experiments.passes.subject import Subject
 from experiments.passes.taps.corrector import Corrector
 from experiments.passes.taps.watcher import Watcher
-from experiments.runs.rows import correction_columns
+from experiments.runs.rows import Correction
 from fault_injection import (
     LOCATIONS,
     ElementIndex,
@@ -254,10 +254,9 @@ def test_a_repair_elsewhere_than_at_a_fault_is_a_miscorrection(reference: Refere
 
     def counts(faults: list[Fault], repairs: list[Repair]) -> list[int]:
         corrector.repairs = repairs
-        columns = correction_columns(faults, corrector)
-        assert columns.pop("correction_seconds") == corrector.seconds > 0
-        assert list(columns) == ["repairs", "miscorrections", "unrepaired"]
-        return list(columns.values())
+        done = Correction.of(faults, corrector)
+        assert done.seconds == corrector.seconds > 0
+        return [done.repairs, done.miscorrections, done.unrepaired]
 
     right = corrector.repairs
     assert counts(faults, right) == [2, 0, 0]
@@ -273,7 +272,6 @@ def test_a_repair_elsewhere_than_at_a_fault_is_a_miscorrection(reference: Refere
         assert counts(faults, [wrong]) == [1, 1, 0]
     left = Repair("out", (0, 0, None, None), "unrepaired", layer=0)
     assert counts(faults, [left, right[1]]) == [1, 0, 1]
-    assert set(correction_columns(faults, None).values()) == {None}
 
 
 def test_every_location_is_corrected_or_an_operand() -> None:

@@ -1,0 +1,120 @@
+"""What a column is, and how a row is made, named and written from the declarations of its columns.
+
+A row type is a frozen dataclass. Its fields are the columns of a file, in order, each declared once by ``column``: the
+meaning, the unit, and where the value comes from. Name and type are those of the field.
+
+>>> from types import SimpleNamespace
+>>> @dataclasses.dataclass(frozen=True, kw_only=True)
+... class FaultRow:
+...     layer: int | None = column("first injected layer", "fault.layer")
+>>> columns(FaultRow), cells(row_of(FaultRow, SimpleNamespace(fault=SimpleNamespace(layer=3))))
+(['layer'], ['3'])
+>>> cells(row_of(FaultRow, SimpleNamespace(fault=None)))
+['']
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar, cast
+
+Row = TypeVar("Row")
+
+_WIDER: dict[type[Any], type[Any]] = {}
+
+
+def column(meaning: str, source: str = "", *, unit: str = "", timing: bool = False, reproducible: bool = True) -> Any:
+    """Declare a column of a row type.
+
+    Args:
+        meaning: what it says, in one line.
+        source: where ``row_of`` finds the value: the attribute of the facts of a row, or a path of attributes joined
+            by dots. If something on the path is ``None``, so is the value. Left out: the name of the column.
+        unit: of its numbers.
+        timing: whether it measures the execution.
+        reproducible: whether it is the same in every execution.
+    """
+    metadata = {
+        "meaning": meaning,
+        "source": source,
+        "unit": unit,
+        "timing": timing,
+        "reproducible": reproducible and not timing,
+    }
+    return dataclasses.field(default=None, metadata=metadata)
+
+
+def declared(row_type: type[Any]) -> tuple[dataclasses.Field[Any], ...]:
+    """Return the declarations of the columns of a row type, in order."""
+    return dataclasses.fields(in_use(row_type))
+
+
+def columns(row_type: type[Any]) -> list[str]:
+    """Return the column names of a row type, in order."""
+    return [field.name for field in declared(row_type)]
+
+
+def row_of(row_type: type[Row], facts: object) -> Row:
+    """Return the row of these facts: each value is read where the declaration of its column says.
+
+    Raises:
+        AttributeError: the facts have no such attribute.
+    """
+    wider: Any = in_use(row_type)
+    return cast(Row, wider(**{name: _found(facts, path) for name, path in _paths(wider)}))
+
+
+@functools.cache
+def _paths(row_type: type[Any]) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    fields = dataclasses.fields(row_type)
+    return tuple((field.name, tuple((field.metadata["source"] or field.name).split("."))) for field in fields)
+
+
+def _found(facts: Any, path: tuple[str, ...]) -> Any:
+    for name in path:
+        if facts is None:
+            return None
+        facts = getattr(facts, name)
+    return facts
+
+
+def cell(value: Any) -> str:
+    """Return the text of one cell."""
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        # NumPy's floats are floats, but write themselves otherwise.
+        return repr(float(value))
+    text = str(value)
+    return re.sub(r"\s*[\r\n]+\s*", " ", text) if "\n" in text or "\r" in text else text
+
+
+def cells(row: Any) -> list[str]:
+    """Return the cells of a row in the order of ``columns``."""
+    # A dataclass sets its fields in their order.
+    return [cell(value) for value in vars(row).values()]
+
+
+def in_use(row_type: type[Any]) -> type[Any]:
+    """Return the row type that stands for another: itself, but in a block of ``widened``."""
+    return _WIDER.get(row_type, row_type)
+
+
+@contextmanager
+def widened(row_type: type[Any], wider: type[Any]) -> Iterator[None]:
+    """Let a subclass with more columns stand for a row type in all tables, for the duration of the block.
+
+    Raises:
+        ValueError: it is not a subclass of it.
+    """
+    if not issubclass(wider, row_type):
+        raise ValueError(f"{wider.__name__}: allowed only a subclass of {row_type.__name__}")
+    _WIDER[row_type] = wider
+    try:
+        yield
+    finally:
+        del _WIDER[row_type]
