@@ -17,11 +17,10 @@ from typing import Any
 from torch import nn
 
 from experiments.config import ExperimentConfig
-from experiments.config.checks import check_choice
 from experiments.engine.contexts import check_runs
 from experiments.engine.pairs import PairedRunner
 from experiments.errors import UsageError
-from experiments.inputs.models import FAMILIES
+from experiments.inputs.families import FAMILIES
 from experiments.machine.environment import set_determinism
 from experiments.passes.subject import Subject
 from experiments.plan.plan import PlannedRun, make_plan
@@ -40,7 +39,7 @@ class CompleteExperimentRunner:
     Args:
         config: what to inject and which detectors look. Its ``model`` and ``data`` sections describe what a campaign
             would load and are not used here, but for the identity of the runs.
-        family: ``causal``, ``masked``, ``encoder`` or ``encoder-decoder``; read from the model if not given.
+        family: a name of ``FAMILIES``; read from the model if not given.
         trace: where one line per forward pass goes (default: nowhere).
         set_deterministic: fix threads and algorithms as a campaign does (``run.threads``).
 
@@ -63,7 +62,7 @@ class CompleteExperimentRunner:
         if config.stop.margin is not None:
             raise UsageError("stop.margin: this runner does every run of its plan; leave it out, or use run_sweep.py")
         if family is not None:
-            check_choice("family", family, [*FAMILIES, "encoder-decoder"])
+            FAMILIES.find(family)
         self.config = config
         self.plan = make_plan(config)
         self.records: list[RunRecord] = []

@@ -84,13 +84,25 @@ def _print_layers(config: ExperimentConfig) -> None:
 def _print_sources(config: ExperimentConfig) -> None:
     from experiments.config.source_names import SOURCES
 
-    _print_pairs(SOURCES.items(), 18)
+    _print_pairs(((source.form, source.meaning) for source in SOURCES.values()), 18)
 
 
 def _print_fields(config: ExperimentConfig) -> None:
     from experiments.config import known_fields
 
     print("\n".join(known_fields()))
+
+
+def _print_families(config: ExperimentConfig) -> None:
+    from experiments.inputs.families import FAMILIES
+
+    _print_pairs(((name, f"{family.meaning}  [{family.auto_class}]") for name, family in FAMILIES.items()), 16)
+
+
+def _print_figures(config: ExperimentConfig) -> None:
+    from experiments.figures.catalogue import FIGURES
+
+    _print_pairs(((name, f"{entry.title}  [{', '.join(entry.needs)}]") for name, entry in FIGURES.items()), 24)
 
 
 def _print_launchers(config: ExperimentConfig) -> None:
@@ -116,7 +128,9 @@ LISTS: Registry[Callable[[ExperimentConfig], None]] = Registry(
         "layers": _print_layers,
         "sources": _print_sources,
         "fields": _print_fields,
+        "families": _print_families,
         "launchers": _print_launchers,
         "columns": _print_columns,
+        "figures": _print_figures,
     },
 )

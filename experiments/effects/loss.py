@@ -8,9 +8,6 @@ A NaN or infinity is never replaced: it comes out as a NaN or infinite loss. The
     outputs = model(**model_inputs(batch))
     evaluation = loss_and_logits("causal", outputs, batch)     # .loss, .sequence_losses, .output
 
-Public names: ``Evaluation``, ``loss_and_logits``, ``aligned_targets``, ``checked_targets``, ``mean_losses``,
-``token_losses``, ``kl_per_position``, ``kl_mean``, ``top1_changed``, ``RelativeChange``, ``relative_change``.
-
 >>> logits = torch.tensor([[[0.0, 0.0], [3.0, 1.0]]])
 >>> evaluation = loss_and_logits("causal", logits, {"input_ids": torch.tensor([[0, 1]])})
 >>> round(evaluation.loss, 6), evaluation.sequence_losses.shape    # one target: the second token, probability 1/2
@@ -38,10 +35,10 @@ from experiments.effects.row_kernels import (
     quiet,
     row_norms,
 )
-from experiments.errors import UsageError, nearest
-from experiments.inputs.batches import IGNORED, real_positions
-
-_FAMILIES = ("causal", "masked", "encoder-decoder", "encoder")
+from experiments.errors import UsageError
+from experiments.inputs.batches import IGNORED
+from experiments.inputs.families import FAMILIES
+from experiments.registry import loaded
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,15 +72,14 @@ def loss_and_logits(family: str, outputs: Any, batch: Mapping[str, Tensor]) -> E
     """Take the logits (or hidden state) out of a model's outputs and compute the loss against the batch.
 
     Args:
-        family: ``causal``, ``masked``, ``encoder-decoder`` or ``encoder``.
+        family: A name of ``FAMILIES``.
         outputs: What the model returned, or the bare tensor.
         batch: What ``validate_batch`` returned, on any device.
 
     Raises:
         UsageError: Unknown family, outputs without logits, or a sequence without a single target.
     """
-    _check_family(family)
-    output = _answer(outputs, "last_hidden_state" if family == "encoder" else "logits")
+    output = _answer(outputs, FAMILIES.find(family).answer)
     targets = checked_targets(family, output, batch)
     if targets is None:
         return Evaluation(None, None, output)
@@ -100,8 +96,7 @@ def checked_targets(family: str, output: Tensor, batch: Mapping[str, Tensor]) ->
     Raises:
         UsageError: Unknown family, labels of another shape, or a sequence without a single target.
     """
-    _check_family(family)
-    if family == "encoder":
+    if not FAMILIES.find(family).targets:
         return None
     targets = aligned_targets(family, batch).to(output.device)
     if targets.shape != output.shape[:2]:
@@ -139,24 +134,13 @@ def mean_losses(losses: Tensor, targets: Tensor) -> tuple[list[float], Tensor]:
 def aligned_targets(family: str, batch: Mapping[str, Tensor]) -> Tensor:
     """Return for every position of the logits the token it should predict.
 
-    For ``causal`` that is the next token, where both it and the position are real (not padding); a label of -100 takes
-    a token out. For the others it is the label at the same position.
-
     Returns:
         (B, T) int64 on the device of the batch, ``IGNORED`` (-100) where there is no target.
     """
-    labels = batch.get("labels")
-    if family != "causal":
-        if labels is None:
-            raise UsageError(
-                f"labels: missing; a batch of a {family} model must carry them, -100 where there is no target"
-            )
-        return labels
-    tokens = batch["input_ids"]
-    real = real_positions(batch)
-    following = (tokens if labels is None else labels)[:, 1:]
-    targets = torch.full_like(tokens, IGNORED)
-    targets[:, :-1] = torch.where(real[:, :-1] & real[:, 1:], following, IGNORED)
+    known = FAMILIES.find(family)
+    if known.needs_labels and "labels" not in batch:
+        raise UsageError(f"labels: missing; a batch of a {family} model must carry them, -100 where there is no target")
+    targets: Tensor = loaded(known.targets)(batch)
     return targets
 
 
@@ -258,11 +242,6 @@ def relative_change(baseline: Tensor, injected: Tensor, mask: Tensor | None = No
         raise ValueError("baseline: got nothing but zeros, so no change is relative to it")
     change = after - before
     return RelativeChange(_norm(change) / size, float(change.abs().amax()))
-
-
-def _check_family(family: str) -> None:
-    if family not in _FAMILIES:
-        raise UsageError(f"family: got {family!r}, allowed {', '.join(_FAMILIES)}{nearest(family, _FAMILIES)}")
 
 
 def _answer(outputs: Any, name: str) -> Tensor:

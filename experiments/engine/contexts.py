@@ -19,6 +19,7 @@ from typing import Any
 from experiments.config import ExperimentConfig
 from experiments.engine.pairs import PairedRunner
 from experiments.errors import UsageError
+from experiments.inputs.families import FAMILIES
 from experiments.inputs.models import LoadedModel, load_model, read_model_facts
 from experiments.inputs.windows import data_fingerprint, make_batches, make_calibration_batches
 from experiments.passes.subject import Subject
@@ -46,7 +47,7 @@ def check_before_loading(config: ExperimentConfig) -> None:
     if facts is None:
         return
     for layer in config.fault.layer_list() or ():
-        if facts.num_layers is not None and layer >= facts.num_layers and facts.family != "encoder-decoder":
+        if facts.num_layers is not None and layer >= facts.num_layers and not FAMILIES[facts.family].two_stacks:
             raise UsageError(f"fault.layers: got {layer}, allowed 0..{facts.num_layers - 1} for {config.model.path}")
     head = config.fault.index.head
     if head is not None and facts.num_heads is not None and head >= facts.num_heads:

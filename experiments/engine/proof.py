@@ -33,6 +33,7 @@ from experiments.engine.fast.site_verdicts import unsupported
 from experiments.engine.fast.wide_linear import OutputBuffer
 from experiments.engine.opened_batch import OpenedBatch, recorded_part
 from experiments.inputs.blocks import Chain, block_chain
+from experiments.inputs.families import FAMILIES
 from experiments.passes.baseline import Baseline
 from experiments.passes.injected_pass import InjectedPass
 from fault_injection import LOCATIONS, Fault, FaultSpec, InjectionRecord, draw_fault
@@ -100,7 +101,7 @@ def impossible(pairs: PairedRunner, config: ExperimentConfig, opened: OpenedBatc
         return f"{wrapped[0]} computes attention in its own forward, not through the attention interface"
     if subject.dtype not in (torch.float32, torch.bfloat16, torch.float64):
         return f"{subject.dtype} overflows where rows in front of a fault would have to be watched"
-    if subject.family == "encoder-decoder":
+    if FAMILIES[subject.family].two_stacks:
         return "encoder and decoder are two chains"
     if opened.recording.hidden[0].ndim != 3 or opened.recording.hidden[0].shape[1] < TILE:
         return f"an input has fewer than {TILE} tokens"

@@ -1,4 +1,4 @@
-"""All figures of a campaign: what each is called, what it needs, and how it is made.
+"""The table of figures of a campaign: what each is called, what it needs, and where it is made.
 
     tables = load_tables("results/default")
     for name, entry in FIGURES.items():
@@ -7,7 +7,9 @@
         except NoDataError as reason:
             print(name, reason)
 
-Public names: ``FIGURES``, ``FigureEntry``, ``load_tables``, ``write_figures``, ``Written``.
+A figure is a row here and two functions of one file: ``<name>`` draws it, ``<name>_caption`` says in words what it
+shows and of how many faults. The report, ``python -m experiments.figures`` and ``--list figures`` read the table.
+pandas and matplotlib are imported when a figure is made.
 """
 
 from __future__ import annotations
@@ -15,31 +17,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
+from typing import TYPE_CHECKING
 
-import pandas as pd
-from matplotlib.figure import Figure
-
-from experiments.analysis import load_clean, load_propagation, load_runs
-from experiments.figures import (
-    bit_rates,
-    change_by_bit,
-    detectors,
-    epsilon_interval,
-    maps,
-    margins,
-    outcomes,
-    overhead,
-    propagation,
-)
 from experiments.figures.drawing.no_data import NoDataError, need_rows
-from experiments.figures.drawing.saving import save
+from experiments.registry import Registry, loaded
 
-Tables = Mapping[str, pd.DataFrame]
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
 
-_LOADERS: Mapping[str, Callable[..., pd.DataFrame]] = MappingProxyType(
-    {"runs": load_runs, "clean": load_clean, "propagation": load_propagation}
-)
+    Tables = Mapping[str, pd.DataFrame]
+
+_LOADERS = {
+    "runs": "experiments.analysis:load_runs",
+    "clean": "experiments.analysis:load_clean",
+    "propagation": "experiments.analysis:load_propagation",
+}
 
 
 @dataclass(frozen=True)
@@ -48,17 +41,28 @@ class FigureEntry:
 
     Attributes:
         title: for a heading.
-        draw: makes the figure from the tables that ``needs`` names, in that order; ``NoDataError`` says why it cannot.
-        caption: says in words what it shows and of how many faults; takes the same tables.
+        where: ``module:name`` of the function that draws it from the tables that ``needs`` names, in that order;
+            ``NoDataError`` says why it cannot. ``name_caption`` beside it takes the same tables.
         needs: ``runs``, ``clean``, ``propagation``.
         takes: further tables that it makes itself where nobody did before, as keywords.
     """
 
     title: str
-    draw: Callable[..., Figure]
-    caption: Callable[..., str]
+    where: str
     needs: tuple[str, ...] = ("runs",)
     takes: tuple[str, ...] = ()
+
+    @property
+    def draw(self) -> Callable[..., Figure]:
+        """The function that makes the figure."""
+        function: Callable[..., Figure] = loaded(self.where)
+        return function
+
+    @property
+    def caption(self) -> Callable[..., str]:
+        """The function that makes its caption."""
+        function: Callable[..., str] = loaded(f"{self.where}_caption")
+        return function
 
     def make(self, tables: Tables) -> tuple[Figure, str]:
         """Return the figure and its caption.
@@ -72,60 +76,31 @@ class FigureEntry:
         return self.draw(*arguments, **made), self.caption(*arguments, **made)
 
 
-FIGURES: Mapping[str, FigureEntry] = MappingProxyType(
+def _figure(title: str, where: str, needs: tuple[str, ...] = ("runs",), takes: tuple[str, ...] = ()) -> FigureEntry:
+    return FigureEntry(title, f"experiments.figures.{where}", needs, takes)
+
+
+FIGURES: Registry[FigureEntry] = Registry(
+    "figure",
     {
-        "outcomes_by_location": FigureEntry(
-            "Outcomes by location", outcomes.outcomes_by_location, outcomes.outcomes_by_location_caption
+        "outcomes_by_location": _figure("Outcomes by location", "outcomes:outcomes_by_location"),
+        "rates_by_bit": _figure("Detection and harm by bit", "bit_rates:rates_by_bit"),
+        "location_bit_map": _figure("Harm and detection by location and bit", "maps:location_bit_map"),
+        "layer_head_map": _figure("Harm and detection by layer and head", "maps:layer_head_map"),
+        "fault_depth_map": _figure("Harm and detection by type of fault and depth", "maps:fault_depth_map"),
+        "detector_recall": _figure("Detectors compared", "detectors:detector_recall", ("runs", "clean"), ("compared",)),
+        "loss_change_by_bit": _figure("Change of the loss by bit", "change_by_bit:loss_change_by_bit"),
+        "local_change_by_bit": _figure("Change of the attention output by bit", "change_by_bit:local_change_by_bit"),
+        "epsilon_bounds": _figure("Epsilon and its bounds", "epsilon_interval:epsilon_bounds"),
+        "margin_distribution": _figure("Distance of epsilon from its bounds", "margins:margin_distribution"),
+        "propagation_by_outcome": _figure(
+            "Propagation through depth, by outcome", "propagation:propagation_by_outcome", ("runs", "propagation")
         ),
-        "rates_by_bit": FigureEntry(
-            "Detection and harm by bit", bit_rates.rates_by_bit, bit_rates.rates_by_bit_caption
+        "propagation_by_location": _figure(
+            "Propagation through depth, by location", "propagation:propagation_by_location", ("runs", "propagation")
         ),
-        "location_bit_map": FigureEntry(
-            "Harm and detection by location and bit", maps.location_bit_map, maps.location_bit_map_caption
-        ),
-        "layer_head_map": FigureEntry(
-            "Harm and detection by layer and head", maps.layer_head_map, maps.layer_head_map_caption
-        ),
-        "fault_depth_map": FigureEntry(
-            "Harm and detection by type of fault and depth", maps.fault_depth_map, maps.fault_depth_map_caption
-        ),
-        "detector_recall": FigureEntry(
-            "Detectors compared",
-            detectors.detector_recall,
-            detectors.detector_recall_caption,
-            ("runs", "clean"),
-            ("compared",),
-        ),
-        "loss_change_by_bit": FigureEntry(
-            "Change of the loss by bit", change_by_bit.loss_change_by_bit, change_by_bit.loss_change_by_bit_caption
-        ),
-        "local_change_by_bit": FigureEntry(
-            "Change of the attention output by bit",
-            change_by_bit.local_change_by_bit,
-            change_by_bit.local_change_by_bit_caption,
-        ),
-        "epsilon_bounds": FigureEntry(
-            "Epsilon and its bounds", epsilon_interval.epsilon_bounds, epsilon_interval.epsilon_bounds_caption
-        ),
-        "margin_distribution": FigureEntry(
-            "Distance of epsilon from its bounds", margins.margin_distribution, margins.margin_distribution_caption
-        ),
-        "propagation_by_outcome": FigureEntry(
-            "Propagation through depth, by outcome",
-            propagation.propagation_by_outcome,
-            propagation.propagation_by_outcome_caption,
-            ("runs", "propagation"),
-        ),
-        "propagation_by_location": FigureEntry(
-            "Propagation through depth, by location",
-            propagation.propagation_by_location,
-            propagation.propagation_by_location_caption,
-            ("runs", "propagation"),
-        ),
-        "overhead_breakdown": FigureEntry(
-            "Where the time goes", overhead.overhead_breakdown, overhead.overhead_breakdown_caption
-        ),
-    }
+        "overhead_breakdown": _figure("Where the time goes", "overhead:overhead_breakdown"),
+    },
 )
 """By name, in the order in which a report shows them; the name is also that of the files."""
 
@@ -143,11 +118,13 @@ class Written:
 
 def load_tables(path: str | Path | Sequence[str | Path]) -> dict[str, pd.DataFrame]:
     """Return the tables that figures are made of, from one campaign or several."""
-    return {name: load(path) for name, load in _LOADERS.items()}
+    return {name: loaded(load)(path) for name, load in _LOADERS.items()}
 
 
 def write_figures(tables: Tables, out: Path) -> Iterator[Written]:
     """Write every figure for which there are data below ``out``, one after the other."""
+    from experiments.figures.drawing.saving import save
+
     for name, entry in FIGURES.items():
         try:
             figure, caption = entry.make(tables)

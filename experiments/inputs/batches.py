@@ -7,9 +7,6 @@ A batch inside the harness is a dict of tensors: ``input_ids`` (B, T) int64, ``a
     batch = validate_batch(next(iter(dataloader)), family="causal", vocab_size=50257)
     outputs = model(**model_inputs(batch, device))
 
-Public names: ``validate_batch``, ``model_inputs``, ``real_positions``, ``data_fingerprint``, ``refuse_unknown_ids``,
-``IGNORED``.
-
 >>> tokens, mask = torch.tensor([[5, 6, 7]]), torch.tensor([[0, 1, 1]])
 >>> real_positions(validate_batch({"input_ids": tokens, "attention_mask": mask}))
 tensor([[False,  True,  True]])
@@ -27,6 +24,7 @@ import torch
 from torch import Tensor
 
 from experiments.errors import UsageError
+from experiments.inputs.families import FAMILIES
 
 IGNORED = -100
 
@@ -41,7 +39,7 @@ def validate_batch(
 
     Args:
         batch: A dict or ``BatchEncoding`` with ``input_ids``, a bare tensor (B, T), or a tuple or list of one tensor.
-        family: ``causal``, ``masked``, ``encoder`` or ``encoder-decoder``; decides which labels it needs.
+        family: A name of ``FAMILIES``; decides which labels it needs.
         vocab_size: Token ids must be below it; None to leave that unchecked.
         max_positions: Longest sequence the model takes; None for no limit.
 
@@ -52,7 +50,7 @@ def validate_batch(
     Raises:
         UsageError: What is wrong, with the key.
     """
-    tensors = _as_dict(batch)
+    wanted, tensors = FAMILIES.find(family), _as_dict(batch)
     tokens = _token_ids("input_ids", tensors["input_ids"])
     refuse_unknown_ids("input_ids", tokens, vocab_size)
     if max_positions is not None and tokens.shape[1] > max_positions:
@@ -64,11 +62,30 @@ def validate_batch(
         checked["decoder_input_ids"] = _token_ids("decoder_input_ids", tensors["decoder_input_ids"])
         refuse_unknown_ids("decoder_input_ids", checked["decoder_input_ids"], vocab_size)
     if "labels" in tensors:
-        positions = checked.get("decoder_input_ids") if family == "encoder-decoder" else tokens
+        positions = checked.get("decoder_input_ids") if wanted.two_stacks else tokens
         checked["labels"] = _labels(tensors["labels"], positions, vocab_size)
-    elif family in ("masked", "encoder-decoder"):
+    elif wanted.needs_labels:
         raise UsageError(f"labels: missing; a batch of a {family} model must carry them, -100 where there is no target")
     return checked
+
+
+def next_tokens(batch: Mapping[str, Tensor]) -> Tensor:
+    """Return for every position the token behind it, if both are real (not padding); a label of -100 takes one out.
+
+    Returns:
+        (B, T) int64, ``IGNORED`` where there is no target.
+    """
+    tokens, labels = batch["input_ids"], batch.get("labels")
+    real = real_positions(batch)
+    following = (tokens if labels is None else labels)[:, 1:]
+    targets = torch.full_like(tokens, IGNORED)
+    targets[:, :-1] = torch.where(real[:, :-1] & real[:, 1:], following, IGNORED)
+    return targets
+
+
+def given_labels(batch: Mapping[str, Tensor]) -> Tensor:
+    """Return the labels of the batch, (B, T) int64."""
+    return batch["labels"]
 
 
 def real_positions(batch: Mapping[str, Tensor]) -> Tensor:

@@ -1,14 +1,7 @@
 """What a model's ``config.json`` says: its family, layers, heads, positions and vocabulary.
 
-Enough to refuse a layer, a head or a sequence length that is out of range before any weight is read. The family
-decides what a fault is measured by:
-
-- ``causal``: the next-token loss;
-- ``masked``: the loss at masked tokens;
-- ``encoder``: no loss, the last hidden state is compared; a decoder that was saved without its head counts as one;
-- ``encoder-decoder``: the loss of the decoder; through the Python API only.
-
-Public names: ``ModelFacts``, ``facts_from_config``, ``model_family``.
+Enough to refuse a layer, a head or a sequence length that is out of range before any weight is read. The families are
+rows of ``experiments.inputs.families``.
 
 >>> from transformers import RobertaConfig
 >>> facts = facts_from_config(RobertaConfig(max_position_embeddings=514, architectures=["RobertaForMaskedLM"]))
@@ -18,15 +11,14 @@ Public names: ``ModelFacts``, ``facts_from_config``, ``model_family``.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-)
+from transformers.models.auto import modeling_auto
+
+from experiments.inputs.families import FAMILIES, Family
 
 # They number their first position pad_token_id + 1, so the table of positions serves that many tokens fewer.
 _POSITIONS_AFTER_PADDING = {
@@ -41,7 +33,7 @@ class ModelFacts:
     """What ``config.json`` says about a model.
 
     Attributes:
-        family: ``causal``, ``masked``, ``encoder`` or ``encoder-decoder``, see above.
+        family: A name of ``FAMILIES``.
         architecture: Name of the class that was saved; the model type when the file does not say.
         num_layers: Number of layers with attention (of one stack, for an encoder-decoder), or None if not said.
         num_heads: Query heads a layer, or None if not said or not the same in all layers.
@@ -83,22 +75,23 @@ def model_family(model: nn.Module) -> str:
 
 
 def _family(classes: Iterable[str], config: Any) -> str:
-    if getattr(config, "is_encoder_decoder", False):
-        return "encoder-decoder"
-    classes = set(classes)
-    if classes:
-        causal = not classes.isdisjoint(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
-        masked = not classes.isdisjoint(MODEL_FOR_MASKED_LM_MAPPING_NAMES.values())
-    else:
-        causal = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-        masked = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    own_code = getattr(config, "auto_map", None) or {}
-    causal = causal or "AutoModelForCausalLM" in own_code
-    masked = masked or "AutoModelForMaskedLM" in own_code
+    two_stacks = bool(getattr(config, "is_encoder_decoder", False))
+    alike = {name: family for name, family in FAMILIES.items() if family.two_stacks == two_stacks}
+    names = set(classes)
+    found = [name for name, family in alike.items() if family.heads and _has_head(family, names, config)]
+    if not found:
+        return next(name for name, family in alike.items() if not family.heads)
     # BERT and its kin stand in both lists, and are decoders only where the configuration says so
-    if masked and not (causal and getattr(config, "is_decoder", False)):
-        return "masked"
-    return "causal" if causal else "encoder"
+    is_decoder = bool(getattr(config, "is_decoder", False))
+    return next((name for name in found if alike[name].decoder == is_decoder), found[0])
+
+
+def _has_head(family: Family, classes: Set[str], config: Any) -> bool:
+    """Whether transformers lists one of the classes (without any: the model's type) for a family, or its own code."""
+    listed = getattr(modeling_auto, family.heads)
+    own_code = getattr(config, "auto_map", None) or {}
+    known = not classes.isdisjoint(listed.values()) if classes else config.model_type in listed
+    return known or family.auto_class in own_code
 
 
 def _attention_layers(text: Any) -> int | None:

@@ -7,9 +7,6 @@ the library would fill the gap with random numbers and only warn.
     loaded = load_model(config.model)       # LoadedModel(model=..., tokenizer=..., family="causal", ...)
     facts = read_model_facts(config.model)  # ModelFacts(num_layers=12, ...) from config.json alone, or None
 
-Public names: ``LoadedModel``, ``load_model``, ``read_model_facts``, ``resolve_device``, ``resolve_dtype``,
-``model_fingerprint``, ``BUILT_IN_MODELS``, ``DTYPES``, ``FAMILIES``.
-
 >>> resolve_dtype("bfloat16")
 torch.bfloat16
 >>> resolve_dtype("float23")
@@ -33,6 +30,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from experiments.errors import MissingResourceError, UsageError, nearest
+from experiments.inputs.families import FAMILIES
 from experiments.inputs.hub import HubUnreachableError, cached_model_folder, first_line, hub_files, pinned_commit
 from experiments.inputs.model_facts import ModelFacts, facts_from_config
 
@@ -43,11 +41,6 @@ logger = logging.getLogger(__name__)
 
 BUILT_IN_MODELS = ("reference", "reference-kv")
 DTYPES = {name: getattr(torch, name) for name in ("float64", "float32", "bfloat16", "float16")}
-FAMILIES = {
-    "causal": transformers.AutoModelForCausalLM,
-    "masked": transformers.AutoModelForMaskedLM,
-    "encoder": transformers.AutoModel,
-}
 
 _REFERENCE_FOLDER = Path(__file__).resolve().parents[1] / "reference_models"
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
@@ -264,10 +257,11 @@ def _refuse_without_config(path: str, files: frozenset[str]) -> None:
 
 
 def _refuse_family(path: str, facts: ModelFacts) -> None:
-    if facts.family == "encoder-decoder":
+    if FAMILIES[facts.family].two_stacks:
+        *most, last = (name for name, family in FAMILIES.items() if not family.two_stacks)
         raise UsageError(
-            f"model.path: {path!r} is the encoder-decoder {facts.architecture}; the command runs causal, masked"
-            " and encoder models; an encoder-decoder runs through CompleteExperimentRunner.run_all(model, dataloader)"
+            f"model.path: {path!r} is the {facts.family} {facts.architecture}; the command runs {', '.join(most)}"
+            f" and {last} models; an {facts.family} runs through CompleteExperimentRunner.run_all(model, dataloader)"
         )
     if facts.vocab_size is None:
         raise UsageError(
@@ -290,7 +284,7 @@ def _refuse_weights(path: str, files: frozenset[str]) -> None:
 
 def _load_weights(place: _Place, config: ModelConfig, family: str, dtype: torch.dtype) -> Any:
     try:
-        model, report = FAMILIES[family].from_pretrained(
+        model, report = getattr(transformers, FAMILIES[family].auto_class).from_pretrained(
             place.source,
             use_safetensors=True,
             attn_implementation="eager",
@@ -309,8 +303,8 @@ def _load_weights(place: _Place, config: ModelConfig, family: str, dtype: torch.
             f"model.path: {config.path!r} is a {type(model).__name__}, which reads {model.main_input_name}; the command"
             " runs models of text"
         )
-    # the pooler is behind the last hidden state, so nothing measured here depends on it
-    missing = [key for key in report["missing_keys"] if family != "encoder" or "pooler." not in key]
+    spare = FAMILIES[family].spare_weights
+    missing = [key for key in report["missing_keys"] if not any(part in key for part in spare)]
     if missing:
         raise MissingResourceError(
             f"model.path: {config.path!r} lacks {len(missing)} weights of a {type(model).__name__}, which would be"

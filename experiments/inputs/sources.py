@@ -6,9 +6,8 @@
     read_documents("csv:reviews.csv", field="body")
     read_documents("hf:Salesforce/wikitext:wikitext-2-raw-v1", split="test")    # hub dataset or a local folder
 
-``synthetic`` is the source without documents: ``experiments.inputs.windows`` draws its tokens from the vocabulary.
-
-Public names: ``read_documents``.
+``experiments.config.source_names`` has the table of sources, which names the function here that reads each.
+``synthetic`` is the one without documents: ``experiments.inputs.windows`` draws its tokens from the vocabulary.
 """
 
 from __future__ import annotations
@@ -17,14 +16,15 @@ import csv
 import io
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments.config.source_names import parse_source
+from experiments.config.source_names import SOURCES, Source, parse_source
 from experiments.errors import MissingResourceError, UsageError, nearest
 from experiments.inputs.hub import HubUnreachableError, first_line, hub_files
 from experiments.inputs.pydoc_text import held_out_topics
+from experiments.registry import loaded
 
 
 class _Record(NamedTuple):
@@ -47,28 +47,36 @@ def read_documents(source: str, field: str | None = None, split: str = "test") -
         MissingResourceError: The file, the dataset, or the network is not there.
     """
     parsed = parse_source(source)
-    if parsed.kind == "synthetic":
-        raise UsageError("data.source: got 'synthetic', which has no documents; allowed where tokens are drawn")
-    if parsed.target is None:
-        documents = list(held_out_topics().values())
-    elif parsed.kind == "hf":
-        documents = _read_dataset(parsed.target, parsed.config, field, split)
-    else:
-        path = Path(parsed.target).expanduser()
-        if not path.exists():
-            raise MissingResourceError(f"data.source: got {source!r}, but there is no {path.absolute()}{_beside(path)}")
-        documents = _READERS[parsed.kind](path, field)
-    documents = [document for document in documents if document.strip()]
+    reader = SOURCES[parsed.kind].documents
+    if not reader:
+        raise UsageError(f"data.source: got {source!r}, which has no documents; allowed where tokens are drawn")
+    documents = [document for document in loaded(reader)(parsed, field, split) if document.strip()]
     if not documents:
         raise UsageError(f"data.source: got {source!r}, which holds no text")
     return documents
+
+
+def read_pydoc(source: Source, field: str | None, split: str) -> list[str]:
+    """Return the held-out topics."""
+    return list(held_out_topics().values())
+
+
+def existing_path(source: Source) -> Path:
+    """Return the path that a source names; ``MissingResourceError`` if nothing is there."""
+    path = Path(source.target or "").expanduser()
+    if not path.exists():
+        got = f"{source.kind}:{source.target}"
+        raise MissingResourceError(f"data.source: got {got!r}, but there is no {path.absolute()}{_beside(path)}")
+    return path
 
 
 def _beside(path: Path) -> str:
     return nearest(path.name, [entry.name for entry in path.parent.iterdir()]) if path.parent.is_dir() else ""
 
 
-def _read_text(path: Path, field: str | None) -> list[str]:
+def read_text(source: Source, field: str | None, split: str) -> list[str]:
+    """Return the text of a file, or of every ``*.txt`` of a folder."""
+    path = existing_path(source)
     if not path.is_dir():
         return [_decode(path)]
     files = sorted(path.glob("*.txt"))
@@ -88,7 +96,9 @@ def _decode(path: Path) -> str:
         raise UsageError(f"data.source: {path} is not UTF-8: {error.reason} at byte {error.start}") from error
 
 
-def _read_json(path: Path, field: str | None) -> list[str]:
+def read_json(source: Source, field: str | None, split: str) -> list[str]:
+    """Return the strings of an array or of JSON lines, or what their objects hold under ``field``."""
+    path = existing_path(source)
     records = _json_records(path, _decode(path))
     name = field
     if any(isinstance(record.value, dict) for record in records):
@@ -158,7 +168,9 @@ def _choose_field(source: str, field: str | None, columns: Mapping[str, bool]) -
     return texts[0]
 
 
-def _read_csv(path: Path, field: str | None) -> list[str]:
+def read_csv(source: Source, field: str | None, split: str) -> list[str]:
+    """Return a column of a table."""
+    path = existing_path(source)
     table = _csv_rows(path)
     if not table:
         raise UsageError(f"data.source: {path} is empty")
@@ -198,15 +210,10 @@ def _is_number(cell: str) -> bool:
     return True
 
 
-_READERS: Mapping[str, Callable[[Path, str | None], list[str]]] = {
-    "text": _read_text,
-    "json": _read_json,
-    "csv": _read_csv,
-}
-
-
-def _read_dataset(name: str, config: str | None, field: str | None, split: str) -> list[str]:
-    table = _load_dataset(name, config, split)
+def read_dataset(source: Source, field: str | None, split: str) -> list[str]:
+    """Return the texts of a split of a dataset of the hub, or of a local folder."""
+    name = source.target or ""
+    table = _load_dataset(name, source.config, split)
     columns = {key: getattr(kind, "dtype", None) in ("string", "large_string") for key, kind in table.features.items()}
     column = _choose_field(f"hf:{name}", field, columns)
     return [_text(f"hf:{name}, row {number}", value) for number, value in enumerate(table[column])]

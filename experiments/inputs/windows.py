@@ -6,10 +6,6 @@ seed reads the same text however it is batched.
 
     batches = make_batches(config.data, loaded.tokenizer, config.seed, loaded.family, loaded.facts.vocab_size)
 
-Public names: ``make_batches``, ``make_calibration_batches``, ``pack_windows``, ``draw_windows``, ``MASKED_SHARE``; and,
-from ``experiments.inputs.batches``, ``validate_batch``, ``model_inputs``, ``real_positions``, ``data_fingerprint``,
-``IGNORED``.
-
 >>> pack_windows(torch.arange(10, 17), 4, prefix=[1])
 tensor([[ 1, 10, 11, 12],
         [ 1, 13, 14, 15]])
@@ -27,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from experiments.config.source_names import parse_source
+from experiments.config.source_names import SOURCES, parse_source
 from experiments.errors import TooFewWindowsError, UsageError
 from experiments.inputs.batches import (
     IGNORED,
@@ -37,7 +33,9 @@ from experiments.inputs.batches import (
     refuse_unknown_ids,
     validate_batch,
 )
+from experiments.inputs.families import FAMILIES
 from experiments.inputs.sources import read_documents
+from experiments.registry import loaded
 
 if TYPE_CHECKING:
     from experiments.config import DataConfig
@@ -71,7 +69,7 @@ def make_batches(
         data: The section ``data`` of the configuration.
         tokenizer: Of the model; None is enough for ``synthetic``.
         seed: Decides which windows are drawn, in which order, and what is masked.
-        family: ``causal``, ``masked`` or ``encoder``.
+        family: A name of ``FAMILIES``.
         vocab_size: Token ids are below it.
 
     Returns:
@@ -83,19 +81,16 @@ def make_batches(
         MissingResourceError: The source is not there.
     """
     _check_sizes(data, family)
-    if parse_source(data.source).kind == "synthetic":
-        numbers, windows = list(range(data.num_samples)), _synthetic_windows(data, tokenizer, seed, vocab_size)
+    drawn = SOURCES[parse_source(data.source).kind].windows
+    if drawn:
+        numbers, windows = list(range(data.num_samples)), loaded(drawn)(data, tokenizer, seed, vocab_size)
     else:
         every = _text_windows(data, tokenizer, family)
         numbers = draw_windows(len(every), data.num_samples, seed)
         windows = every[numbers]
     refuse_unknown_ids("data.source", windows, vocab_size)
-    labels = windows.clone()
-    if family == "masked":
-        for row, number in enumerate(numbers):
-            _mask_tokens(windows[row], labels[row], tokenizer, seed, number)
+    parts = loaded(FAMILIES.find(family).inputs)(windows, numbers, tokenizer, seed)
     starts = range(0, data.num_samples, data.batch_size)
-    parts = {"input_ids": windows} if family == "encoder" else {"input_ids": windows, "labels": labels}
     return [{name: part[start : start + data.batch_size] for name, part in parts.items()} for start in starts]
 
 
@@ -143,8 +138,9 @@ def _check_sizes(data: DataConfig, family: str) -> None:
     for name in ("num_samples", "seq_len", "batch_size"):
         if getattr(data, name) < 1:
             raise UsageError(f"data.{name}: got {getattr(data, name)}, allowed 1 or more")
-    if family == "causal" and data.seq_len < 2:
-        raise UsageError("data.seq_len: got 1, allowed 2 or more: a causal model predicts the next token")
+    shortest = FAMILIES.find(family).shortest
+    if data.seq_len < shortest:
+        raise UsageError(f"data.seq_len: got {data.seq_len}, allowed {shortest} or more for a {family} model")
     if data.num_samples % data.batch_size:
         raise UsageError(
             f"data.batch_size: got {data.batch_size}, allowed a divisor of data.num_samples ({data.num_samples})"
@@ -156,7 +152,7 @@ def _text_windows(data: DataConfig, tokenizer: Any | None, family: str) -> Tenso
         raise UsageError(f"data.source: got {data.source!r}, but the model has no tokenizer; allowed synthetic")
     tokens = _tokenise(read_documents(data.source, data.field, data.split), tokenizer)
     prefix, suffix = _special_edges(tokenizer)
-    windows = pack_windows(tokens, data.seq_len, prefix, () if family == "causal" else suffix)
+    windows = pack_windows(tokens, data.seq_len, prefix, suffix if FAMILIES.find(family).closes else ())
     if len(windows) == 0:
         raise UsageError(f"data.source: {data.source!r} has {len(tokens)} tokens, a window needs {data.seq_len}")
     if len(windows) < data.num_samples:
@@ -165,6 +161,34 @@ def _text_windows(data: DataConfig, tokenizer: Any | None, family: str) -> Tenso
             f" {data.seq_len} tokens ({len(tokens)} tokens)"
         )
     return windows
+
+
+Tensors = dict[str, Tensor]
+
+
+def tokens_alone(windows: Tensor, numbers: Sequence[int], tokenizer: Any | None, seed: int) -> Tensors:
+    """Return windows without labels."""
+    return {"input_ids": windows}
+
+
+def tokens_and_labels(windows: Tensor, numbers: Sequence[int], tokenizer: Any | None, seed: int) -> Tensors:
+    """Return windows with the tokens themselves as labels."""
+    return {"input_ids": windows, "labels": windows.clone()}
+
+
+def masked_tokens_and_labels(windows: Tensor, numbers: Sequence[int], tokenizer: Any | None, seed: int) -> Tensors:
+    """Return windows in which some tokens are hidden behind the mask token, with labels there.
+
+    Args:
+        windows: (N, T), changed in place.
+        numbers: Of the windows in their source, which with the seed decide what is hidden.
+        tokenizer: Has the mask token.
+        seed: Of the campaign.
+    """
+    labels = windows.clone()
+    for row, number in enumerate(numbers):
+        _mask_tokens(windows[row], labels[row], tokenizer, seed, number)
+    return {"input_ids": windows, "labels": labels}
 
 
 def _tokenise(documents: Sequence[str], tokenizer: Any) -> Tensor:
@@ -187,7 +211,8 @@ def _special_edges(tokenizer: Any) -> tuple[list[int], list[int]]:
     return [], []
 
 
-def _synthetic_windows(data: DataConfig, tokenizer: Any | None, seed: int, vocab_size: int) -> Tensor:
+def synthetic_windows(data: DataConfig, tokenizer: Any | None, seed: int, vocab_size: int) -> Tensor:
+    """Return ``data.num_samples`` windows of token ids that are drawn evenly; special tokens are left out."""
     known = vocab_size if tokenizer is None else min(vocab_size, len(tokenizer))
     special = set() if tokenizer is None else set(tokenizer.all_special_ids)
     ordinary = torch.tensor([token for token in range(known) if token not in special], dtype=torch.int64)

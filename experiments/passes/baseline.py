@@ -19,6 +19,7 @@ from torch import Tensor
 from bounds import Detector, Verdict
 from experiments.effects.loss import Evaluation
 from experiments.errors import CheckRefusedError
+from experiments.inputs.families import FAMILIES
 from experiments.inputs.windows import real_positions
 from experiments.passes.subject import Subject
 from experiments.passes.taps.call_state import Situation
@@ -52,7 +53,7 @@ def compute_baseline(subject: Subject, batch: Mapping[str, Tensor], detectors: S
 
     The three passes go through the same kernels; the output is that of the last, timed one.
     """
-    real = None if subject.family == "encoder-decoder" else real_positions(batch)
+    real = None if FAMILIES[subject.family].two_stacks else real_positions(batch)
     survey = SiteSurvey(subject.dtype, real_queries=real)
     subject.forward(batch, survey)
     situation = Situation.of(survey, subject.kv_equal)

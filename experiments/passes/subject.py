@@ -19,6 +19,7 @@ from torch import Tensor
 
 from experiments.effects.loss import Evaluation, loss_and_logits
 from experiments.errors import UsageError
+from experiments.inputs.families import FAMILIES
 from experiments.inputs.model_facts import facts_from_config, model_family
 from experiments.inputs.windows import model_inputs, validate_batch
 from fault_injection import (
@@ -38,7 +39,7 @@ class Subject:
 
     Args:
         model: a Hugging Face model.
-        family: ``causal``, ``masked``, ``encoder`` or ``encoder-decoder``; read from the configuration if not given.
+        family: a name of ``FAMILIES``; read from the configuration if not given.
         force_kv_equal: make K = V while the subject lives.
         first_batch: an input for the dry run that finds the attention layers (default: made from the configuration).
     """
@@ -54,6 +55,7 @@ class Subject:
         self.model = model
         self._facts = facts_from_config(model.config)
         self.family = family or model_family(model)
+        self._task = FAMILIES.find(self.family)
         self._owns_patch = not is_patched(model)
         self._accepts_cache = "use_cache" in inspect.signature(model.forward).parameters
         self._training = [(module, module.training) for module in model.modules()]
@@ -98,7 +100,7 @@ class Subject:
     def to_device(self, batch: Any) -> dict[str, Tensor]:
         """Return a valid batch on the model's device; ``UsageError`` if it is none."""
         checked = validate_batch(batch, self.family, self._facts.vocab_size, self._facts.max_positions)
-        if self.family == "encoder-decoder" and "decoder_input_ids" not in checked:
+        if self._task.two_stacks and "decoder_input_ids" not in checked:
             checked["decoder_input_ids"] = self.model.prepare_decoder_input_ids_from_labels(checked["labels"])
         return {name: tensor.to(self.device) for name, tensor in checked.items()}
 
@@ -112,7 +114,7 @@ class Subject:
         """Return the model's output (batch, length, ...) for inputs that do not matter: its blocks are replaced."""
         tokens = torch.zeros((batch, length), dtype=torch.int64, device=self.device)
         outputs = self.model(**self._arguments({"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}))
-        output: Tensor = outputs.last_hidden_state if self.family == "encoder" else outputs.logits
+        output: Tensor = getattr(outputs, self._task.answer)
         return output
 
     def _arguments(self, batch: Mapping[str, Tensor]) -> dict[str, Any]:

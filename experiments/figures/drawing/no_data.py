@@ -1,16 +1,16 @@
 """Why a figure cannot be drawn.
 
-    raise NoDataError("no run of this campaign was propagated (run.scope = site), so there are no outcomes")
-
-Public names: ``NoDataError``, ``need_rows``, ``need_columns``, ``need_one_setting``.
+raise NoDataError("no run of this campaign was propagated (run.scope = site), so there are no outcomes")
 """
 
 from __future__ import annotations
 
-import pandas as pd
+from typing import TYPE_CHECKING
 
-from experiments.analysis.statistics.distinct import check_one_setting
 from experiments.errors import UsageError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 class NoDataError(ValueError):
@@ -35,6 +35,8 @@ def need_rows(table: pd.DataFrame, reason: str) -> None:
 
 def need_one_setting(runs: pd.DataFrame) -> None:
     """Raise ``NoDataError`` if runs differ in a field of ``detect``: what was seen is that of no one setting."""
+    from experiments.analysis.statistics.distinct import check_one_setting
+
     try:
         check_one_setting(runs)
     except UsageError as error:

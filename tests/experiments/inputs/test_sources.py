@@ -64,8 +64,8 @@ def test_bad_source_names(source: str, message: str) -> None:
 
 
 def test_every_listed_source_parses() -> None:
-    for form in SOURCES:
-        assert parse_source(form.replace("[:CONFIG]", ":CONFIG")).kind == form.partition(":")[0]
+    for kind, source in SOURCES.items():
+        assert parse_source(source.form.replace("[:CONFIG]", ":CONFIG")).kind == kind
 
 
 def test_pydoc_is_the_held_out_text() -> None:
