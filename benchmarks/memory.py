@@ -62,7 +62,7 @@ def campaign(model: str, dtype: str, shape: Shape, quick: bool, runs: int, peak:
                 raise record
             executions[record.result.execution] = executions.get(record.result.execution, 0) + 1
         reached = peak.peak_bytes
-        cached = work.pairs.forward.cache.nbytes
+        cached = work.pairs.context.forward().cache.nbytes
         recording = work.opened(DEFAULT_DETECTORS).recording.nbytes
     return {"executions": executions, "recording_bytes": recording, "cache_bytes": cached, "peak_bytes": reached}
 

@@ -113,7 +113,7 @@ def _opened(work: Workload, now: Callable[[], float]) -> tuple[dict[str, OpenedB
         recorded = now()
         shared[name] = {"baseline_seconds": known - start, "recording_seconds": recorded - known}
     start = now()
-    proof = prove(work.pairs, work.config(DEFAULT_DETECTORS))
+    proof = prove(work.pairs.context, work.config(DEFAULT_DETECTORS))
     shared["default"]["proof_seconds"] = now() - start
     if proof.rows is not None or proof.head is not None:
         raise SystemExit(f"benchmarks.throughput: not exact here: {proof.rows or proof.head}")

@@ -22,6 +22,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from experiments.config import ExperimentConfig, load_config
 from experiments.config.sections import DetectConfig
+from experiments.engine.context import Context
 from experiments.engine.opened_batch import OpenedBatch
 from experiments.engine.pairs import PairedRunner
 from experiments.errors import CheckRefusedError
@@ -108,7 +109,7 @@ class Workload:
             chain = block_chain(subject.model, subject.cores)
             if isinstance(chain, str):
                 raise CheckRefusedError(f"{model}: {chain}")
-            yield cls(subject, batch, PairedRunner(subject, [batch], forward, model_name=model), chain)
+            yield cls(subject, batch, PairedRunner(Context(subject, [batch], lambda: forward), model_name=model), chain)
 
     @staticmethod
     def config(detectors: Sequence[str]) -> ExperimentConfig:

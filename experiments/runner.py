@@ -17,6 +17,7 @@ from typing import Any
 from torch import nn
 
 from experiments.config import ExperimentConfig
+from experiments.engine.context import Context
 from experiments.engine.contexts import check_runs
 from experiments.engine.pairs import PairedRunner
 from experiments.errors import UsageError
@@ -124,4 +125,5 @@ class CompleteExperimentRunner:
         with Subject(model, self._family, force_kv_equal=force_kv) as subject:
             forward = CachedForward(self._cache, self._trace, self._stats, model=model, device=subject.device)
             name = getattr(model, "name_or_path", "") or type(model).__name__
-            yield PairedRunner(subject, [subject.to_device(batch) for batch in batches], forward, model_name=name)
+            context = Context(subject, [subject.to_device(batch) for batch in batches], lambda: forward)
+            yield PairedRunner(context, model_name=name)

@@ -85,7 +85,7 @@ def run_campaign(
     set_determinism(config.run.threads)
     mine = shard_of(plan, shard)
     with (
-        Contexts(TraceWriter(None)) as contexts,
+        Contexts(TraceWriter(None), stopping) as contexts,
         _locked(folder, shard) as lock,
         # As long as it is not known what is done, nothing counts as done by this worker.
         Tally(
@@ -110,7 +110,7 @@ def run_campaign(
         provenance = ShardProvenance(folder, shard, environment_facts(arguments))
         provenance.note(contexts.facts)
         tally.start_work(before)
-        return _execute(tally, plan, todo, contexts, provenance, grid, stopping, quiet=quiet)
+        return _execute(tally, _Work(plan, todo, grid), contexts, provenance, stopping, quiet=quiet)
 
 
 def _same_context(plan: Plan, runs: Iterable[PlannedRun], key: str) -> Iterator[ExperimentConfig]:
@@ -140,18 +140,25 @@ def _locked(folder: CampaignFolder, shard: Shard) -> Iterator[WriterLock]:
                 path.rmdir()
 
 
+@dataclass(frozen=True)
+class _Work:
+    """What is to be done: the runs of a plan that are missing, and the cells of the grid that they belong to."""
+
+    plan: Plan
+    todo: list[PlannedRun]
+    grid: Cells
+
+
 def _execute(
     tally: Tally,
-    plan: Plan,
-    todo: list[PlannedRun],
+    work: _Work,
     contexts: Contexts,
     provenance: ShardProvenance,
-    grid: Cells,
     stopping: Callable[[], bool],
     *,
     quiet: bool,
 ) -> CampaignStatus:
-    folder, shard = tally.folder, tally.shard
+    folder, shard, plan, todo, grid = tally.folder, tally.shard, work.plan, work.todo, work.grid
     with contextlib.ExitStack() as stack:
         contexts.use_trace(stack.enter_context(TraceWriter(folder.file("trace") / f"{shard.file_name}.jsonl")))
         files = stack.enter_context(ShardFiles(folder, shard, record=plan.config.detect.record))
@@ -160,7 +167,6 @@ def _execute(
         def opened(config: ExperimentConfig) -> PairedRunner:
             known = len(contexts.facts)
             pairs = contexts.open(config)
-            pairs.stopping = stopping
             if len(contexts.facts) > known:
                 check_runs(pairs, _same_context(plan, todo, context_key(config)))
             provenance.note(contexts.facts)

@@ -1,6 +1,6 @@
 """Runs of one context, executed together: drawn, sorted by input, and each taken the fastest way that is exact.
 
-    for planned, record in BatchRuns(pairs).run(runs):
+    for planned, record in BatchRuns(context, records, plain, drawing, monitor).run(runs):
         ...
 
 The ways, by what the column ``execution`` says: ``rows`` (many runs in one pass, only the rows that can change),
@@ -13,30 +13,32 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from bounds import Verdict
 from experiments.config import ExperimentConfig
+from experiments.engine.context import Context
 from experiments.engine.fast.engine import FastEngine
 from experiments.engine.fast.front import EngineMismatchError
 from experiments.engine.fast.recording import resumed
 from experiments.engine.fast.run import FastRun
 from experiments.engine.fast.wide_linear import OutputBuffer
 from experiments.engine.opened_batch import OpenedBatch
+from experiments.engine.plain import PlainRuns, Shortcut, attempt
 from experiments.engine.proof import Proof, prove
+from experiments.engine.records import Records
 from experiments.errors import CheckRefusedError
 from experiments.plan.plan import PlannedRun, canonical_json
+from experiments.runs.drawing import FaultDrawing
 from experiments.runs.measured import Measured
 from experiments.runs.record import DrawnRun, RunRecord
 from experiments.runs.rows import tightest
 from fault_injection.faults.one_head import FaultSite
+from monitoring import PerformanceMonitor
 from monitoring.cache.fingerprints import model_fingerprint
-
-if TYPE_CHECKING:
-    from experiments.engine.pairs import PairedRunner
 
 logger = logging.getLogger(__name__)
 
@@ -57,10 +59,28 @@ class _Seen:
 
 
 class BatchRuns:
-    """Executes runs of one context; made once for it."""
+    """Executes runs of one context; made once for it.
 
-    def __init__(self, pairs: PairedRunner) -> None:
-        self._pairs = pairs
+    Args:
+        context: the model and its inputs.
+        records: makes the records of runs.
+        plain: executes runs that must go through a whole pass, or one from a block on.
+        drawing: draws their faults.
+        monitor: what their times are added to.
+        stopping: asked before anything is begun; once it is true, ``run`` ends early.
+    """
+
+    def __init__(
+        self,
+        context: Context,
+        records: Records,
+        plain: PlainRuns,
+        drawing: FaultDrawing,
+        monitor: PerformanceMonitor,
+        stopping: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self._context, self._records, self._plain, self._drawing = context, records, plain, drawing
+        self._monitor, self._stopping = monitor, stopping
         self._proofs: dict[str, Proof] = {}
         self._buffer = OutputBuffer()
 
@@ -70,12 +90,12 @@ class BatchRuns:
         Raises:
             CheckRefusedError: ``run.engine`` is ``fast``, and changed rows alone are not exact.
         """
-        shapes = [list(tensor.shape) for tensor in self._pairs.batches[batch_index].values()]
+        shapes = [list(tensor.shape) for tensor in self._context.batches[batch_index].values()]
         key = f"{_detection_key(config)} {config.run.propagation} {shapes}"
         if key not in self._proofs:
-            self._proofs[key] = prove(self._pairs, config, batch_index)
+            self._proofs[key] = prove(self._context, config, batch_index)
             # Campaigns that sweep detectors have one proof for each choice of them; provenance keeps the last.
-            self._pairs.facts["execution"] = self._proofs[key].facts()
+            self._context.facts["execution"] = self._proofs[key].facts()
         proof = self._proofs[key]
         if config.run.engine == "fast" and proof.rows is not None:
             raise CheckRefusedError(f"run.engine: got 'fast', but it would not be exact here: {proof.rows}")
@@ -86,7 +106,7 @@ class BatchRuns:
         groups: dict[tuple[int, str, int | None, float, bool, bool], list[Run]] = {}
         for planned, config in runs:
             key = (
-                self._pairs.batch_index(planned),
+                planned.batch_index(len(self._context.batches)),
                 _detection_key(config),
                 config.run.batch_runs,
                 config.detect.critical_loss,
@@ -95,46 +115,46 @@ class BatchRuns:
             )
             groups.setdefault(key, []).append((planned, config))
         for key in sorted(groups, key=lambda key: key[0]):
-            if self._pairs.stopping():
+            if self._stopping():
                 return
             yield from self._run_group(key[0], groups[key])
 
     def _run_group(self, batch_index: int, runs: Sequence[Run]) -> Iterator[Finished]:
         """Execute runs of one input and choice of detectors."""
-        config, pairs = runs[0][1], self._pairs
+        config, context = runs[0][1], self._context
         proof, opened = self.proof(config, batch_index), None
-        known = model_fingerprint(pairs.subject.model), pairs.baseline(batch_index, config)
+        known = model_fingerprint(context.subject.model), context.baseline(batch_index, config)
         if proof.chain is not None and config.run.reuse_baseline:
-            batch, detectors = pairs.batches[batch_index], pairs.detectors(config)
-            opened = OpenedBatch.of(pairs.subject, proof.chain, batch, known[1], detectors)
+            batch, detectors = context.batches[batch_index], context.detectors(config)
+            opened = OpenedBatch.of(context.subject, proof.chain, batch, known[1], detectors)
         drawn: list[DrawnRun] = []
         for planned, own in runs:
-            run = pairs.attempt(partial(pairs.drawing.draw, planned, own, known))
+            run = attempt(partial(self._drawing.draw, planned, own, known))
             if isinstance(run, Exception):
                 yield planned, run
             else:
                 drawn.append(run)
         if proof.chain is None or opened is None or isinstance(opened, str):
             for run in drawn:
-                if pairs.stopping():
+                if self._stopping():
                     return
-                yield run.planned, pairs.attempt(partial(pairs.run_drawn, run))
+                yield run.planned, attempt(partial(self._plain.run, run))
             return
         rest = drawn if proof.rows is not None else (yield from self._run_by_rows(opened, drawn, proof))
         for run in rest:
-            if pairs.stopping():
+            if self._stopping():
                 return
             around = partial(resumed, proof.chain, opened.recording, min(fault.layer for fault in run.faults))
-            outputs = opened.outputs if run.propagates and pairs.follows(config) else None
-            execute = partial(pairs.run_drawn, run, around, execution="resume", rows=opened.rows, outputs=outputs)
-            yield run.planned, pairs.attempt(execute)
+            outputs = opened.outputs if run.propagates and context.follows(config) else None
+            shortcut = Shortcut("resume", around, opened.rows, outputs)
+            yield run.planned, attempt(partial(self._plain.run, run, shortcut))
 
     def _run_by_rows(
         self, opened: OpenedBatch, drawn: Sequence[DrawnRun], proof: Proof
     ) -> Generator[Finished, None, list[DrawnRun]]:
         """Yield runs whose fault lies in one head; return those that must be executed another way."""
         batch_runs = drawn[0].config.run.batch_runs if drawn else None
-        follows = bool(drawn) and self._pairs.follows(drawn[0].config)
+        follows = bool(drawn) and self._context.follows(drawn[0].config)
         engine = opened.engine(batch_runs, None if proof.head else self._buffer, propagation=follows)
         rest: list[DrawnRun] = []
         sites: list[tuple[DrawnRun, FaultSite]] = []
@@ -152,7 +172,7 @@ class BatchRuns:
             else SITES_TOGETHER
         )
         for first in range(0, len(sites), most):
-            if self._pairs.stopping():
+            if self._stopping():
                 break
             for run, record in self._run_pass(opened, engine, sites[first : first + most]):
                 if record is None:
@@ -165,21 +185,21 @@ class BatchRuns:
         self, opened: OpenedBatch, engine: FastEngine, runs: Sequence[tuple[DrawnRun, FaultSite]]
     ) -> Iterator[tuple[DrawnRun, RunRecord | None]]:
         """Yield runs with their records; with None those that must be executed another way."""
-        pairs, config = self._pairs, runs[0][0].config
-        pairs.monitor.reset()
+        config = runs[0][0].config
+        self._monitor.reset()
         start = time.perf_counter()
         groups = opened.groups
         looked = (0.0, 0.0) if groups is None else (groups.bounds_seconds, groups.detection_seconds)
         todo = [(site, run.propagates) for run, site in runs]
         try:
-            with pairs.monitor.timer("injection_forward"):
+            with self._monitor.timer("injection_forward"):
                 found = engine.run(todo, config.detect.critical_loss)
         except EngineMismatchError as error:
             logger.warning("%s; these %d runs are executed one by one", error, len(runs))
             yield from ((run, None) for run, _ in runs)
             return
         share = 1.0 / len(runs)
-        pairs.monitor.record_memory()
+        self._monitor.record_memory()
         times = {
             "baseline_forward_time": runs[0][0].baseline.forward_seconds,
             "bounds_computation_time": 0.0 if groups is None else share * (groups.bounds_seconds - looked[0]),
@@ -190,16 +210,16 @@ class BatchRuns:
             yield run, self._record(run, result, times)
 
     def _record(self, run: DrawnRun, found: FastRun, times: dict[str, Any]) -> RunRecord:
-        pairs, layer = self._pairs, run.faults[0].layer
-        names = pairs.subject.layer_names
+        layer = run.faults[0].layer
+        names = self._context.subject.layer_names
         verdicts = {(name, layer): verdict for name, verdict in found.verdicts.items()}
         behind = range(layer + 1, len(names)) if "finite" in found.verdicts and run.propagates else ()
         # Where nothing else was seen behind the fault, all is as finite as in the fault-free pass.
         for number in behind:
             verdicts["finite", number] = found.behind.get(number, run.baseline.verdicts["finite", number])
         seen = _Seen(verdicts, dict(enumerate(names)))
-        detections = pairs.detections(run, seen, found.effect)
-        return pairs.record(
+        detections = self._records.detections(run, seen, found.effect)
+        return self._records.record(
             run,
             Measured(
                 batch_index=run.batch_index,
@@ -212,7 +232,7 @@ class BatchRuns:
                 block_changes=found.block_changes,
                 tightest=tightest(seen, layer),
                 detections=detections,
-                metrics=replace(pairs.metrics.of(run, detections), **times),
+                metrics=replace(self._records.metrics(run, detections), **times),
                 injection_seconds=max(
                     0.0, found.seconds - times["bounds_computation_time"] - times["violation_detection_time"]
                 ),

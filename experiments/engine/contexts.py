@@ -12,11 +12,12 @@ Public names: ``Contexts``, ``context_key``, ``check_before_loading``, ``check_p
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Any
 
 from experiments.config import ExperimentConfig
+from experiments.engine.context import Context
 from experiments.engine.pairs import PairedRunner
 from experiments.errors import UsageError
 from experiments.inputs.families import FAMILIES
@@ -74,13 +75,18 @@ def check_plan(plan: Plan) -> None:
 class Contexts:
     """Opens contexts one after the other; closing it unpatches the last model.
 
+    Args:
+        trace: where the passes are written to.
+        stopping: handed to the runners (``PairedRunner``).
+
     Attributes:
         facts: by context key, fingerprints and the results of the checks, for provenance.
     """
 
-    def __init__(self, trace: TraceWriter) -> None:
+    def __init__(self, trace: TraceWriter, stopping: Callable[[], bool] = lambda: False) -> None:
         self.facts: dict[str, dict[str, Any]] = {}
         self._cache, self._stats, self._trace = ForwardCache(), BackendStats(), trace
+        self._stopping = stopping
         self._loaded: tuple[str, LoadedModel, Subject] | None = None
         self._open: tuple[str, PairedRunner] | None = None
 
@@ -95,8 +101,6 @@ class Contexts:
     def use_trace(self, trace: TraceWriter) -> None:
         """Write the following passes to another trace."""
         self._trace = trace
-        if self._open is not None:
-            self._open[1].forward = self._forward(self._open[1].subject)
 
     def open(self, config: ExperimentConfig) -> PairedRunner:
         """Return the runner for the context of ``config``, ready for runs.
@@ -111,22 +115,23 @@ class Contexts:
         loaded, subject = self._model(config)
         source = config.data, loaded.tokenizer, config.seed, loaded.family, loaded.vocabulary
         made = make_batches(*source)
-        pairs = PairedRunner(
-            subject,
-            [subject.to_device(batch) for batch in made],
-            self._forward(subject),
-            calibration=lambda: [subject.to_device(batch) for batch in make_calibration_batches(*source)],
-        )
-        checks = pairs.prepare(config)
-        self.facts[key] = pairs.facts = {
+        facts = {
             "model": config.model.path,
             "resolved": loaded.resolved,
             "revision": loaded.revision,
             "family": loaded.family,
             "model_fingerprint": model_fingerprint(loaded.model),
             "data_fingerprint": data_fingerprint(made),
-            **checks,
         }
+        context = Context(
+            subject,
+            [subject.to_device(batch) for batch in made],
+            lambda: self._forward(subject),
+            calibration=lambda: [subject.to_device(batch) for batch in make_calibration_batches(*source)],
+            facts=facts,
+        )
+        pairs = PairedRunner(context, stopping=self._stopping)
+        self.facts[key] = pairs.prepare(config)
         self._open = key, pairs
         return pairs
 

@@ -1,6 +1,6 @@
 """The start-up proof: which shortcuts give the very bits of the plain pair, on the model and input at hand.
 
-    proof = prove(pairs, config)
+    proof = prove(context, config)
     proof.rows is None                  # None: exact; else why not
     proof.facts()                       # for provenance.json
 
@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from torch import Tensor
 from bounds import Verdict
 from experiments.config import ExperimentConfig
 from experiments.effects.outcome import Effect, effect_of
+from experiments.engine.context import Context
 from experiments.engine.fast.front import EngineMismatchError
 from experiments.engine.fast.pack import TILE
 from experiments.engine.fast.recording import resumed
@@ -40,9 +41,6 @@ from fault_injection import LOCATIONS, Fault, FaultSpec, InjectionRecord, draw_f
 from fault_injection.numbers.bits import bits_in_field
 from monitoring import PerformanceMonitor
 from monitoring.cache.cached_value import value_digest
-
-if TYPE_CHECKING:
-    from experiments.engine.pairs import PairedRunner
 
 FAULTS_OF_A_LOCATION = 2
 ENVIRONMENT = ("MKL_CBWR", "ONEDNN_MAX_CPU_ISA", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUBLAS_WORKSPACE_CONFIG")
@@ -78,24 +76,24 @@ class Proof:
         return {**said, "faults_compared": self.faults, "threads": torch.get_num_threads(), "environment": environment}
 
 
-def prove(pairs: PairedRunner, config: ExperimentConfig, batch_index: int = 0) -> Proof:
+def prove(context: Context, config: ExperimentConfig, batch_index: int = 0) -> Proof:
     """Compare every shortcut with the plain pair on one batch."""
-    chain = block_chain(pairs.subject.model, pairs.subject.cores)
+    chain = block_chain(context.subject.model, context.subject.cores)
     if isinstance(chain, str):
         return Proof(None, chain, chain, chain, 0)
-    batch, baseline = pairs.batches[batch_index], pairs.baseline(batch_index, config)
+    batch, baseline = context.batches[batch_index], context.baseline(batch_index, config)
     try:
-        opened = OpenedBatch.of(pairs.subject, chain, batch, baseline, pairs.detectors(config))
+        opened = OpenedBatch.of(context.subject, chain, batch, baseline, context.detectors(config))
     except UNSUITED as error:
         opened = f"{type(error).__name__}: {error}"
     if isinstance(opened, str):
         return Proof(None, opened, opened, opened, 0)
-    return _Comparison(pairs, config, chain, opened, batch, baseline).proof()
+    return _Comparison(context, config, chain, opened, batch, baseline).proof()
 
 
-def impossible(pairs: PairedRunner, config: ExperimentConfig, opened: OpenedBatch) -> str | None:
+def impossible(context: Context, config: ExperimentConfig, opened: OpenedBatch) -> str | None:
     """Return why rows cannot be packed for this model and configuration, whatever the kernels do."""
-    subject, detect = pairs.subject, config.detect
+    subject, detect = context.subject, config.detect
     wrapped = [core.name for core in subject.cores if core.path != "A"]
     if wrapped:
         return f"{wrapped[0]} computes attention in its own forward, not through the attention interface"
@@ -109,7 +107,7 @@ def impossible(pairs: PairedRunner, config: ExperimentConfig, opened: OpenedBatc
         return "detect.layers=all: detectors look at whole layers behind the fault"
     if detect.certificate or detect.correct:
         return "detect.certificate and detect.correct need whole layers"
-    return unsupported(pairs.detectors(config))
+    return unsupported(context.detectors(config))
 
 
 class _Comparison:
@@ -117,19 +115,19 @@ class _Comparison:
 
     def __init__(
         self,
-        pairs: PairedRunner,
+        context: Context,
         config: ExperimentConfig,
         chain: Chain,
         opened: OpenedBatch,
         batch: Mapping[str, Tensor],
         baseline: Baseline,
     ) -> None:
-        self._pairs, self._config, self._chain, self._opened = pairs, config, chain, opened
+        self._context, self._config, self._chain, self._opened = context, config, chain, opened
         self._batch, self._baseline = batch, baseline
-        self._monitor = PerformanceMonitor(pairs.subject.device)
+        self._monitor = PerformanceMonitor(context.subject.device)
 
     def proof(self) -> Proof:
-        resume, rows, head = None, impossible(self._pairs, self._config, self._opened), None
+        resume, rows, head = None, impossible(self._context, self._config, self._opened), None
         rows = rows or self._opened.differing_verdict(self._baseline)
         expected: list[_Expected] = []
         for number, fault in enumerate(self._faults()):
@@ -154,7 +152,7 @@ class _Comparison:
         random = np.random.Generator(np.random.Philox(key=0))
         for location in LOCATIONS:
             for _ in range(FAULTS_OF_A_LOCATION):
-                layer = int(random.integers(len(self._pairs.subject.cores)))
+                layer = int(random.integers(len(self._context.subject.cores)))
                 yield draw_fault(FaultSpec(location), self._baseline.sites[layer, location], random)
         # What overflows behind the fault takes a way of its own.
         for location in ("k", "v", "out"):
@@ -162,25 +160,25 @@ class _Comparison:
             yield draw_fault(FaultSpec(location, bits=(bits_in_field(site.dtype, "exponent")[-1],)), site, random)
 
     def _plain(self, fault: Fault) -> InjectedPass:
-        detectors, situation = self._pairs.detectors(self._config), self._baseline.situation
-        detect, pairs = self._config.detect, self._pairs
-        blocks = pairs.watcher(self._opened.outputs, fault.layer) if pairs.follows(self._config) else None
+        detectors, situation = self._context.detectors(self._config), self._baseline.situation
+        detect, context = self._config.detect, self._context
+        blocks = context.watcher(self._opened.outputs, fault.layer) if context.follows(self._config) else None
         return InjectedPass.of(
-            pairs.subject, self._batch, [fault], situation, detectors, detect, self._monitor, blocks=blocks
+            context.subject, self._batch, [fault], situation, detectors, detect, self._monitor, blocks=blocks
         )
 
     def _expected(self, fault: Fault) -> _Expected:
         # Of the output a digest is kept: it can be larger than all the rest.
         plain = self._plain(fault)
         baseline, critical = self._baseline.evaluation, self._config.detect.critical_loss
-        family, rows = self._pairs.subject.family, self._opened.rows
+        family, rows = self._context.subject.family, self._opened.rows
         effect = effect_of(baseline, plain.evaluation, self._batch, family, critical, rows)
         digest = value_digest(plain.evaluation.output)
         verdicts, changes = plain.watcher.verdicts, plain.block_changes
         return _Expected(fault, effect, plain.records[0], verdicts, digest, changes)
 
     def _compare(self, expected: Sequence[_Expected], buffer: OutputBuffer | None) -> str | None:
-        engine = self._opened.engine(None, buffer, propagation=self._pairs.follows(self._config))
+        engine = self._opened.engine(None, buffer, propagation=self._context.follows(self._config))
         sites = [(plain, site) for plain in expected if (site := engine.site_of(plain.fault)) is not None]
         try:
             runs = engine.run([(site, True) for _, site in sites], self._config.detect.critical_loss)

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from bounds.finite_detector import FiniteDetector
 from experiments.config import DetectConfig, ExperimentConfig, FaultConfig, IndexConfig, ModelConfig, RunConfig
-from experiments.engine import pairs as paired_run
+from experiments.engine import plain as plain_runs
 from experiments.errors import CheckRefusedError, UsageError
 from experiments.passes.baseline import timed_forward
 from experiments.runner import CompleteExperimentRunner
@@ -225,7 +225,7 @@ def test_a_baseline_that_does_not_repeat_is_refused(model: nn.Module, monkeypatc
             evaluation, output=torch.nextafter(evaluation.output, torch.tensor(torch.inf))
         ), seconds
 
-    monkeypatch.setattr(paired_run, "timed_forward", drifting)
+    monkeypatch.setattr(plain_runs, "timed_forward", drifting)
     runner = CompleteExperimentRunner(config_of(run=RunConfig(reuse_baseline=False)))
     with pytest.raises(CheckRefusedError, match="did not repeat bit for bit"):
         runner.run_all(model, BATCHES)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from experiments.config import DetectConfig, ExperimentConfig
 from experiments.effects.outcome import effect_of
+from experiments.engine.context import Context
 from experiments.engine.fast import engine as fast_engine
 from experiments.engine.fast.engine import FastEngine
 from experiments.engine.fast.run import FastRun
@@ -135,7 +136,7 @@ class Place:
         return InjectedPass.of(
             pairs.subject, self.batch, [fault], self.baseline.situation, pairs.detectors(self.config),
             self.config.detect, PerformanceMonitor(pairs.subject.device), keep_output=keep_output,
-            blocks=pairs.watcher(self.opened.outputs, fault.layer),
+            blocks=pairs.context.watcher(self.opened.outputs, fault.layer),
         )  # fmt: skip
 
     def compare(self, faults: Sequence[Fault], engine: FastEngine | None = None) -> Compared:
@@ -215,7 +216,7 @@ def runner_of(subject: Subject, batches: Sequence[Batch]) -> PairedRunner:
     forward = CachedForward(
         ForwardCache(), TraceWriter(None), BackendStats(), model=subject.model, device=subject.device
     )
-    return PairedRunner(subject, [subject.to_device(batch) for batch in batches], forward)
+    return PairedRunner(Context(subject, [subject.to_device(batch) for batch in batches], lambda: forward))
 
 
 @contextmanager

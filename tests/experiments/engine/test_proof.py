@@ -46,7 +46,7 @@ def opened_runner(model: Any, batch: Any = BATCH, family: str = "causal") -> Ite
 def proof_of(model: Any, batch: Any = BATCH, family: str = "causal", **detect: Any) -> Proof:
     config = ExperimentConfig(injection_location="q", detect=DetectConfig(**{**FEW, **detect}))
     with opened_runner(model, batch, family) as pairs:
-        return prove(pairs, config)
+        return prove(pairs.context, config)
 
 
 def campaign(model: Any, engine: str, batches: Any = (BATCH,), **changes: Any) -> list[ExperimentResult]:
