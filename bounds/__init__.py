@@ -26,53 +26,15 @@
 | ``certificate`` | what an undetected fault can have done at most |
 | ``fault_effect``, ``atlas`` | what a fault does, in closed form; ranked over all faults of a layer |
 
-Statements and proofs are in docs/theory.md. To add a detector of your own, write a subclass of ``Detector`` and give
-its place in a configuration (``bounds.user_detectors``); in this package, decorate it with ``register_detector`` and
-import its module here.
+Statements and proofs are in docs/theory.md. A detector of your own is a subclass of ``Detector`` that a configuration
+names (``bounds.user_detectors``); one of this package is named in ``bounds.registry.BUILT_IN``.
 
 >>> from bounds.suites import expand
 >>> expand(["lite"])
 ('finite', 'P_q', 'P_k', 'P_v', 'S_row', 'W_sum', 'W_simplex', 'O_row')
 """
 
-from __future__ import annotations
+import lazy_loader
 
-from bounds import finite_detector
-from bounds.core.attention_state import AttentionState
-from bounds.core.detector import Detector, Verdict
-from bounds.epsilon import epsilon_detectors
-from bounds.epsilon.bounds import AttentionBounds, compute_attention_bounds
-from bounds.epsilon.violations import Violations, detect_violation
-from bounds.fused import fused_detectors
-from bounds.products import element_detectors, output_detectors, score_detectors
-from bounds.projections import projection_detectors
-from bounds.published import attnchecker, flash_abft, ranger, realm
-from bounds.ranges import range_detectors
-from bounds.registry import get_detector, list_detectors, register_detector
-from bounds.softmax import softmax_detectors
-
-__all__ = [
-    "AttentionBounds",
-    "AttentionState",
-    "Detector",
-    "Verdict",
-    "Violations",
-    "attnchecker",
-    "compute_attention_bounds",
-    "detect_violation",
-    "element_detectors",
-    "epsilon_detectors",
-    "finite_detector",
-    "flash_abft",
-    "fused_detectors",
-    "get_detector",
-    "list_detectors",
-    "output_detectors",
-    "projection_detectors",
-    "range_detectors",
-    "ranger",
-    "realm",
-    "register_detector",
-    "score_detectors",
-    "softmax_detectors",
-]
+# What is handed on, and from where, stands in the stub beside; nothing is loaded before it is used.
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

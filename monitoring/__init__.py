@@ -9,9 +9,7 @@ Public names: ``PerformanceMonitor``, ``PerformanceMetrics``, ``PerformanceAggre
 True
 """
 
-from monitoring.cache.forward_cache import ForwardCache
-from monitoring.performance.aggregator import PerformanceAggregator
-from monitoring.performance.monitor import PerformanceMetrics, PerformanceMonitor
-from monitoring.trace.trace_writer import TraceWriter
+import lazy_loader
 
-__all__ = ["ForwardCache", "PerformanceAggregator", "PerformanceMetrics", "PerformanceMonitor", "TraceWriter"]
+# What is handed on, and from where, stands in the stub beside; nothing is loaded before it is used.
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -3,7 +3,7 @@
 Public names: ``AttentionBounds``, ``compute_attention_bounds``, ``Violations``, ``detect_violation``.
 """
 
-from bounds.epsilon.bounds import AttentionBounds, compute_attention_bounds
-from bounds.epsilon.violations import Violations, detect_violation
+import lazy_loader
 
-__all__ = ["AttentionBounds", "Violations", "compute_attention_bounds", "detect_violation"]
+# What is handed on, and from where, stands in the stub beside; nothing is loaded before it is used.
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -10,6 +10,7 @@ tables. Tables, ``summary.csv`` and the JSON block in the page hold the same num
 Public names: ``write_report``.
 """
 
-from experiments.report.writing import write_report
+import lazy_loader
 
-__all__ = ["write_report"]
+# What is handed on, and from where, stands in the stub beside; nothing is loaded before it is used.
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

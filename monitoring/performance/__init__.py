@@ -3,7 +3,7 @@
 Public names: ``PerformanceMetrics``, ``PerformanceMonitor``, ``PerformanceAggregator``.
 """
 
-from monitoring.performance.aggregator import PerformanceAggregator
-from monitoring.performance.monitor import PerformanceMetrics, PerformanceMonitor
+import lazy_loader
 
-__all__ = ["PerformanceAggregator", "PerformanceMetrics", "PerformanceMonitor"]
+# What is handed on, and from where, stands in the stub beside; nothing is loaded before it is used.
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import itertools
 import math
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from attention_states import DTYPES, attend, mask_of, poked, random_state, replaced
+from registrations import registrations_undone
 
 from bounds import (
     AttentionState,
@@ -426,9 +428,20 @@ def test_unknown_detectors_are_refused_with_the_nearest_name():
         get_detector("s@w", tolerance=-1)
 
 
-def test_a_new_detector_is_registered_once_and_says_what_it_misses(monkeypatch):
-    monkeypatch.setattr(registry, "_DETECTORS", dict(registry._DETECTORS))
+@pytest.fixture
+def _registry():
+    with registrations_undone():
+        yield
 
+
+def test_the_table_of_detectors_says_what_every_module_registers():
+    for module, names in registry.BUILT_IN.items():
+        importlib.import_module(module)
+        assert sorted(names) == sorted(name for name, it in registry._CLASSES.items() if it.__module__ == module)
+
+
+@pytest.mark.usefixtures("_registry")
+def test_a_new_detector_is_registered_once_and_says_what_it_misses():
     @register_detector
     class HiddenDetector(Detector):
         name, needs, statement, cost = "hidden", frozenset({"projected", "scores"}), "nothing", "1"

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 from attention_states import random_state, replaced
+from registrations import registrations_undone
 
-import bounds.registry
 from bounds import Detector, get_detector, list_detectors
 from bounds.user_detectors import is_detector_path, load_detector
 
@@ -38,8 +38,9 @@ class NoDetector:
 
 
 @pytest.fixture(autouse=True)
-def _registry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bounds.registry, "_DETECTORS", dict(bounds.registry._DETECTORS))
+def _registry() -> Iterator[None]:
+    with registrations_undone():
+        yield
 
 
 @pytest.fixture

@@ -12,9 +12,9 @@ import pytest
 import torch
 import transformers
 from engine_places import LENGTH, integer_view, opened_place, padded, runner_of, small_gpt2, small_llama, tokens
+from registrations import registrations_undone
 from torch import Tensor, nn
 
-import bounds.registry
 from bounds import AttentionState, Detector, Verdict, register_detector
 from experiments.config import DetectConfig, ExperimentConfig, RunConfig
 from experiments.engine import pairs as paired_run
@@ -325,8 +325,9 @@ def test_a_head_that_is_not_exact_in_rows_without_control_is_found(monkeypatch: 
 
 
 @pytest.fixture
-def _registry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bounds.registry, "_DETECTORS", dict(bounds.registry._DETECTORS))
+def _registry() -> Iterator[None]:
+    with registrations_undone():
+        yield
 
 
 @pytest.mark.usefixtures("_registry")

@@ -1,0 +1,10 @@
+from .core.attention_state import AttentionState as AttentionState
+from .core.detector import Detector as Detector
+from .core.detector import Verdict as Verdict
+from .epsilon.bounds import AttentionBounds as AttentionBounds
+from .epsilon.bounds import compute_attention_bounds as compute_attention_bounds
+from .epsilon.violations import Violations as Violations
+from .epsilon.violations import detect_violation as detect_violation
+from .registry import get_detector as get_detector
+from .registry import list_detectors as list_detectors
+from .registry import register_detector as register_detector
