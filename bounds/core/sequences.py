@@ -66,6 +66,16 @@ def by_group(state: AttentionState) -> AttentionState:
     return dataclasses.replace(state, **changed, projected=origins_by_group(state))
 
 
+def groups_joined(value: Value, batch: int) -> Value:
+    """Return statistics of ``by_group(state)`` as those of ``state``, a call of ``batch`` sequences.
+
+    Args:
+        value: a tensor (B * H_kv, H / H_kv, ...), or a dataclass, tuple or dict of such; None, numbers and texts stay.
+        batch: B.
+    """
+    return cast(Value, _picked(value, lambda tensor: tensor.reshape(batch, -1, *tensor.shape[2:]), batch))
+
+
 def origins_by_group(state: AttentionState) -> Mapping[str, ProjectedOperand] | None:
     """Return ``by_group(state).projected`` alone."""
     if state.projected is None:

@@ -26,7 +26,7 @@ from experiments.engine.fast.front import EngineMismatchError
 from experiments.engine.fast.recording import resumed
 from experiments.engine.fast.run import FastRun
 from experiments.engine.fast.wide_linear import OutputBuffer
-from experiments.engine.opened_batch import OpenedBatch
+from experiments.engine.opened_batch import OpenedBatch, Opening
 from experiments.engine.plain import PlainRuns, Shortcut, attempt
 from experiments.engine.proof import Proof, prove
 from experiments.engine.records import Records
@@ -123,10 +123,14 @@ class BatchRuns:
         """Execute runs of one input and choice of detectors."""
         config, context = runs[0][1], self._context
         proof, opened = self.proof(config, batch_index), None
-        known = model_fingerprint(context.subject.model), context.baseline(batch_index, config)
+        opening = None
         if proof.chain is not None and config.run.reuse_baseline:
-            batch, detectors = context.batches[batch_index], context.detectors(config)
-            opened = OpenedBatch.of(context.subject, proof.chain, batch, known[1], detectors)
+            detectors = context.detectors(config)
+            opening = Opening(context.subject, proof.chain, detectors, by_groups=proof.rows is None)
+        model_id = model_fingerprint(context.subject.model)
+        known = model_id, context.baseline(batch_index, config, model_id=model_id, recorder=opening)
+        if opening is not None:
+            opened = opening.opened(context.batches[batch_index], known[1])
         drawn: list[DrawnRun] = []
         for planned, own in runs:
             run = attempt(partial(self._drawing.draw, planned, own, known))

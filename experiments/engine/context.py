@@ -18,7 +18,7 @@ from torch import Tensor
 from bounds import Detector
 from experiments.config import ExperimentConfig
 from experiments.effects.block_outputs import BlockOutputs
-from experiments.passes.baseline import Baseline
+from experiments.passes.baseline import Baseline, Recorder
 from experiments.passes.baselines import Baselines
 from experiments.passes.block_changes import Blocks, BlockWatcher
 from experiments.passes.subject import Subject
@@ -63,10 +63,15 @@ class Context:
         return self.baselines.detectors(config)
 
     def baseline(
-        self, batch_index: int, config: ExperimentConfig, run_id: str = "", model_id: str | None = None
+        self,
+        batch_index: int,
+        config: ExperimentConfig,
+        run_id: str = "",
+        model_id: str | None = None,
+        recorder: Recorder | None = None,
     ) -> Baseline:
-        """Return the fault-free pass of a batch, computed once for each input, model and set of detectors."""
-        return self.baselines.get(batch_index, config, run_id, model_id)
+        """Return the fault-free pass of a batch; see ``Baselines.get``."""
+        return self.baselines.get(batch_index, config, run_id, model_id, recorder)
 
     def follows(self, config: ExperimentConfig) -> bool:
         """Whether propagated runs of a configuration are to be compared behind every block, and can be."""

@@ -1,9 +1,9 @@
 """One input, ready for fast runs: its recorded fault-free pass, and what was found out about it.
 
-    opened = OpenedBatch.of(subject, chain, batch, baseline, detectors)      # or the reason why it cannot be
-    engine = opened.engine(batch_runs=None)
-
-Public names: ``OpenedBatch``, ``is_causal``.
+opening = Opening(subject, chain, detectors)
+baseline = baselines.get(number, config, recorder=opening)               # one pass for both
+opened = opening.opened(batch, baseline)                                 # or the reason why it cannot be
+engine = opened.engine(batch_runs=None)
 """
 
 from __future__ import annotations
@@ -19,16 +19,20 @@ from torch import Tensor
 from bounds import Detector, Verdict
 from experiments.effects.baseline_rows import BaselineRows
 from experiments.effects.block_outputs import BlockOutputs
+from experiments.effects.loss import Evaluation
 from experiments.engine.fast.engine import FastEngine
-from experiments.engine.fast.recording import Recording, record
+from experiments.engine.fast.recording import Recording, record, recorded_pass
 from experiments.engine.fast.site_verdicts import CleanGroups, unsupported
 from experiments.engine.fast.wide_linear import OutputBuffer
 from experiments.inputs.blocks import Chain
-from experiments.passes.baseline import Baseline
+from experiments.passes.baseline import Baseline, Judge
 from experiments.passes.subject import Subject
-from experiments.passes.taps.call_state import Situation
+from experiments.passes.taps.call_state import Origins, Situation
 from experiments.passes.taps.origins import recorded_origins
+from experiments.passes.taps.watcher import Watcher
+from fault_injection import Tap
 from fault_injection.numbers.model_outputs import bitwise_equal
+from monitoring.cache.cached_value import value_digest
 from monitoring.performance.memory import give_back_free_memory
 
 
@@ -62,7 +66,7 @@ class OpenedBatch:
         baseline: Baseline,
         detectors: Sequence[Detector],
     ) -> OpenedBatch | str:
-        """Run a fault-free pass and keep what runs can begin from, or say why they cannot."""
+        """Run a fault-free pass of its own and keep what runs can begin from, or say why they cannot."""
         groups = None
         # Behind the fault-free pass, and behind its recording, lie many large holes.
         give_back_free_memory()
@@ -75,7 +79,20 @@ class OpenedBatch:
             return recording
         if not bitwise_equal(recording.evaluation.output, baseline.evaluation.output):
             return "a recorded pass gives another output than the plain one"
-        # They are equal, and one of them is enough to keep.
+        return cls.recorded(subject, chain, batch, baseline, recording, groups)
+
+    @classmethod
+    def recorded(
+        cls,
+        subject: Subject,
+        chain: Chain,
+        batch: Mapping[str, Tensor],
+        baseline: Baseline,
+        recording: Recording,
+        groups: CleanGroups | None,
+    ) -> OpenedBatch:
+        """Return what runs share, of a pass that was recorded and gave the output of the baseline."""
+        # The two outputs are equal, and one of them is enough to keep.
         recording = replace(recording, evaluation=baseline.evaluation)
         rows = BaselineRows.of(subject.family, recording.evaluation.output, batch)
         give_back_free_memory()
@@ -105,8 +122,14 @@ class OpenedBatch:
         )
 
     def differing_verdict(self, baseline: Baseline) -> str | None:
-        """Return which detector says something else of groups of heads than of whole calls, or None."""
-        for (name, layer), verdict in ({} if self.groups is None else self.groups.whole()).items():
+        """Return which detector says or keeps something else of groups of heads than of whole calls, or None."""
+        if self.groups is None:
+            return None
+        for key, kept in self.groups.statistics.items():
+            for name, value in kept.items():
+                if value_digest(value) != value_digest(baseline.situation.baseline[key][name]):
+                    return f"detector {name} in layer {key[0]} keeps something else of its groups of heads"
+        for (name, layer), verdict in self.groups.whole().items():
             # Oracles do not judge the fault-free pass itself.
             whole = baseline.verdicts.get((name, layer), verdict)
             if recorded_part(whole) != recorded_part(verdict):
@@ -114,6 +137,49 @@ class OpenedBatch:
                     f"detector {name} in layer {layer} says {verdict} of its groups of heads, and {whole} of the call"
                 )
         return None
+
+
+class Opening:
+    """Records the fault-free pass of one input while its baseline is computed, so that one pass is enough for both.
+
+    Args:
+        subject, chain: the model and its blocks.
+        detectors: prepared and calibrated.
+        by_groups: let the detectors look at groups of heads, which are then those of ``OpenedBatch.groups``; what they
+            say of the whole calls is made of that. It must have been compared once with the whole calls
+            (``OpenedBatch.differing_verdict``).
+    """
+
+    def __init__(self, subject: Subject, chain: Chain, detectors: Sequence[Detector], *, by_groups: bool) -> None:
+        self._subject, self._chain, self._detectors, self._by_groups = subject, chain, detectors, by_groups
+        self._groups: CleanGroups | None = None
+        self._recording: Recording | str | None = None
+
+    def judge(self, situation: Situation, origins: Origins | None) -> Judge:
+        """Return the tap that lets the detectors look."""
+        if not self._by_groups or not self._detectors or unsupported(self._detectors) is not None:
+            return Watcher(self._detectors, situation, origins=origins)
+        self._groups = CleanGroups(self._detectors, situation, origins, self._subject.synchronize)
+        return self._groups
+
+    def forward(self, batch: Mapping[str, Tensor], *taps: Tap, origins: Origins | None) -> Evaluation:
+        """Run the pass with the taps, and keep what runs can begin from."""
+        # Behind the last input lie many large holes.
+        give_back_free_memory()
+        evaluation, self._recording = recorded_pass(self._subject, self._chain, batch, *taps, origins=origins)
+        return evaluation
+
+    def opened(self, batch: Mapping[str, Tensor], baseline: Baseline) -> OpenedBatch | str:
+        """Return the input ready for runs, or the reason why it cannot be.
+
+        Where the baseline was known before, it was not computed here: a pass of its own is made.
+        """
+        recording, self._recording = self._recording, None
+        if recording is None:
+            return OpenedBatch.of(self._subject, self._chain, batch, baseline, self._detectors)
+        if isinstance(recording, str):
+            return recording
+        return OpenedBatch.recorded(self._subject, self._chain, batch, baseline, recording, self._groups)
 
 
 def recorded_part(verdict: Verdict) -> Any:

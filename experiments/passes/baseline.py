@@ -1,10 +1,16 @@
 """The fault-free pass of one input, and all that runs need of it.
 
+    first = compute_baseline(subject, batch, detectors)          # one pass, and a plain one to compare with
+    second = compute_baseline(subject, other, detectors, seconds=first.forward_seconds)          # one pass
+
 It is computed once per input and model and read from the forward cache afterwards. Beside the output it holds the
 sites that faults can hit, the visible keys, what every detector said of the clean pass (the false positives), and the
-reduced statistics that ``oracle_*`` detectors compare with.
+reduced statistics that ``oracle_*`` detectors compare with. All of it is found in one pass: the survey looks at each
+tensor first, then the detectors, and a recorder may keep what runs can begin from.
 
-Public names: ``Baseline``, ``compute_baseline``.
+What faulty outputs are compared with is the output of this pass, in which taps only look. That they only look is
+checked: of the first input of a shape the pass is repeated without taps and must give the same bits, and of every input
+the detectors must leave the tensors alone that they read.
 """
 
 from __future__ import annotations
@@ -12,6 +18,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -22,11 +29,33 @@ from experiments.errors import CheckRefusedError
 from experiments.inputs.families import FAMILIES
 from experiments.inputs.windows import real_positions
 from experiments.passes.subject import Subject
-from experiments.passes.taps.call_state import Situation
+from experiments.passes.taps.call_state import Origins, Situation, SituationSurvey
 from experiments.passes.taps.origins import recorded_origins
 from experiments.passes.taps.watcher import Watcher
-from fault_injection import Site, SiteSurvey
+from fault_injection import Site, Tap
 from fault_injection.numbers.model_outputs import bitwise_equal
+
+
+class Judge(Tap, Protocol):
+    """A tap that lets detectors look at a fault-free pass; ``Watcher`` is one."""
+
+    @property
+    def verdicts(self) -> Mapping[tuple[str, int], Verdict]:
+        """What the detectors said, by ``(detector, layer)``; oracles do not judge the pass they are made of."""
+
+    @property
+    def statistics(self) -> Mapping[tuple[int, int], Mapping[str, Any]]:
+        """What the oracles keep, by ``(layer, call)`` and detector."""
+
+
+class Recorder(Protocol):
+    """Keeps more of a fault-free pass than its ``Baseline``."""
+
+    def judge(self, situation: Situation, origins: Origins | None) -> Judge:
+        """Return the tap that lets the detectors look."""
+
+    def forward(self, batch: Mapping[str, Tensor], *taps: Tap, origins: Origins | None) -> Evaluation:
+        """Run the pass with the taps, as ``Subject.forward`` does."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +67,8 @@ class Baseline:
         sites: by ``(layer, location)``.
         situation: what detectors may know of this input; its ``baseline`` part is for ``oracle_*`` detectors alone.
         verdicts: by ``(detector, layer)``, what the detectors said of this clean pass.
-        forward_seconds: one fault-free pass with instrumentation but without taps, after a warm-up.
+        forward_seconds: one fault-free pass with instrumentation but without taps, after a warm-up, on an input of
+            this shape.
     """
 
     evaluation: Evaluation
@@ -48,31 +78,49 @@ class Baseline:
     forward_seconds: float
 
 
-def compute_baseline(subject: Subject, batch: Mapping[str, Tensor], detectors: Sequence[Detector]) -> Baseline:
-    """Survey the input, let the detectors look at the clean pass, then time a plain one.
+def compute_baseline(
+    subject: Subject,
+    batch: Mapping[str, Tensor],
+    detectors: Sequence[Detector],
+    *,
+    seconds: float | None = None,
+    recorder: Recorder | None = None,
+) -> Baseline:
+    """Survey the input and let the detectors look, all in one pass.
 
-    The three passes go through the same kernels; the output is that of the last, timed one.
+    Args:
+        subject: the patched model.
+        batch: as ``Subject.to_device`` returns it.
+        detectors: prepared and calibrated.
+        seconds: of a plain pass on an input of this shape; None: it is made now, and must give the same output.
+        recorder: keeps more of the pass.
+
+    Raises:
+        CheckRefusedError: the output is not finite, or depends on who looks.
     """
     real = None if FAMILIES[subject.family].two_stacks else real_positions(batch)
-    survey = SiteSurvey(subject.dtype, real_queries=real)
-    subject.forward(batch, survey)
-    situation = Situation.of(survey, subject.kv_equal)
+    survey = SituationSurvey(subject.dtype, subject.kv_equal, real)
     with recorded_origins(subject.model, detectors) as origins:
-        watcher = Watcher(detectors, situation, origins=origins)
-        watched = subject.forward(batch, watcher)
-    evaluation, seconds = timed_forward(subject, batch)
-    if not bitwise_equal(watched.output, evaluation.output):
-        raise CheckRefusedError(
-            "control run: the fault-free pass gives another output when detectors look at it; a detector writes into "
-            "the tensors it reads, or the pass is not deterministic"
-        )
+        if recorder is None:
+            judge: Judge = Watcher(detectors, survey.situation, origins=origins)
+            evaluation = subject.forward(batch, survey, judge)
+        else:
+            judge = recorder.judge(survey.situation, origins)
+            evaluation = recorder.forward(batch, survey, judge, origins=origins)
+    if seconds is None:
+        plain, seconds = timed_forward(subject, batch)
+        if not bitwise_equal(evaluation.output, plain.output):
+            raise CheckRefusedError(
+                "control run: the fault-free pass gives another output when detectors look at it; a detector writes "
+                "into the tensors it reads, or the pass is not deterministic"
+            )
     if not bool(torch.isfinite(evaluation.output).all()):
         raise CheckRefusedError(
             f"the fault-free output of {type(subject.model).__name__} in {subject.dtype} is not finite on an input of "
             "this campaign; no fault could be told from it"
         )
-    situation = replace(situation, baseline=watcher.statistics)
-    return Baseline(evaluation, survey.sites(), situation, watcher.verdicts, seconds)
+    situation = replace(survey.found(), baseline=judge.statistics)
+    return Baseline(evaluation, survey.sites(), situation, judge.verdicts, seconds)
 
 
 def timed_forward(subject: Subject, batch: Mapping[str, Tensor]) -> tuple[Evaluation, float]:

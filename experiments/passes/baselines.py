@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -18,7 +19,7 @@ from torch import Tensor
 from bounds import Detector, Verdict, get_detector
 from bounds.registry import is_oracle
 from experiments.config import ExperimentConfig
-from experiments.passes.baseline import Baseline, compute_baseline
+from experiments.passes.baseline import Baseline, Recorder, compute_baseline
 from experiments.passes.calibration import calibrate
 from experiments.passes.gate import check_clean_correction
 from experiments.passes.subject import Subject
@@ -49,6 +50,7 @@ class Baselines:
     ) -> None:
         self._subject, self._batches, self._forward, self._calibration = subject, batches, forward, calibration
         self._learnt_id = ""
+        self._seconds: dict[str, float] = {}
         self._detectors: dict[tuple[tuple[str, ...], float], list[Detector]] = {}
         self._last: tuple[Any, Baseline] | None = None
         self._known: set[str] = set()
@@ -70,19 +72,28 @@ class Baselines:
         return self._detectors[key]
 
     def get(
-        self, batch_index: int, config: ExperimentConfig, run_id: str = "", model_id: str | None = None
+        self,
+        batch_index: int,
+        config: ExperimentConfig,
+        run_id: str = "",
+        model_id: str | None = None,
+        recorder: Recorder | None = None,
     ) -> Baseline:
-        """Return the fault-free pass of a batch, computed once for each input, model and set of detectors."""
+        """Return the fault-free pass of a batch, computed once for each input, model and set of detectors.
+
+        A recorder keeps more of the pass; it is not asked where the pass was made before.
+        """
         detectors, tolerance = self.detectors(config), config.detect.tolerance
         model_id = model_id or model_fingerprint(self._subject.model)
         names, correct = [detector.name for detector in detectors], config.detect.correct
-        learnt = self._learnt_id if any(detector.calibrated for detector in detectors) else ""
+        learnt = self._learnt(detectors)
 
         # A look into the cache costs a copy; runs of one input come one after the other.
         key = batch_index, model_id, names, tolerance, correct, learnt
         if self._last is None or self._last[0] != key:
             self._last = None
-            self._last = key, self._look_up(batch_index, config, detectors, model_id, learnt, run_id)
+            compute = partial(self._compute, batch_index, config, model_id, recorder)
+            self._last = key, self._look_up(batch_index, config, model_id, compute, run_id)
         baseline = self._last[1]
         # What calibrated detectors say depends on what they have seen.
         baseline_id = digest(model_id, self.input_ids[batch_index], *filter(None, [learnt]))
@@ -97,29 +108,41 @@ class Baselines:
         self,
         batch_index: int,
         config: ExperimentConfig,
-        detectors: Sequence[Detector],
         model_id: str,
-        learnt: str,
+        compute: Callable[[], Baseline],
         run_id: str,
     ) -> Baseline:
-        batch, correct = self._batches[batch_index], config.detect.correct
-
-        def compute() -> Baseline:
-            computed = compute_baseline(self._subject, batch, detectors)
-            if correct:
-                check_clean_correction(self._subject, batch, computed)
-            return computed
-
+        detectors = self.detectors(config)
         determining = {
             "detectors": [detector.name for detector in detectors],
             "tolerance": config.detect.tolerance,
             "family": self._subject.family,
-            "correct": correct,
-            "calibration": learnt,
+            "correct": config.detect.correct,
+            "calibration": self._learnt(detectors),
         }
+        batch = dict(self._batches[batch_index])
         return self._forward().cached(
-            "baseline", "base", dict(batch), determining, compute, model=model_id, phase="baseline", run_id=run_id
+            "baseline", "base", batch, determining, compute, model=model_id, phase="baseline", run_id=run_id
         )
+
+    def _compute(
+        self, batch_index: int, config: ExperimentConfig, model_id: str, recorder: Recorder | None
+    ) -> Baseline:
+        batch, detectors = self._batches[batch_index], self.detectors(config)
+        # The first input of a shape is also run plainly: for its seconds, and to see that detectors only look.
+        shapes = {name: list(tensor.shape) for name, tensor in batch.items()}
+        shape = f"{model_id} {config.detect.names()} {config.detect.tolerance} {shapes}"
+        seconds = self._seconds.get(shape)
+        # What is found of groups of heads is trusted once the whole calls have been looked at.
+        recorder = None if seconds is None else recorder
+        computed = compute_baseline(self._subject, batch, detectors, seconds=seconds, recorder=recorder)
+        self._seconds[shape] = computed.forward_seconds
+        if config.detect.correct:
+            check_clean_correction(self._subject, batch, computed)
+        return computed
+
+    def _learnt(self, detectors: Sequence[Detector]) -> str:
+        return self._learnt_id if any(detector.calibrated for detector in detectors) else ""
 
     def new_rows(self) -> tuple[CleanRow, ...]:
         """Return the rows of passes that were looked at for the first time since the last call."""

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from bounds import Detector
 from experiments.passes.subject import Subject
-from experiments.passes.taps.call_state import COMPLETE, Situation, call_state, keep_tensor
-from fault_injection import AttentionCall, SiteSurvey
+from experiments.passes.taps.call_state import COMPLETE, Situation, SituationSurvey, call_state, keep_tensor
+from fault_injection import AttentionCall
 from fault_injection.attention.call_tensors import CallTensors
 
 
@@ -33,9 +33,8 @@ def calibrate(
     if not learning:
         return
     for batch in batches():
-        survey = SiteSurvey(subject.dtype)
-        subject.forward(batch, survey)
-        subject.forward(batch, _Calibrator(learning, Situation.of(survey, subject.kv_equal)))
+        survey = SituationSurvey(subject.dtype, subject.kv_equal)
+        subject.forward(batch, survey, _Calibrator(learning, survey.situation))
 
 
 class _Calibrator:

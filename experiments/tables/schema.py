@@ -156,7 +156,7 @@ class ExperimentResult:
         "errors it saw and could not repair: heads of scores and out, rows of weights", "correction.unrepaired"
     )
     baseline_seconds: float | None = column(
-        "fault-free forward pass without detectors; measured once for each input and repeated here, unless "
+        "fault-free forward pass without detectors; measured once for each shape of input and repeated here, unless "
         "run.reuse_baseline is false",
         "measured.metrics.baseline_forward_time",
         unit="s",

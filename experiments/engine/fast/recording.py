@@ -90,7 +90,14 @@ class Recording:
 def record(
     subject: Subject, chain: Chain, batch: Mapping[str, Tensor], *taps: Tap, origins: Origins | None = None
 ) -> Recording | str:
-    """Run a fault-free pass and keep what runs can begin from, or say why they cannot.
+    """Return what ``recorded_pass`` does, without the evaluation."""
+    return recorded_pass(subject, chain, batch, *taps, origins=origins)[1]
+
+
+def recorded_pass(
+    subject: Subject, chain: Chain, batch: Mapping[str, Tensor], *taps: Tap, origins: Origins | None = None
+) -> tuple[Evaluation, Recording | str]:
+    """Run a fault-free pass; return its evaluation, and what runs can begin from or why they cannot.
 
     Args:
         subject: the model, patched.
@@ -126,13 +133,13 @@ def record(
     with chain.replaced(block), substituted(subject.model, evaluate):
         evaluation = subject.forward(batch, *taps)
     if (reason := _no_chain(chain, given)) is not None:
-        return reason
+        return evaluation, reason
     overwritten = next((what for what, tensor, version in versions if tensor._version != version), None)
     if overwritten is not None:
-        return f"{overwritten} is overwritten later in the pass"
+        return evaluation, f"{overwritten} is overwritten later in the pass"
     hidden = (*(entry[1] for entry in given), hidden_of(given[-1][3]))
     arguments = tuple(entry[2] for entry in given)
-    return Recording(hidden, arguments, tuple(entry[3] for entry in given), attention, evaluation)
+    return evaluation, Recording(hidden, arguments, tuple(entry[3] for entry in given), attention, evaluation)
 
 
 def _no_chain(chain: Chain, given: list[tuple[int, Tensor, Arguments, Any]]) -> str | None:

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from bounds import AttentionState, Detector, Verdict
-from bounds.core.sequences import by_group, gathered, merged, origins_by_group
+from bounds.core.sequences import by_group, gathered, groups_joined, merged, origins_by_group
 from experiments.engine.fast.recording import AttentionRecord
 from experiments.engine.fast.site_step import Keeper, SiteStep
-from experiments.passes.taps.call_state import COMPLETE, Origins, Situation, call_state, keep_tensor
+from experiments.passes.taps.call_state import COMPLETE, Origins, Situation, call_state, keep_tensor, only_read
 from fault_injection import AttentionCall
 from fault_injection.attention.call_tensors import CallTensors
 
@@ -86,6 +86,7 @@ class CleanGroups:
         self._kept = CallTensors()
         self._verdicts: dict[tuple[str, int], list[Verdict]] = {}
         self._statistics: dict[tuple[str, int], Any] = {}
+        self._fired: dict[tuple[str, int], Verdict] = {}
         self._others: dict[tuple[str, int, int], tuple[list[Verdict], list[Verdict]]] = {}
         self._layers: dict[tuple[str, int], Verdict] = {}
         self._light: dict[int, AttentionState] = {}
@@ -98,9 +99,9 @@ class CleanGroups:
         keep_tensor(self._kept, location, tensor, call, self._situation)
         if location != "out":
             return
-        layer = call.core.index
-        with torch.no_grad():
-            state = call_state(call, self._kept.take(call), self._situation, self._origins)
+        layer, kept = call.core.index, self._kept.take(call)
+        with torch.no_grad(), only_read(kept, call.core.name):
+            state = call_state(call, kept, self._situation, self._origins)
             groups = by_group(state)
             for detector in self._detectors:
                 parts = groups if detector.per_group else state
@@ -108,13 +109,33 @@ class CleanGroups:
                 if detector.oracle and statistics is None:
                     continue
                 self._statistics[detector.name, layer] = statistics
-                self._verdicts[detector.name, layer] = detector.check_each(parts, statistics)
+                self._verdicts[detector.name, layer] = verdicts = detector.check_each(parts, statistics)
+                if not detector.oracle and any(verdict.fired for verdict in verdicts):
+                    # Of groups of heads no positions are kept.
+                    self._fired[detector.name, layer] = detector.check(state)
         self._light[layer] = _without_operands(_without_products(groups))
         self._call[layer] = _without_products(state)
 
     def whole(self) -> dict[tuple[str, int], Verdict]:
-        """Return by detector and layer what the verdicts on the groups say of the whole calls, as a check on them."""
+        """Return by detector and layer what the verdicts on the groups say of the whole calls."""
         return {key: merged(*verdicts) for key, verdicts in self._verdicts.items()}
+
+    @property
+    def verdicts(self) -> dict[tuple[str, int], Verdict]:
+        """What the detectors say of the whole calls, by ``(detector, layer)``; oracles do not judge their own pass."""
+        oracles = {detector.name for detector in self._detectors if detector.oracle}
+        return {key: verdict for key, verdict in self.whole().items() if key[0] not in oracles} | self._fired
+
+    @property
+    def statistics(self) -> dict[tuple[int, int], dict[str, Any]]:
+        """What the oracles keep of the whole calls, by ``(layer, call)`` and detector."""
+        found: dict[tuple[int, int], dict[str, Any]] = {(layer, 0): {} for layer in self._call}
+        by_group = {detector.name for detector in self._detectors if detector.per_group}
+        for (name, layer), kept in self._statistics.items():
+            if kept is not None:
+                batch = self._call[layer].rows[0]
+                found[layer, 0][name] = groups_joined(kept, batch) if name in by_group else kept
+        return found
 
     def judge(self, kept: AttentionRecord, step: SiteStep) -> list[Verdicts]:
         """Return for each fault of a step what every detector says of the layer.

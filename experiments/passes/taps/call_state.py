@@ -4,19 +4,26 @@
     keep_tensor(kept, location, tensor, call, situation)          # at every event of the call
     state = call_state(call, kept.take(call), situation, origins) # at its last event, "out"
 
-Public names: ``Situation``, ``keep_tensor``, ``call_state``, ``COMPLETE``, ``Origins``.
+What detectors may know of the input is found in the same pass by the survey, a tap in front of theirs:
+
+    survey = SituationSurvey(subject.dtype, subject.kv_equal)
+    subject.forward(batch, survey, Watcher(detectors, survey.situation))
+    survey.found()                                                # the situation, for all later passes
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from bounds import AttentionState
 from bounds.core.attention_state import ProjectedOperand
+from experiments.errors import CheckRefusedError
 from fault_injection import AttentionCall, AttentionCore, SiteSurvey
 from fault_injection.attention.call_tensors import CallTensors
 
@@ -38,6 +45,7 @@ class Situation:
             nothing between them and the attention that sets them apart (a rotation of the keys).
         overwritten: the ``(layer, call)`` whose architecture changes the scores in place after their product.
         baseline: by ``(layer, call)`` and detector, what an ``oracle_*`` kept of the fault-free pass.
+        complete: False while a survey fills it: any scores may still be overwritten.
     """
 
     visible: Mapping[tuple[int, int], Tensor]
@@ -45,6 +53,7 @@ class Situation:
     kv_equal: Mapping[tuple[int, int], bool]
     overwritten: tuple[tuple[int, int], ...] = ()
     baseline: Mapping[tuple[int, int], Mapping[str, Any]] = field(default_factory=dict)
+    complete: bool = True
 
     @classmethod
     def of(cls, survey: SiteSurvey, projections_equal: Mapping[int, bool]) -> Situation:
@@ -53,10 +62,43 @@ class Situation:
         return cls(dict(survey.visible), dict(survey.plain_logits), kv_equal, tuple(sorted(survey.overwritten)))
 
 
+class SituationSurvey(SiteSurvey):
+    """A survey whose findings the taps behind it can read in the same pass.
+
+    Args:
+        model_dtype: see ``SiteSurvey``.
+        projections_equal: by layer, whether W_K = W_V and b_K = b_V.
+        real_queries: see ``SiteSurvey``.
+
+    Attributes:
+        situation: filled while the pass runs; at the last event of a call it holds all of that call.
+    """
+
+    def __init__(
+        self, model_dtype: torch.dtype, projections_equal: Mapping[int, bool], real_queries: Tensor | None = None
+    ) -> None:
+        super().__init__(model_dtype, real_queries=real_queries)
+        self._projections_equal = projections_equal
+        self._kv_equal: dict[tuple[int, int], bool] = {}
+        self.situation = Situation(self.visible, self.plain_logits, self._kv_equal, complete=False)
+
+    def on(self, location: str, tensor: Tensor, call: AttentionCall) -> None:
+        """Note what the tensor shows."""
+        super().on(location, tensor, call)
+        key = call.core.index, call.number
+        if location == "v" and key in self.kv_identical:
+            self._kv_equal[key] = self.kv_identical[key] and self._projections_equal[key[0]]
+
+    def found(self) -> Situation:
+        """Return what the pass has shown."""
+        return Situation.of(self, self._projections_equal)
+
+
 def keep_tensor(kept: CallTensors, location: str, tensor: Tensor, call: AttentionCall, situation: Situation) -> None:
     """Keep a tensor until the call ends; a copy where the architecture would overwrite it."""
-    overwritten = location == "scores" and (call.core.index, call.number) in situation.overwritten
-    kept.keep(call, location, tensor.detach().clone() if overwritten else tensor.detach())
+    key = call.core.index, call.number
+    copied = location == "scores" and (key in situation.overwritten or not situation.complete)
+    kept.keep(call, location, tensor.detach().clone() if copied else tensor.detach())
 
 
 def call_state(
@@ -85,6 +127,23 @@ def call_state(
         layer=call.core.index,
         name=call.core.name,
     )
+
+
+@contextmanager
+def only_read(kept: Mapping[str, Tensor], name: str) -> Iterator[None]:
+    """Raise ``CheckRefusedError`` if a tensor of the call of module ``name`` is written to inside the block."""
+    before = {location: _version(tensor) for location, tensor in kept.items()}
+    yield
+    written = next((location for location, tensor in kept.items() if _version(tensor) != before[location]), None)
+    if written is not None:
+        raise CheckRefusedError(
+            f"control run: a detector writes into {written} of {name}; detectors read a pass and must not change it"
+        )
+
+
+def _version(tensor: Tensor) -> int:
+    # Tensors made in inference mode do not count who writes to them.
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _same_tensor(left: Tensor, right: Tensor) -> bool:

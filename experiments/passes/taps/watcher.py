@@ -25,7 +25,7 @@ from torch import Tensor
 from bounds import AttentionState, Detector, Verdict
 from bounds.core.sequences import merged
 from bounds.effects.certifier import Certifier
-from experiments.passes.taps.call_state import COMPLETE, Origins, Situation, call_state, keep_tensor
+from experiments.passes.taps.call_state import COMPLETE, Origins, Situation, call_state, keep_tensor, only_read
 from fault_injection import AttentionCall
 from fault_injection.attention.call_tensors import CallTensors
 
@@ -91,9 +91,9 @@ class Watcher:
         start = self._now()
         hit = self._injected is None or key[0] in self._injected
         looking = self._detectors if hit else self._behind
-        with torch.no_grad():
-            origins = self.origins if hit or self._origins_behind else None
-            state = call_state(call, self._kept.take(call), self._situation, origins)
+        kept, origins = self._kept.take(call), self.origins if hit or self._origins_behind else None
+        with torch.no_grad(), only_read(kept, call.core.name):
+            state = call_state(call, kept, self._situation, origins)
             for detector in looking:
                 detector.derive(state)
             if not self._situation.baseline:
