@@ -27,7 +27,6 @@ from experiments.report.facts.head_ranking import KEY_VALUE_HEADS
 from experiments.report.facts.inputs import ReportInputs
 from experiments.report.facts.stopped import CellEnds
 from experiments.report.facts.summary import MOST_POINTS, Summary
-from experiments.report.facts.worst_runs import SHOWN
 
 MOST_ROWS = 300
 """Most rows of a table in the page; the JSON block and ``summary.csv`` have all of them."""
@@ -202,7 +201,7 @@ def _ranking(name: str, table: pd.DataFrame) -> Table:
 def _worst(table: pd.DataFrame) -> Table:
     whole = {"layer", "index_head", "index_row", "index_col"}
     sizes = {"value_before", "value_after", "loss_diff", "relative_change", "local_change"}
-    shown = [name for name in SHOWN if name not in _UNSHOWN and not table[name].isna().all()]
+    shown = [name for name in table.columns if name not in _UNSHOWN and not table[name].isna().all()]
     columns = tuple(Column(_WORST_HEADINGS.get(name, name.replace("_", " ")), name in whole | sizes) for name in shown)
 
     def cell(name: str, row: Mapping[Any, Any]) -> Cell:

@@ -27,7 +27,15 @@ Row = TypeVar("Row")
 _WIDER: dict[type[Any], type[Any]] = {}
 
 
-def column(meaning: str, source: str = "", *, unit: str = "", timing: bool = False, reproducible: bool = True) -> Any:
+def column(
+    meaning: str,
+    source: str = "",
+    *,
+    unit: str = "",
+    timing: bool = False,
+    reproducible: bool = True,
+    report: bool = False,
+) -> Any:
     """Declare a column of a row type.
 
     Args:
@@ -37,6 +45,7 @@ def column(meaning: str, source: str = "", *, unit: str = "", timing: bool = Fal
         unit: of its numbers.
         timing: whether it measures the execution.
         reproducible: whether it is the same in every execution.
+        report: whether it also stands in the report's table of the worst runs.
     """
     metadata = {
         "meaning": meaning,
@@ -44,6 +53,7 @@ def column(meaning: str, source: str = "", *, unit: str = "", timing: bool = Fal
         "unit": unit,
         "timing": timing,
         "reproducible": reproducible and not timing,
+        "report": report,
     }
     return dataclasses.field(default=None, metadata=metadata)
 

@@ -13,12 +13,15 @@ from pathlib import Path
 import pandas as pd
 
 from experiments.analysis import distinct_faults
+from experiments.tables.columns import declared
+from experiments.tables.schema import ExperimentResult
 
 SHOWN = (
     "run_id", "outcome", "loss_diff", "relative_change", "local_change", "location", "layer", "bits", "index_head",
     "index_row", "index_col", "value_before", "value_after", "bits_before", "bits_after", "violation_detected",
     "detectors",
 )  # fmt: skip
+"""What the table shows of every run, in front of the columns that are declared with ``report=True``."""
 
 
 def worst_runs(runs: pd.DataFrame, count: int = 10) -> pd.DataFrame:
@@ -42,7 +45,8 @@ def worst_runs(runs: pd.DataFrame, count: int = 10) -> pd.DataFrame:
         taken *= 4
     rank = pd.Series(range(len(order)), index=order)
     worst = worst.loc[rank[worst.index].sort_values().index]
-    return worst[list(SHOWN)].head(count)
+    declared_so = [field.name for field in declared(ExperimentResult) if field.metadata["report"]]
+    return worst[[*SHOWN, *declared_so]].head(count)
 
 
 def replay_command(folder: Path, run_id: str) -> str:
