@@ -36,7 +36,7 @@ from experiments.passes.calibration import calibrate
 from experiments.passes.subject import Subject
 from experiments.tables.schema import HARMFUL
 from fault_injection import LOCATIONS, FaultSpec, bit_field, draw_fault
-from fault_injection.faults.site import ElementIndex
+from fault_injection.faults.spec import ElementIndex
 
 
 def prepare(

@@ -30,7 +30,8 @@ from bounds.atlas.plot import atlas_figure, require_matplotlib
 from bounds.atlas.states import ObservedCall, observe
 from bounds.atlas.statistics import FlipStatistics
 from fault_injection import NoAttentionError, UncoveredArchitectureError, patched
-from fault_injection.numbers.bits import FIELDS, bit_field
+from fault_injection.numbers.bits import bit_field
+from fault_injection.numbers.formats import FIELDS
 
 _SAMPLE = (
     "Attention compares every query with every key, turns the scores into weights, and mixes the values by them. "

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from bounds.core.attention_state import AttentionState
 from bounds.effects.fault_effect import LogitMap
-from fault_injection import AttentionCall, attention_cores, tapped
+from fault_injection import OBSERVED, AttentionCall, attention_cores, tapped
 from fault_injection.attention.call_tensors import CallTensors
 from fault_injection.faults.site import visible_keys
 
@@ -61,7 +61,7 @@ class _Observer:
     seen: dict[int, _Seen] = field(default_factory=dict)
     kept: CallTensors = field(default_factory=CallTensors)
 
-    locations = frozenset({"q", "k", "v", "scores", "logits", "weights", "mass", "out"})
+    locations = frozenset(OBSERVED)
 
     def on(self, location: str, tensor: Tensor, call: AttentionCall) -> Tensor | None:
         if call.number > 0:

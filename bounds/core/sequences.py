@@ -32,6 +32,7 @@ from torch import Tensor
 
 from bounds.core.attention_state import AttentionState, ProjectedOperand
 from bounds.core.verdict import merged
+from fault_injection.locations import OPERAND_TENSORS
 
 __all__ = ["by_group", "gathered", "merged", "origins_by_group", "sequence_of"]
 
@@ -91,7 +92,7 @@ def origins_by_group(state: AttentionState) -> Mapping[str, ProjectedOperand] | 
         own = None if source is None else source.repeat_interleave(groups)
         return dataclasses.replace(operand, projected=_grouped(projected, groups), source=own)
 
-    read = {"q": state.query, "k": state.key, "v": state.value}
+    read = {location: getattr(state, name) for location, name in OPERAND_TENSORS.items()}
     return {name: grouped(own, read[name]) for name, own in state.projected.items()}
 
 

@@ -40,6 +40,7 @@ from bounds.core.attention_state import AttentionState
 from bounds.core.row_check import RowCheck
 from bounds.effects.certificate_terms import CertificateTerms, certificate_terms, row_maximum, weighted_maximum
 from bounds.numerics.rounding import reduced_precision
+from fault_injection.locations import LOCATION_TABLE
 
 KAPPA = 2.0**-6
 """By how much a tolerance may grow when the element it judges does: at most two storage roundings of 2^-8, and less
@@ -131,9 +132,10 @@ def certify(state: AttentionState, checks: FaultChecks) -> Certificate:
 def _reason(state: AttentionState, location: str, check: RowCheck | None) -> str | None:
     if check is None:
         return _UNCOVERED
-    if location in ("q", "k", "scores") and state.has_bias_or_cap is None:
+    through_softmax = LOCATION_TABLE[location].through_softmax
+    if through_softmax and state.has_bias_or_cap is None:
         return "it is not known how the scores become logits"
-    if location in ("q", "k", "scores") and state.has_bias_or_cap and state.scores is None:
+    if through_softmax and state.has_bias_or_cap and state.scores is None:
         return "the logits have a bias or soft cap, and this state does not carry the scores"
     return reduced_precision(state.query) or reduced_precision(state.value)
 

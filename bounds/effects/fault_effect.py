@@ -30,9 +30,10 @@ from torch import Tensor
 
 from bounds.core.attention_state import AttentionState
 from bounds.epsilon.bounds import visible_keys
+from fault_injection.locations import LOCATION_TABLE
 
-LOCATIONS = ("q", "k", "v", "scores", "weights", "out")
-_THROUGH_SOFTMAX = frozenset({"q", "k", "scores"})
+LOCATIONS = tuple(row.name for row in LOCATION_TABLE if row.closed_form)
+"""The locations whose faults have a closed form."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def effect_reason(state: AttentionState, location: str, logit_map: LogitMap | No
         raise ValueError(f"location: got {location!r}, allowed {', '.join(LOCATIONS)}")
     if location == "scores" and state.scores is None:
         return "this state does not carry the scores"
-    if location in _THROUGH_SOFTMAX and logit_map is None:
+    if LOCATION_TABLE[location].through_softmax and logit_map is None:
         return "it is not known how the scores become logits (a soft cap changes differences, a bias does not)"
     return None
 
@@ -239,7 +240,7 @@ def local_effect(
     batch, head, row, column = index
     if location == "out":
         effect[index] = after - state.out[index].double()
-    elif location in ("k", "v"):
+    elif LOCATION_TABLE[location].shared:
         group = state.query.shape[1] // state.key.shape[1]
         for reader in range(head * group, (head + 1) * group):
             view = head_view(state, batch, reader)

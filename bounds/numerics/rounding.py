@@ -24,6 +24,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from fault_injection.numbers.formats import FORMATS, NumberFormat
+
 MAX_KEYS = 2**20
 """Most keys a row may have: with more, the float32 sum of the weights has no useful error bound (n * u > 1/16)."""
 
@@ -60,12 +62,14 @@ class Accumulation:
     exp_reach: float
 
 
-_STORAGE = {
-    torch.float64: Storage(0.0, 0.0),
-    torch.float32: Storage(0.0, 0.0),
-    torch.bfloat16: Storage(2.0**-8, 2.0**-134),
-    torch.float16: Storage(2.0**-11, 2.0**-25),
-}
+def _storage_of(layout: NumberFormat) -> Storage:
+    """Return half a unit of the last place, and half the spacing of the subnormal numbers."""
+    if layout.accumulates:
+        return Storage(0.0, 0.0)
+    return Storage(2.0 ** -(layout.mantissa + 1), 2.0 ** (1 - layout.bias - layout.mantissa - 1))
+
+
+_STORAGE = {getattr(torch, layout.name): _storage_of(layout) for layout in FORMATS if layout.computes}
 _SINGLE = Accumulation(roundoff=2.0**-24, exp_error=2.0**-22, underflow=2.0**-126, exp_reach=104.0)
 _DOUBLE = Accumulation(roundoff=2.0**-53, exp_error=2.0**-51, underflow=2.0**-1022, exp_reach=746.0)
 

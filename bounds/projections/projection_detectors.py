@@ -29,12 +29,10 @@ from bounds.core.row_check import RowCheck, RowDetector
 from bounds.numerics.rounding import reduced_precision
 from bounds.projections.projection_sums import ProjectionTables, WideHidden, row_sums, tail_check, wide_hidden, worst
 from bounds.registry import register_detector
+from fault_injection.locations import OPERAND_TENSORS
 from fault_injection.operands.finding import OPERANDS, operand_sources
 from fault_injection.operands.operand_source import OperandSource
 from fault_injection.operands.operand_tails import Tail
-
-READ_AS = {"q": "query", "k": "key", "v": "value"}
-"""The operands, and what a state calls them."""
 
 _ROUNDING_ONCE = (nn.Linear.forward, Conv1D.forward)
 
@@ -51,7 +49,7 @@ def operand_reason(state: AttentionState, operand: str, tail: Tail | None) -> st
     record = None if state.projected is None else state.projected.get(operand)
     if record is None:
         return f"its {people} were not projected in this call (they come from a cache, or nothing was recorded)"
-    read: Tensor = getattr(state, READ_AS[operand])
+    read: Tensor = getattr(state, OPERAND_TENSORS[operand])
     if record.projected.shape != read.shape:
         return (
             f"its {people} have {read.shape[2]} rows and their projection {record.projected.shape[2]}: some come from "
@@ -135,7 +133,7 @@ class ProjectionDetector(RowDetector):
         if isinstance(found, str) or state.projected is None:
             raise ValueError(f"{self.name}: got a call it does not apply to; ask applicable() first")
         tables, tail = found
-        record, read = state.projected[self.operand], getattr(state, READ_AS[self.operand])
+        record, read = state.projected[self.operand], getattr(state, OPERAND_TENSORS[self.operand])
         wide: WideHidden = state.derived(wide_hidden)
         if tail.kind == "identity":
             # Comparing the two copies would find any flip, but as a test of memory, not of an operator.
@@ -152,7 +150,8 @@ class ProjectionDetector(RowDetector):
             raise ValueError(f"{self.name}: got a call it does not apply to; ask applicable() first")
         if found[1].kind == "identity":
             return self.check_rows(state)
-        return tail_check(found[1], state.projected[self.operand], getattr(state, READ_AS[self.operand]), group=1)
+        read = getattr(state, OPERAND_TENSORS[self.operand])
+        return tail_check(found[1], state.projected[self.operand], read, group=1)
 
 
 def _statement(operand: str, channels: str) -> str:

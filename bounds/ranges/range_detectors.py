@@ -26,9 +26,10 @@ from bounds.core.attention_state import AttentionState, ProjectedOperand
 from bounds.core.row_check import RowCheck, RowDetector
 from bounds.numerics.rounding import storage
 from bounds.products.product_detector import required
-from bounds.projections.projection_detectors import READ_AS, operand_reason
+from bounds.projections.projection_detectors import operand_reason
 from bounds.ranges.range_bounds import OperandRange, reason_without_range, score_bound
 from bounds.registry import register_detector
+from fault_injection.locations import OPERAND_TENSORS
 from fault_injection.operands.finding import operand_sources
 from fault_injection.operands.operand_source import OperandSource
 
@@ -111,7 +112,7 @@ class RangeDetector(RowDetector):
         found = self._prepared[state.name]
         if isinstance(found, str):
             raise ValueError(f"{self.name}: got a call it does not apply to; ask applicable() first")
-        read: Tensor = getattr(state, READ_AS[self.operand])
+        read: Tensor = getattr(state, OPERAND_TENSORS[self.operand])
         amplitude, channel = _amplitude(state, self.operand, found)[..., None], state.of_heads(found.channel, read)
         bound = torch.where(found.rotated, channel * amplitude, channel)
 

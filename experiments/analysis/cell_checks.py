@@ -17,9 +17,11 @@ import pyarrow.compute as pc
 from experiments.errors import UsageError, nearest
 from experiments.tables.column_types import column_types
 from experiments.tables.schema import OUTCOMES
-from fault_injection import LOCATIONS
+from fault_injection.locations import LOCATION_TABLE
 
-VOCABULARIES = MappingProxyType({"outcome": OUTCOMES, "scope": ("full", "site"), "location": LOCATIONS})
+VOCABULARIES = MappingProxyType(
+    {"outcome": lambda: OUTCOMES, "scope": lambda: ("full", "site"), "location": LOCATION_TABLE.names}
+)
 """By column the texts it may hold."""
 
 NEEDED_TEXTS = ("run_id", "model", "fault_id")
@@ -48,7 +50,7 @@ def check_cells(table: pa.Table, file: Path, row_type: type[Any]) -> None:
 
 
 def _check_words(column: pa.ChunkedArray, name: str, file: Path) -> None:
-    allowed = VOCABULARIES[name]
+    allowed = VOCABULARIES[name]()
     for word in pc.unique(column).to_pylist():
         if word and word not in allowed:
             said = f"got {word!r}, allowed {', '.join(allowed)}{nearest(word, allowed)}"

@@ -17,6 +17,9 @@ from experiments.registry import Registry
 if TYPE_CHECKING:
     from experiments.config import ExperimentConfig
 
+_ON_REQUEST = "  [only where it is asked for: it is in no default set, and its effects are not predicted]"
+_STORED_ONLY = "  [no model is computed in it]"
+
 
 def print_list(what: str, config: ExperimentConfig) -> None:
     """Print one list; ``what`` is a word of ``LISTS``."""
@@ -35,20 +38,28 @@ def _print_models(config: ExperimentConfig) -> None:
     print("or a local folder, or a hub name (safetensors)")
 
 
-_LOCATION_MEANINGS = {
-    "q": "queries as the score product reads them (after rotation and normalisation)",
-    "k": "keys as the score product reads them",
-    "v": "values as the output product reads them",
-    "scores": "what QK^T gave, before mask (and before the scale where the model applies it after)",
-    "weights": "what the softmax returned",
-    "out": "weights times values, per head",
-}
-
-
 def _print_locations(config: ExperimentConfig) -> None:
-    from fault_injection import LOCATIONS
+    from fault_injection.locations import LOCATION_TABLE
 
-    _print_pairs(((name, _LOCATION_MEANINGS[name]) for name in LOCATIONS), 8)
+    _print_pairs(((row.name, row.meaning + ("" if row.default else _ON_REQUEST)) for row in LOCATION_TABLE), 8)
+
+
+def _print_kinds(config: ExperimentConfig) -> None:
+    from fault_injection.faults.kinds import FAULT_KINDS
+
+    _print_pairs(((kind.name, kind.meaning) for kind in FAULT_KINDS), 15)
+
+
+def _print_formats(config: ExperimentConfig) -> None:
+    from fault_injection.numbers.formats import FORMATS
+
+    for number in FORMATS:
+        fields = "  ".join(f"{name} {_span(bits)}" for name, bits in number.fields.items())
+        print(f"{number.name:14} {number.bits:2} bits: {fields}" + ("" if number.computes else _STORED_ONLY))
+
+
+def _span(bits: range) -> str:
+    return str(bits[0]) if len(bits) == 1 else f"{bits[0]}..{bits[-1]}"
 
 
 def _print_detectors(config: ExperimentConfig) -> None:
@@ -124,6 +135,8 @@ LISTS: Registry[Callable[[ExperimentConfig], None]] = Registry(
     {
         "models": _print_models,
         "locations": _print_locations,
+        "kinds": _print_kinds,
+        "formats": _print_formats,
         "detectors": _print_detectors,
         "layers": _print_layers,
         "sources": _print_sources,

@@ -19,7 +19,8 @@ from experiments.machine.environment import set_determinism
 from experiments.plan.plan import make_plan
 from experiments.plan.sample_size import sample_size
 from fault_injection.faults.candidates import ElementPool
-from fault_injection.faults.fault import BIT_KINDS, bit_choices
+from fault_injection.faults.fault import bit_choices
+from fault_injection.faults.kinds import BITS, FAULT_KINDS, NOTHING, that_draw
 from fault_injection.numbers.bits import float_format
 from monitoring import TraceWriter
 
@@ -76,9 +77,10 @@ def _print_population(config: ExperimentConfig, margin: float, confidence: float
     if several is not None:
         raise UsageError(f"sweep.{several}: faults are counted for one model and data set; give --{several} one value")
     for kind in _kinds(config):
-        if kind not in (*BIT_KINDS, "zero"):
+        if FAULT_KINDS[kind].draws not in (BITS, NOTHING):
+            countable = ", ".join(that_draw(BITS)), ", ".join(that_draw(NOTHING))
             raise UsageError(
-                f"fault.kind: got {kind!r}, allowed {', '.join(BIT_KINDS)} and zero: its faults are not "
+                f"fault.kind: got {kind!r}, allowed {' and '.join(countable)}: its faults are not "
                 "places times bits; give --population"
             )
     set_determinism(config.run.threads)
@@ -122,7 +124,7 @@ def _kinds(config: ExperimentConfig) -> list[str]:
 
 def _choices(config: ExperimentConfig, kind: str, dtype: torch.dtype) -> int:
     """Return how many faults of a kind one element can have: distinct bits, or sets of them."""
-    if kind == "zero":
+    if FAULT_KINDS[kind].draws == NOTHING:
         return 1
     width, found = float_format(dtype).width, set[tuple[int, ...]]()
     for value in config.sweep.get("fault.bit", [config.fault.bit]):

@@ -29,6 +29,7 @@ from experiments.config.fault_section import FaultConfig
 from experiments.config.sections import DataConfig, DetectConfig, ModelConfig, RunConfig, StopConfig
 from experiments.config.slurm_section import SlurmConfig
 from experiments.errors import UsageError
+from fault_injection.locations import LOCATION_TABLE
 from fault_injection.names import nearest
 
 
@@ -159,7 +160,16 @@ def _axis(key: str, values: Any) -> list[Any]:
         else:
             # A long axis of one type is checked once; a whole number may stand where a float is wanted.
             typed.append(value if kinds[type(value)] is type(value) else kinds[type(value)](value))
-    return typed
+    return _canonical_locations(typed) if key == "fault.location" else typed
+
+
+def _canonical_locations(values: list[Any]) -> list[Any]:
+    """Return locations by their names: runs are told apart by these, whatever alias was written."""
+    names = [LOCATION_TABLE[value].name for value in values]
+    for place, name in enumerate(names):
+        if name in names[:place]:
+            raise UsageError(f"sweep.fault.location: {name!r} is given twice, once as {values[place]!r}")
+    return names
 
 
 @functools.cache

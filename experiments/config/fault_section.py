@@ -1,22 +1,20 @@
 """The section ``fault`` of a campaign's configuration.
 
-    FaultConfig(location="scores", bit="exponent", index=IndexConfig(head=3)).spec()
-
-Public names: ``FaultConfig``, ``IndexConfig``.
+>>> FaultConfig(location="attention_scores", bit="exponent", index=IndexConfig(head=3)).spec().location
+'scores'
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import torch
-
 from experiments.config.checks import check_at_least, check_choice
 from experiments.errors import UsageError
-from fault_injection.faults.fault import BIT_KINDS, FaultSpec
+from fault_injection.faults.kinds import BITS, FAULT_KINDS, RATE, that_draw
 from fault_injection.faults.layer_choice import LAYER_MODES, compiled_pattern
-from fault_injection.faults.site import ElementIndex
-from fault_injection.numbers.bits import check_bits
+from fault_injection.faults.spec import AXES, ElementIndex, FaultSpec
+from fault_injection.locations import LOCATION_TABLE
+from fault_injection.numbers.formats import FORMATS
 
 AIMS = ("uniform", "bits", "effect")
 
@@ -31,7 +29,7 @@ class IndexConfig:
     col: int | None = None
 
     def __post_init__(self) -> None:
-        for key in ("batch", "head", "row", "col"):
+        for key in AXES:
             check_at_least(f"fault.index.{key}", getattr(self, key), 0)
 
     def element(self) -> ElementIndex:
@@ -44,7 +42,8 @@ class FaultConfig:
     """The fault of a run.
 
     Attributes:
-        location: ``q k v scores weights out``.
+        location: ``q k v scores weights out``, or ``logits mass``; other names that are used for them (``query``,
+            ``attention_weights``) are read as these.
         bit: a bit number, a list of them (all at once), ``sign``, ``exponent``, ``mantissa``, or ``null`` for any.
         kind: ``bitflip stuck_at_0 stuck_at_1 zero random_value bit_error_rate``.
         rate: the bit error rate.
@@ -70,6 +69,7 @@ class FaultConfig:
 
     def __post_init__(self) -> None:
         try:
+            object.__setattr__(self, "location", LOCATION_TABLE[self.location].name)
             self.spec()
             if self.layer_pattern is not None:
                 compiled_pattern(self.layer_pattern)
@@ -89,12 +89,19 @@ class FaultConfig:
 
     def _check_aim(self) -> None:
         check_choice("fault.aim", self.aim, AIMS)
-        if self.aim == "effect" and self.kind == "bit_error_rate":
-            raise UsageError("fault.aim: got 'effect', allowed uniform where fault.kind is bit_error_rate")
-        if self.aim == "bits" and not (self.kind in BIT_KINDS and isinstance(self.bit, str | None)):
+        drawn = FAULT_KINDS[self.kind].draws
+        if self.aim == "effect" and drawn == RATE:
+            raise UsageError(f"fault.aim: got 'effect', allowed uniform where fault.kind is {self.kind}")
+        if self.aim == "effect" and not LOCATION_TABLE[self.location].closed_form:
+            predicted = ", ".join(row.name for row in LOCATION_TABLE if row.closed_form)
             raise UsageError(
-                f"fault.aim: got 'bits', allowed only where a bit is drawn: fault.kind {', '.join(BIT_KINDS)} (got "
-                f"{self.kind}) and fault.bit null or the name of a field (got {self.bit})"
+                f"fault.aim: got 'effect', allowed where effects are predicted: fault.location {predicted} (got "
+                f"{self.location}); use uniform or bits"
+            )
+        if self.aim == "bits" and not (drawn == BITS and isinstance(self.bit, str | None)):
+            raise UsageError(
+                f"fault.aim: got 'bits', allowed only where a bit is drawn: fault.kind {', '.join(that_draw(BITS))} "
+                f"(got {self.kind}) and fault.bit null or the name of a field (got {self.bit})"
             )
 
     def layer_list(self) -> list[int] | None:
@@ -113,13 +120,13 @@ class FaultConfig:
         return FaultSpec(self.location, self.kind, bits, self.index.element(), self.include_masked, self.rate)
 
     def check_bits_of(self, dtype: str) -> None:
-        """Refuse bits that no tensor of a model of this dtype has; scores and weights may be wider than the model."""
-        native = getattr(torch, dtype)
-        upcast = self.location in ("scores", "weights", "q", "k") and native.itemsize < torch.float32.itemsize
+        """Refuse bits that no tensor of a model of this dtype has; some tensors may be wider than the model."""
+        native, single = FORMATS[dtype], FORMATS["float32"]
+        widened = LOCATION_TABLE[self.location].widened and native.bits < single.bits
         bits = self.spec().bits
         if isinstance(bits, tuple):
             try:
-                check_bits(bits, torch.float32 if upcast else native)
+                (single if widened else native).check(bits)
             except ValueError as error:
                 raise UsageError(_with_key("fault.bit", str(error))) from error
 

@@ -19,8 +19,9 @@ from experiments.config.checks import check_at_least, check_choice
 from experiments.config.fault_section import FaultConfig
 from experiments.config.source_names import parse_source
 from experiments.errors import UsageError
+from fault_injection.numbers.formats import model_dtypes
 
-DTYPES = ("float64", "float32", "bfloat16", "float16")
+DTYPES = model_dtypes()
 ENGINES = ("auto", "plain", "fast")
 
 

@@ -33,6 +33,7 @@ from experiments.errors import MissingResourceError, UsageError, nearest
 from experiments.inputs.families import FAMILIES
 from experiments.inputs.hub import HubUnreachableError, cached_model_folder, first_line, hub_files, pinned_commit
 from experiments.inputs.model_facts import ModelFacts, facts_from_config
+from fault_injection.numbers.formats import model_dtypes
 
 if TYPE_CHECKING:
     from experiments.config import ModelConfig
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 BUILT_IN_MODELS = ("reference", "reference-kv")
-DTYPES = {name: getattr(torch, name) for name in ("float64", "float32", "bfloat16", "float16")}
+DTYPES = {name: getattr(torch, name) for name in model_dtypes()}
 
 _REFERENCE_FOLDER = Path(__file__).resolve().parents[1] / "reference_models"
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")

@@ -26,7 +26,7 @@ from experiments.campaign.folder import CampaignFolder
 from experiments.report.facts.looking import AXES, clean_of, detectors_of
 from experiments.tables.schema import HARMFUL, OUTCOMES
 from fault_injection import LOCATIONS
-from fault_injection.numbers.bits import FIELDS
+from fault_injection.numbers.formats import FIELDS
 
 __all__ = ["closing_table", "wilson_interval"]
 

@@ -23,6 +23,7 @@ from experiments.plan.plan import PlannedRun
 from experiments.runs.measured import Measured, Setting
 from experiments.tables.schema import DetectionRow, ExperimentResult, PropagationRow, row_of
 from fault_injection import Fault, InjectionRecord, bit_field
+from fault_injection.locations import LOCATION_TABLE
 from fault_injection.numbers.bits import float_format
 
 OUTPUT = "output"
@@ -181,11 +182,11 @@ class RunFacts:
 
     @property
     def certificate(self) -> float | None:
-        """The certificate, where it holds: no alarm, and one element."""
-        faults = self.measured.faults
-        # T26 is about one element.
-        several = sum(len(fault.elements) for fault in faults if fault.layer == self.first.layer) > 1
-        return None if self.alarms.violation_detected or several else self.measured.certificate
+        """The certificate, where it holds: no alarm, and one element of a tensor that has a check (T26)."""
+        here = [fault for fault in self.measured.faults if fault.layer == self.first.layer]
+        several = sum(len(fault.elements) for fault in here) > 1
+        covered = all(LOCATION_TABLE[fault.location].closed_form for fault in here)
+        return self.measured.certificate if covered and not several and not self.alarms.violation_detected else None
 
     @cached_property
     def correction(self) -> Correction | None:

@@ -4,14 +4,12 @@ An *attention core* is a module that evaluates softmax(QK^T)V. Each evaluation i
 runs, every tensor it produces is offered to the *taps*, in the order of computation; a tap may look (return
 ``None``) or replace it (return a tensor of the same shape and dtype).
 
-Public names: ``LOCATIONS``, ``OBSERVED``, ``AttentionCore``, ``AttentionCall``, ``ScoreProduct``, ``Tap``.
-
 Shapes: q ``(batch, head, query, channel)``; k, v ``(batch, key/value head, key, channel)``, not repeated for
 grouped queries where the model's own code repeats them inside; scores, logits, weights ``(batch, head, query, key)``;
-out ``(batch, head, query, channel)``.
+out ``(batch, head, query, channel)``. Which locations there are is written in ``fault_injection.locations``.
 
->>> LOCATIONS
-('q', 'k', 'v', 'scores', 'weights', 'out')
+>>> ScoreProduct().factor
+1.0
 """
 
 from __future__ import annotations
@@ -22,15 +20,6 @@ from typing import Protocol
 from weakref import ref
 
 from torch import Tensor, nn
-
-LOCATIONS = ("q", "k", "v", "scores", "weights", "out")
-"""Where a fault can be injected."""
-
-OBSERVED = (*LOCATIONS, "logits", "mass")
-"""What a tap can see: the locations, and two tensors for looking only.
-
-The logits are what the softmax received, after scale, bias and mask; a fault before the softmax belongs in the
-scores. The mass is what multiplies the values: the weights after cast, dropout and removal of a sink's column."""
 
 
 @dataclass(frozen=True)

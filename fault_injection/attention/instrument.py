@@ -34,6 +34,7 @@ from fault_injection.attention.interface import (
 )
 from fault_injection.attention.probe import AttentionProbe
 from fault_injection.attention.scaling import stated_scaling
+from fault_injection.locations import at
 from fault_injection.numbers.model_outputs import bitwise_equal_outputs, output_tensors
 
 Evaluate = Callable[[AttentionCore, tuple[Tensor, Tensor, Tensor], Any, Mapping[str, Any]], Any]
@@ -211,7 +212,7 @@ class Instrumentation:
         if evaluation is None:
             return function(core.module, *tensors, mask, **keywords)
         emit = evaluation.emit
-        query, key, value = (emit(name, t) for name, t in zip(("q", "k", "v"), tensors, strict=True))
+        query, key, value = (emit(name, t) for name, t in zip(("query", "key", "value"), tensors, strict=True))
         probe = AttentionProbe(core, emit, query.shape[0], operands=False, note_product=evaluation.note_product)
         with probe:
             result = function(core.module, query, key, value, mask, **keywords)
@@ -239,16 +240,17 @@ class Instrumentation:
 
 
 class _Evaluation:
-    """Offers the tensors of one evaluation of a core to the taps that want it."""
+    """Offers the tensors of one evaluation of a core to the taps that want it, location by location."""
 
     def __init__(self, wanted: list[tuple[Tap, AttentionCall]]) -> None:
         self._wanted = wanted
 
-    def emit(self, location: str, tensor: Tensor) -> Tensor:
-        for tap, call in self._wanted:
-            if location in tap.locations:
-                replacement = tap.on(location, tensor, call)
-                tensor = tensor if replacement is None else replacement
+    def emit(self, name: str, tensor: Tensor) -> Tensor:
+        for location in at(name):
+            for tap, call in self._wanted:
+                if location.name in tap.locations:
+                    replacement = tap.on(location.name, tensor, call)
+                    tensor = tensor if replacement is None else replacement
         return tensor
 
     def note_product(self, product: ScoreProduct) -> None:

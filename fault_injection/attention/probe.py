@@ -4,11 +4,8 @@ No attention is reimplemented here. A ``TorchFunctionMode`` watches the calls th
 walks through product (scores) -> softmax (logits in, weights out) -> product (out). What a tap returns replaces the
 result of that call, so every later operation, dtype cast and mask is the model's own.
 
-Public names: ``AttentionProbe``, ``PRODUCTS``, ``SOFTMAXES``, ``product_operands``,
-``is_batched_softmax``.
-
     with AttentionProbe(core, emit, batch=2, operands=True):
-        module.forward(hidden_states)          # emit(location, tensor) sees q, k, scores, logits, weights, v, out
+        module.forward(hidden_states)   # emit(name, tensor) sees query, key, scores, logits, weights, value, mass, out
 """
 
 from __future__ import annotations
@@ -96,8 +93,9 @@ class AttentionProbe(TorchFunctionMode):
 
     Args:
         core: the core; it says which batched products of the call are the scores and the output.
-        emit: called as ``emit(location, tensor)`` with tensors in the canonical shapes of
-            ``fault_injection.attention.call``; its return value takes the tensor's place.
+        emit: called as ``emit(name, tensor)`` with each tensor of attention, in the canonical shapes of
+            ``fault_injection.attention.call``; its return value takes the tensor's place. The names are those of
+            ``Location.tensor``.
         batch: the batch size, to tell ``(batch * head, query, channel)`` layouts apart.
         operands: emit q, k and v from the factors of the two products (path R); path A emits them before.
         note_product: called before the scores are emitted if their product is not a plain one.
@@ -149,8 +147,8 @@ class AttentionProbe(TorchFunctionMode):
     def _scores(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         if self._operands:
             query_slot, key_slot = _operand_slots(func, args, kwargs)
-            args, kwargs = self._operand("q", args, kwargs, query_slot, transposed=False)
-            args, kwargs = self._operand("k", args, kwargs, key_slot, transposed=True)
+            args, kwargs = self._operand("query", args, kwargs, query_slot, transposed=False)
+            args, kwargs = self._operand("key", args, kwargs, key_slot, transposed=True)
         self._phase = "softmax"
         if func in _WITH_ADDEND:
             self._note_product(self._addend(func, args, kwargs))
@@ -168,20 +166,23 @@ class AttentionProbe(TorchFunctionMode):
         dtype = kwargs.get("dtype")
         # softmax(x, dtype=d) rounds x to d first; what it saw is the rounded tensor.
         narrowed = logits.to(dtype) if dtype is not None and dtype.itemsize < logits.dtype.itemsize else logits
-        self._emit("logits", self._canonical(narrowed))
+        emitted = self._result("logits", narrowed)
+        if emitted is not narrowed:
+            args, kwargs = _replaced(args, kwargs, 0 if args else "input", emitted)
         self._phase = "out"
         return self._result("weights", func(*args, **kwargs))
 
     def _out(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        mass_slot, value_slot = _operand_slots(func, args, kwargs)
         if self._operands:
-            args, kwargs = self._operand("v", args, kwargs, _operand_slots(func, args, kwargs)[1], transposed=False)
-        self._emit("mass", self._canonical(_get(args, kwargs, _operand_slots(func, args, kwargs)[0])))
+            args, kwargs = self._operand("value", args, kwargs, value_slot, transposed=False)
+        args, kwargs = self._operand("mass", args, kwargs, mass_slot, transposed=False)
         self._phase = "done"
         return self._result("out", func(*args, **kwargs))
 
     def _operand(
         self,
-        location: str,
+        name: str,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         slot: int | str,
@@ -191,15 +192,15 @@ class AttentionProbe(TorchFunctionMode):
         operand: Tensor = _get(args, kwargs, slot)
         canonical = self._canonical(operand)
         canonical = canonical.transpose(-1, -2) if transposed else canonical
-        emitted = self._emit(location, canonical)
+        emitted = self._emit(name, canonical)
         if emitted is canonical:
             return args, kwargs
         changed = emitted.transpose(-1, -2) if transposed else emitted
         return _replaced(args, kwargs, slot, changed.reshape(operand.shape))
 
-    def _result(self, location: str, tensor: Tensor) -> Tensor:
+    def _result(self, name: str, tensor: Tensor) -> Tensor:
         canonical = self._canonical(tensor)
-        emitted = self._emit(location, canonical)
+        emitted = self._emit(name, canonical)
         return tensor if emitted is canonical else emitted.reshape(tensor.shape)
 
     def _canonical(self, tensor: Tensor) -> Tensor:

@@ -6,8 +6,6 @@
     fault = candidates.fault(17)
 
 The distribution is that of ``draw_fault``; the generator is used in another way, so the faults themselves differ.
-
-Public names: ``ElementPool``, ``Candidates``, ``draw_candidates``.
 """
 
 from __future__ import annotations
@@ -19,8 +17,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fault_injection.faults.fault import Element, Fault, FaultSpec, bit_choices, bit_masks
-from fault_injection.faults.site import ElementIndex, Site
+from fault_injection.faults.fault import Element, Fault, bit_choices
+from fault_injection.faults.kinds import BITS, FAULT_KINDS, PATTERN, RATE
+from fault_injection.faults.site import Site
+from fault_injection.faults.spec import ElementIndex, FaultSpec
 from fault_injection.numbers.bits import check_bits, float_format
 
 Integers = NDArray[np.int64]
@@ -146,19 +146,21 @@ def draw_candidates(
     Raises:
         ValueError: a bit that the site's native dtype does not have, or a bit error rate, which has no one element.
     """
-    if spec.kind == "bit_error_rate":
-        raise ValueError("fault.kind: got 'bit_error_rate', allowed a kind that hits one element")
+    kind = FAULT_KINDS[spec.kind]
+    if kind.draws == RATE:
+        raise ValueError(f"fault.kind: got {spec.kind!r}, allowed a kind that hits one element")
     indices, layout = pool.draw(count, random), float_format(site.dtype)
-    bits, keep, toggle = np.empty((count, 0), np.int64), np.zeros(count, np.uint64), np.zeros(count, np.uint64)
-    if spec.kind == "random_value":
-        toggle = random.integers(1 << 64, size=count, dtype=np.uint64) & np.uint64(layout.all_bits)
-    elif spec.kind != "zero":
+    bits, drawn = np.empty((count, 0), np.int64), [0] * count
+    if kind.draws == PATTERN:
+        drawn = (random.integers(1 << 64, size=count, dtype=np.uint64) & np.uint64(layout.all_bits)).tolist()
+    elif kind.draws == BITS:
         if isinstance(spec.bits, tuple):
             check_bits(spec.bits, site.dtype)
             bits = np.tile(np.array(spec.bits, np.int64), (count, 1))
         else:
             choices = np.array(bit_choices(spec.bits, site.dtype), np.int64)
             bits = choices[random.integers(len(choices), size=(count, 1))]
-        masks = [bit_masks(spec.kind, tuple(row), site.dtype) for row in bits.tolist()]
-        keep, toggle = (np.array(part, np.uint64) for part in zip(*masks, strict=True))
+        drawn = [layout.number.pattern(row) for row in bits.tolist()]
+    masks = [kind.masks(layout.number, pattern) for pattern in drawn]
+    keep, toggle = (np.array(part, np.uint64) for part in zip(*masks, strict=True))
     return Candidates(spec, site, indices, bits, keep, toggle)

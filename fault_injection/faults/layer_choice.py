@@ -8,8 +8,6 @@ be given; then both must agree). ``mode`` picks among them:
     random    one candidate, drawn for each run
     specific  every one of ``layers`` or of the matches (they must be given)
 
-Public names: ``LAYER_MODES``, ``candidate_layers``, ``choose_layers``.
-
 >>> candidate_layers(["h.0.attn", "h.1.attn", "h.2.attn"], pattern=r"h\.[12]")
 [1, 2]
 """
@@ -19,10 +17,12 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Sequence
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from fault_injection.names import nearest
+
+if TYPE_CHECKING:
+    import numpy as np
 
 LAYER_MODES = ("first", "all", "random", "specific")
 

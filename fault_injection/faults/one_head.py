@@ -1,13 +1,11 @@
-"""Faults that lie in one head: a small attention call of their own.
-
-Public names: ``FaultSite``, ``site_of``.
-"""
+"""Faults that lie in one head: a small attention call of their own."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from fault_injection.faults.fault import Fault
+from fault_injection.locations import LOCATION_TABLE
 
 
 @dataclass(frozen=True)
@@ -40,6 +38,6 @@ def site_of(fault: Fault, group: int) -> FaultSite | None:
         return None
     sequence, head = divmod(planes.pop(), fault.shape[1])
     elements = tuple(position % plane for position in flat)
-    if fault.location in ("k", "v"):
+    if LOCATION_TABLE[fault.location].shared:
         return FaultSite(fault, sequence, head, 0, elements)
     return FaultSite(fault, sequence, head // group, head % group, elements)

@@ -8,8 +8,6 @@
 Which keys a query sees is read from the logits of the fault-free pass: a hidden key has a logit at or below half the
 lowest finite number of the model's dtype, however the architecture applies its mask. It is a property of the input
 alone, so reading it there tells a detector nothing about a fault.
-
-Public names: ``ElementIndex``, ``Site``, ``SiteSurvey``, ``AXES``.
 """
 
 from __future__ import annotations
@@ -22,23 +20,8 @@ import torch
 from torch import Tensor
 
 from fault_injection.attention.call import AttentionCall
-
-AXES = ("batch", "head", "row", "col")
-"""Names of the axes: row is the query (q, scores, weights, out) or key (k, v) position; col is a key or a channel."""
-
-
-@dataclass(frozen=True)
-class ElementIndex:
-    """Where a fault hits, in full or in part; what is ``None`` is drawn."""
-
-    batch: int | None = None
-    head: int | None = None
-    row: int | None = None
-    col: int | None = None
-
-    def as_tuple(self) -> tuple[int | None, int | None, int | None, int | None]:
-        """Return the four coordinates in the order of ``AXES``."""
-        return self.batch, self.head, self.row, self.col
+from fault_injection.faults.spec import AXES, ElementIndex
+from fault_injection.locations import LOCATION_TABLE
 
 
 @dataclass(frozen=True)
@@ -51,7 +34,7 @@ class Site:
         columns: how many of its columns can be hit (a learned sink's column is no key).
         dtype: its native dtype.
         visible: a boolean tensor broadcastable to ``(batch, head, row, columns)``, ``True`` at what takes part in
-            attention: keys that the query sees (scores, weights), keys that some query sees (k, v), and in all others
+            attention: keys that the query sees (of pairs), keys that some query sees (of keys), and in all others
             queries that are no padding. ``None`` where everything does.
     """
 
@@ -154,8 +137,6 @@ class SiteSurvey:
         overwritten: the ``(layer, call)`` whose architecture changes the scores in place after their product.
     """
 
-    locations = frozenset({"q", "k", "v", "scores", "logits", "weights", "out"})
-
     def __init__(
         self,
         model_dtype: torch.dtype,
@@ -163,6 +144,7 @@ class SiteSurvey:
         real_queries: Tensor | None = None,
     ) -> None:
         self.layers = None if layers is None else frozenset(layers)
+        self.locations = frozenset(LOCATION_TABLE.names())
         self.visible: dict[tuple[int, int], Tensor] = {}
         self.plain_logits: dict[tuple[int, int], bool] = {}
         self._model_dtype = model_dtype
@@ -180,7 +162,6 @@ class SiteSurvey:
         key = call.core.index, call.number
         if location == "logits":
             self._note_logits(key, tensor, call.scaling)
-            return
         if location == "scores":
             # A copy: some architectures scale the scores in place.
             self._scores = tensor.detach().clone()
@@ -192,9 +173,15 @@ class SiteSurvey:
             self._key = None
         if call.number == 0:
             batch, head, row, col = tensor.shape
-            columns = self._sites[key[0], "scores"].columns if location == "weights" else col
+            columns = self._columns(key[0], location, col)
             shape = (batch, head, row, col)
             self._sites[key[0], location] = Site(key[0], call.core.name, location, shape, columns, tensor.dtype)
+
+    def _columns(self, layer: int, location: str, columns: int) -> int:
+        """Return how many columns can be hit: a learned sink has one in logits and weights, but no score."""
+        row = LOCATION_TABLE[location]
+        behind_scores = row.over_pairs and row.tensor != "scores"
+        return min(columns, self._sites[layer, "scores"].columns) if behind_scores else columns
 
     def _note_logits(self, key: tuple[int, int], logits: Tensor, scaling: float | None) -> None:
         visible = self._shared(visible_keys(logits, self._model_dtype))
@@ -224,9 +211,9 @@ class SiteSurvey:
         site = self._sites[layer, location]
         seen = self.visible[layer, 0][..., : self._sites[layer, "scores"].columns]
         real = self._real(seen)
-        if location in ("scores", "weights"):
+        if LOCATION_TABLE[location].over_pairs:
             return replace(site, visible=seen if real is None else seen & real)
-        if location in ("k", "v"):
+        if LOCATION_TABLE[location].over_keys:
             # (batch, 1, key, 1): whether any query of any head sees the key.
             part: Tensor | None = (seen if real is None else seen & real).any(-2).any(1)[:, None, :, None]
         else:

@@ -4,10 +4,8 @@ A fault on one element is ``new = (old & keep) ^ toggle`` on its IEEE bit patter
 (``keep`` all ones), stuck-at-0 and stuck-at-1, zeroing and replacement, keeps NaN payloads, and never passes
 through floating-point arithmetic.
 
-Public names: ``FloatFormat``, ``float_format``, ``bit_field``, ``bits_in_field``, ``bit_patterns``, ``rewrite_bits``,
-``flip_bits``, ``set_bits``, ``clear_bits``, ``flip_masks``, ``set_masks``, ``clear_masks``.
-
-Bit 0 is the least significant mantissa bit, the highest bit is the sign (IEEE 754 numbering).
+Bit 0 is the least significant mantissa bit, the highest bit is the sign (IEEE 754 numbering); the formats themselves
+are rows of ``fault_injection.numbers.formats``.
 
 >>> import torch
 >>> one = torch.tensor([1.0])
@@ -19,116 +17,66 @@ Bit 0 is the least significant mantissa bit, the highest bit is the sign (IEEE 7
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-FIELDS = ("sign", "exponent", "mantissa")
+from fault_injection.numbers.formats import FORMATS, NumberFormat, clearing, flipping, setting
 
 
 @dataclass(frozen=True)
 class FloatFormat:
-    """Layout of one floating-point dtype: ``width`` bits, of which ``exponent`` and ``mantissa`` bits and one sign."""
+    """Layout of one floating-point dtype of torch.
+
+    Attributes:
+        dtype: the dtype.
+        integer: the signed integer dtype of the same width.
+        number: its row in the table of formats.
+    """
 
     dtype: torch.dtype
     integer: torch.dtype
-    width: int
-    exponent: int
-    mantissa: int
+    number: NumberFormat
+
+    @property
+    def width(self) -> int:
+        """How many bits a number has."""
+        return self.number.bits
 
     @property
     def all_bits(self) -> int:
         """The pattern with every bit set, as a non-negative integer."""
-        return (1 << self.width) - 1
+        return self.number.all_bits
 
     def signed(self, pattern: int) -> int:
         """Return ``pattern`` as the two's-complement value that the signed integer view holds."""
         return pattern - (1 << self.width) if pattern >> (self.width - 1) else pattern
 
 
-def _formats() -> dict[torch.dtype, FloatFormat]:
-    formats = [
-        FloatFormat(torch.float64, torch.int64, 64, 11, 52),
-        FloatFormat(torch.float32, torch.int32, 32, 8, 23),
-        FloatFormat(torch.bfloat16, torch.int16, 16, 8, 7),
-        FloatFormat(torch.float16, torch.int16, 16, 5, 10),
-    ]
-    for name, exponent, mantissa in (("float8_e4m3fn", 4, 3), ("float8_e5m2", 5, 2)):
-        dtype = getattr(torch, name, None)
-        if dtype is not None:
-            formats.append(FloatFormat(dtype, torch.int8, 8, exponent, mantissa))
-    return {entry.dtype: entry for entry in formats}
-
-
-_FORMATS = _formats()
-
-
 def float_format(dtype: torch.dtype) -> FloatFormat:
     """Return the layout of ``dtype``; ``ValueError`` names the supported dtypes for any other."""
-    try:
-        return _FORMATS[dtype]
-    except KeyError:
-        allowed = ", ".join(str(known).removeprefix("torch.") for known in _FORMATS)
-        raise ValueError(f"bit faults need a floating-point dtype: got {dtype}, allowed {allowed}") from None
+    name = str(dtype).removeprefix("torch.")
+    if name not in FORMATS:
+        raise ValueError(f"bit faults need a floating-point dtype: got {dtype}, allowed {', '.join(FORMATS.names())}")
+    number = FORMATS[name]
+    return FloatFormat(dtype, getattr(torch, f"int{number.bits}"), number)
 
 
 def bit_field(dtype: torch.dtype, bit: int) -> str:
     """Name the field of ``bit``: ``sign``, ``exponent`` or ``mantissa``. ``ValueError`` if out of range."""
-    layout = float_format(dtype)
-    check_bits([bit], dtype)
-    if bit == layout.width - 1:
-        return "sign"
-    return "exponent" if bit >= layout.mantissa else "mantissa"
+    return float_format(dtype).number.field_of(bit)
 
 
 def bits_in_field(dtype: torch.dtype, field: str) -> range:
     """Return the bit numbers of a field of ``dtype`` (``sign``, ``exponent``, ``mantissa``)."""
-    layout = float_format(dtype)
-    ranges = {
-        "mantissa": range(0, layout.mantissa),
-        "exponent": range(layout.mantissa, layout.width - 1),
-        "sign": range(layout.width - 1, layout.width),
-    }
-    if field not in ranges:
-        raise ValueError(f"bit field: got {field!r}, allowed {', '.join(FIELDS)}")
-    return ranges[field]
+    return float_format(dtype).number.bits_of(field)
 
 
 def check_bits(bits: Iterable[int], dtype: torch.dtype) -> None:
     """Raise ``ValueError`` with the allowed range unless every bit exists in ``dtype`` and none is repeated."""
-    layout = float_format(dtype)
-    seen: set[int] = set()
-    for bit in bits:
-        if not 0 <= bit < layout.width:
-            name = str(dtype).removeprefix("torch.")
-            raise ValueError(f"bit: got {bit}, allowed 0..{layout.width - 1} for {name}")
-        if bit in seen:
-            raise ValueError(f"bit: {bit} is given twice; the bits of one fault must be distinct")
-        seen.add(bit)
-
-
-def _mask_of(bits: Iterable[int], dtype: torch.dtype) -> int:
-    chosen = list(bits)
-    check_bits(chosen, dtype)
-    return sum(1 << bit for bit in chosen)
-
-
-def flip_masks(bits: Iterable[int], dtype: torch.dtype) -> tuple[int, int]:
-    """Return ``(keep, toggle)`` that flips ``bits``."""
-    return float_format(dtype).all_bits, _mask_of(bits, dtype)
-
-
-def set_masks(bits: Iterable[int], dtype: torch.dtype) -> tuple[int, int]:
-    """Return ``(keep, toggle)`` that sets ``bits`` to 1."""
-    mask = _mask_of(bits, dtype)
-    return float_format(dtype).all_bits & ~mask, mask
-
-
-def clear_masks(bits: Iterable[int], dtype: torch.dtype) -> tuple[int, int]:
-    """Return ``(keep, toggle)`` that clears ``bits`` to 0."""
-    return float_format(dtype).all_bits & ~_mask_of(bits, dtype), 0
+    float_format(dtype).number.check(bits)
 
 
 def bit_patterns(tensor: Tensor) -> list[int]:
@@ -212,17 +160,22 @@ class _StraightThrough(torch.autograd.Function):
 
 def flip_bits(tensor: Tensor, flat_index: int, bits: Iterable[int]) -> Tensor:
     """Return a copy of ``tensor`` with ``bits`` of one element flipped; twice is the identity."""
-    keep, toggle = flip_masks(bits, tensor.dtype)
-    return rewrite_bits(tensor, [flat_index], [keep], [toggle])
+    return _rewritten(tensor, flat_index, bits, flipping)
 
 
 def set_bits(tensor: Tensor, flat_index: int, bits: Iterable[int]) -> Tensor:
     """Return a copy of ``tensor`` with ``bits`` of one element set to 1 (stuck-at-1)."""
-    keep, toggle = set_masks(bits, tensor.dtype)
-    return rewrite_bits(tensor, [flat_index], [keep], [toggle])
+    return _rewritten(tensor, flat_index, bits, setting)
 
 
 def clear_bits(tensor: Tensor, flat_index: int, bits: Iterable[int]) -> Tensor:
     """Return a copy of ``tensor`` with ``bits`` of one element cleared to 0 (stuck-at-0)."""
-    keep, toggle = clear_masks(bits, tensor.dtype)
+    return _rewritten(tensor, flat_index, bits, clearing)
+
+
+def _rewritten(
+    tensor: Tensor, flat_index: int, bits: Iterable[int], masks: Callable[[NumberFormat, int], tuple[int, int]]
+) -> Tensor:
+    layout = float_format(tensor.dtype).number
+    keep, toggle = masks(layout, layout.pattern(bits))
     return rewrite_bits(tensor, [flat_index], [keep], [toggle])

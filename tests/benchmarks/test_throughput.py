@@ -19,7 +19,7 @@ from benchmarks.plain_check import PlainCheck  # noqa: E402
 from benchmarks.variants import Counts, make_variants  # noqa: E402
 from benchmarks.workloads import Workload, build_model  # noqa: E402
 from fault_injection import FaultSpec, draw_fault  # noqa: E402
-from fault_injection.faults.site import ElementIndex  # noqa: E402
+from fault_injection.faults.spec import ElementIndex  # noqa: E402
 from monitoring.performance.flops import forward_flops  # noqa: E402
 
 WAYS = {

@@ -33,6 +33,7 @@ from experiments.inputs.blocks import Chain
 from experiments.passes.subject import Subject
 from fault_injection import Fault
 from fault_injection.faults.one_head import FaultSite, site_of
+from fault_injection.locations import LOCATION_TABLE
 
 SITE_ELEMENTS = 1 << 20
 """Scores of one site step."""
@@ -85,7 +86,12 @@ class FastEngine:
         self._lengths = {layer: output_lengths(kept.out) for layer, kept in recording.attention.items()}
 
     def site_of(self, fault: Fault) -> FaultSite | None:
-        """Return where a fault lies in its group of heads; None if this engine cannot run it."""
+        """Return where a fault lies in its group of heads; None if this engine cannot run it.
+
+        The start-up proof speaks of the default set of locations; faults elsewhere go another way.
+        """
+        if not LOCATION_TABLE[fault.location].default:
+            return None
         kept = self._recording.attention.get(fault.layer)
         return None if kept is None else site_of(fault, kept.group)
 

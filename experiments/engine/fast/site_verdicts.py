@@ -27,23 +27,11 @@ from experiments.engine.fast.site_step import Keeper, SiteStep
 from experiments.passes.taps.call_state import COMPLETE, Origins, Situation, call_state, keep_tensor, only_read
 from fault_injection import AttentionCall
 from fault_injection.attention.call_tensors import CallTensors
+from fault_injection.locations import LOCATION_TABLE, OPERAND_TENSORS
 
-READ = {"q": "query", "k": "key", "v": "value"}
-"""By location, the operand that a fault there changes."""
+_FIELDS = {name: LOCATION_TABLE[name].tensor for name in COMPLETE}
 
-_FIELDS = {**READ, "scores": "scores", "logits": "logits", "weights": "weights", "mass": "mass", "out": "out"}
-
-_ORIGIN_ONLY = frozenset({*READ.values(), "projected"})
-_BEHIND_SCORES = ("scores", "logits", "weights", "mass", "out")
-_CHANGED = {
-    "q": frozenset({"query", *_BEHIND_SCORES}),
-    "k": frozenset({"key", *_BEHIND_SCORES}),
-    "v": frozenset({"value", "out"}),
-    "scores": frozenset(_BEHIND_SCORES),
-    "weights": frozenset({"weights", "mass", "out"}),
-    "out": frozenset({"out"}),
-}
-"""By location, the tensors of a state that a fault there can change."""
+_ORIGIN_ONLY = frozenset({*OPERAND_TENSORS.values(), "projected"})
 
 Verdicts = dict[str, Verdict]
 
@@ -148,7 +136,8 @@ class CleanGroups:
         group_number = [site.sequence * kept.key.shape[1] + site.group for site in step.sites]
         numbers = torch.tensor(group_number, device=step.out.device)
         state = self._state(layer, step, numbers)
-        changed = frozenset[str]().union(*(_CHANGED[site.fault.location] for site in step.sites))
+        locations = {site.fault.location for site in step.sites}
+        changed = frozenset[str]().union(*(LOCATION_TABLE[location].changes for location in locations))
         looking = [each for each in self._detectors if (each.name, layer) in self._verdicts and each.needs & changed]
         found: list[Verdicts] = [{} for _ in step.sites]
         with torch.no_grad():
@@ -225,7 +214,7 @@ class CleanGroups:
         layer = step.sites[0].fault.layer
         for of_fault in found:
             of_fault[detector.name] = self._layer(detector.name, layer)
-        for location, name in READ.items():
+        for location, name in OPERAND_TENSORS.items():
             mine = [i for i, site in enumerate(step.sites) if site.fault.location == location]
             if not mine or name not in detector.needs:
                 continue
@@ -240,13 +229,13 @@ class CleanGroups:
         sequence = torch.tensor([site.sequence for site in sites], device=device)
         group = torch.tensor([site.group for site in sites], device=device)
         faulty = step.tensors[location][mine]
-        operand = getattr(call, READ[location]).index_select(0, sequence)
+        operand = getattr(call, OPERAND_TENSORS[location]).index_select(0, sequence)
         operand.unflatten(1, (-1, faulty.shape[1]))[torch.arange(count, device=device), group] = faulty
         tensors: dict[str, Any] = {
             name: _zero(getattr(call, name)[:1]).expand(count, -1, -1, -1)
             for name in ("query", "key", "value", "logits", "weights", "out")
         }
-        tensors[READ[location]] = operand
+        tensors[OPERAND_TENSORS[location]] = operand
         origin = None if call.projected is None else call.projected.get(location)
         if origin is not None:
             own = replace(origin, projected=origin.projected.index_select(0, sequence), source=sequence)
@@ -280,7 +269,7 @@ def _without_products(state: AttentionState) -> AttentionState:
 
 
 def _without_operands(state: AttentionState) -> AttentionState:
-    query, key, value = (_zero(getattr(state, name)) for name in READ.values())
+    query, key, value = (_zero(getattr(state, name)) for name in OPERAND_TENSORS.values())
     return replace(state, query=query, key=key, value=value, projected=None)
 
 

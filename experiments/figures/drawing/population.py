@@ -14,11 +14,11 @@ import pandas as pd
 
 from experiments.analysis import distinct_faults
 from experiments.tables.schema import OUTCOMES
-from fault_injection import LOCATIONS
-from fault_injection.numbers.bits import FIELDS
+from fault_injection.locations import OBSERVED
+from fault_injection.numbers.formats import FIELDS
 
 _DEPTHS = ("early", "mid", "late")
-_ORDER = {name: place for place, name in enumerate((*LOCATIONS, *FIELDS, *OUTCOMES, *_DEPTHS))}
+_ORDER = {name: place for place, name in enumerate((*OBSERVED, *FIELDS, *OUTCOMES, *_DEPTHS))}
 
 
 def propagated(runs: pd.DataFrame) -> pd.DataFrame:

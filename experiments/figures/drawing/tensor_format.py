@@ -14,14 +14,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import pandas as pd
-import torch
 from matplotlib.axes import Axes
 
 from experiments.figures.drawing.no_data import NoDataError
-from fault_injection.numbers.bits import FloatFormat, bit_field, float_format
+from fault_injection.numbers.formats import FORMATS, NumberFormat
 
 _GROUPS = ("dtype", "location")
-_OF_WIDTH = {64: "float64", 32: "float32"}
+_OF_WIDTH = {number.bits: number.name for number in FORMATS if number.accumulates}
+"""What a tensor is that is wider than its model: architectures widen to formats that kernels sum in."""
 _BAND_COLOURS = {"mantissa": "#FFFFFF", "exponent": "#ECECEC", "sign": "#D4D4D4"}
 
 
@@ -53,14 +53,14 @@ def _tensor_dtypes(runs: pd.DataFrame) -> pd.Series:
             continue
         width = 4 * len(str(pattern[first]).removeprefix("0x"))
         model_dtype = str(dtypes[pattern.index[0]])
-        if width != bits_of(model_dtype).width and width in _OF_WIDTH:
+        if width != bits_of(model_dtype).bits and width in _OF_WIDTH:
             found.loc[pattern.index] = _OF_WIDTH[width]
     return found
 
 
-def bits_of(dtype: str) -> FloatFormat:
-    """Return the layout of a dtype given by name."""
-    return float_format(getattr(torch, dtype))
+def bits_of(dtype: str) -> NumberFormat:
+    """Return the format of a dtype given by name."""
+    return FORMATS[dtype]
 
 
 def field_spans(dtype: str, bits: Sequence[int]) -> list[tuple[str, int, int]]:
@@ -71,7 +71,7 @@ def field_spans(dtype: str, bits: Sequence[int]) -> list[tuple[str, int, int]]:
     >>> field_spans("float32", [3, 30, 31])
     [('mantissa', 0, 0), ('exponent', 1, 1), ('sign', 2, 2)]
     """
-    fields = [bit_field(getattr(torch, dtype), bit) for bit in bits]
+    fields = [bits_of(dtype).field_of(bit) for bit in bits]
     return [(name, fields.index(name), fields.index(name) + fields.count(name) - 1) for name in dict.fromkeys(fields)]
 
 
@@ -84,7 +84,7 @@ def mark_fields(axes: Axes, dtype: str, bits: Sequence[int] | None = None) -> No
         bits: those at the places 0, 1, ... of the axis, parted by lines; if left out, the axis gets all of them, and
             bands.
     """
-    shown = range(bits_of(dtype).width) if bits is None else bits
+    shown = range(bits_of(dtype).bits) if bits is None else bits
     for name, first, last in field_spans(dtype, shown):
         if bits is None:
             axes.axvspan(first - 0.5, last + 0.5, facecolor=_BAND_COLOURS[name], edgecolor="none", zorder=0)

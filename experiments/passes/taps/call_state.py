@@ -24,10 +24,10 @@ from torch import Tensor
 from bounds import AttentionState
 from bounds.core.attention_state import ProjectedOperand
 from experiments.errors import CheckRefusedError
-from fault_injection import AttentionCall, AttentionCore, SiteSurvey
+from fault_injection import OBSERVED, AttentionCall, AttentionCore, SiteSurvey
 from fault_injection.attention.call_tensors import CallTensors
 
-COMPLETE = frozenset({"q", "k", "v", "scores", "logits", "weights", "mass", "out"})
+COMPLETE = frozenset(OBSERVED)
 """The events a tap must keep for a complete state."""
 
 Origins = Callable[[AttentionCore], Mapping[str, ProjectedOperand]]

@@ -26,10 +26,11 @@ from torch import Tensor
 from bounds.effects.correction import Repair, repair_output, repair_scores, repair_weights
 from bounds.numerics.rounding import reduced_precision
 from experiments.errors import CheckRefusedError
-from fault_injection import AttentionCall
+from fault_injection import OBSERVED, AttentionCall
 from fault_injection.attention.call_tensors import CallTensors
 
 _PRODUCTS = {"scores": "q", "out": "v"}
+"""By result of a product, the operand whose dtype says in which precision it was computed."""
 
 
 class Corrector:
@@ -48,7 +49,7 @@ class Corrector:
         CheckRefusedError: while the pass runs, when matrix products are set to less precision than the theorems assume.
     """
 
-    locations = frozenset({"q", "k", "v", "scores", "logits", "weights", "mass", "out"})
+    locations = frozenset(OBSERVED)
 
     def __init__(
         self,

@@ -14,6 +14,7 @@ from __future__ import annotations
 import pandas as pd
 
 from experiments.analysis import rank_cells
+from fault_injection.locations import LOCATION_TABLE
 
 QUERY_HEADS, KEY_VALUE_HEADS = "query heads", "key/value heads"
 
@@ -25,7 +26,7 @@ def rank_heads(runs: pd.DataFrame) -> tuple[pd.DataFrame, str]:
     query heads if there is neither.
     """
     by = [*(["model"] if runs["model"].nunique() > 1 else []), "layer", "index_head"]
-    of_keys = runs["location"].isin(["k", "v"]).to_numpy(bool)
+    of_keys = runs["location"].isin([row.name for row in LOCATION_TABLE if row.shared]).to_numpy(bool)
     parts = {QUERY_HEADS: runs[~of_keys], KEY_VALUE_HEADS: runs[of_keys]}
     headed = {heads: part for heads, part in parts.items() if part[by].notna().all(axis=1).any()}
     tables, verdicts = [], []

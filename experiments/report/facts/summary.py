@@ -26,7 +26,7 @@ from experiments.report.facts.stopped import CellEnds, cell_ends, not_adjusted, 
 from experiments.report.facts.verdict import verdict_sentences
 from experiments.report.facts.worst_runs import worst_runs
 from fault_injection import LOCATIONS
-from fault_injection.numbers.bits import FIELDS
+from fault_injection.numbers.formats import FIELDS
 
 MOST_CELLS = 5000
 """Grids of more cells are summed up by location and bit field."""

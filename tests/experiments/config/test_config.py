@@ -28,7 +28,7 @@ from experiments.config.yaml_text import load_yaml
 from experiments.errors import MissingResourceError, UsageError
 from experiments.plan.plan import make_plan
 from fault_injection import LOCATIONS
-from fault_injection.faults.fault import KINDS
+from fault_injection.faults.kinds import KINDS
 
 WIDTHS = {"float64": 64, "float32": 32, "bfloat16": 16, "float16": 16}
 CONFIGS = sorted((Path(__file__).parents[3] / "experiments" / "configs").glob("*.yaml"))

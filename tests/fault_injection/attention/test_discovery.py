@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from zoo import ZOO
 
 from fault_injection import (
-    LOCATIONS,
+    OBSERVED,
     NoAttentionError,
     UncoveredArchitectureError,
     attention_cores,
@@ -408,7 +408,8 @@ def check_spelling(core: Core, tensors_of: Any) -> None:
     expected["scores"] = expected["q"] @ expected["k"].mT
     expected["weights"] = torch.softmax(expected["scores"], -1)
     expected["out"] = expected["weights"] @ expected["v"]
-    for location in LOCATIONS:
+    expected["logits"], expected["mass"] = expected["scores"], expected["weights"]
+    for location in OBSERVED:
         torch.testing.assert_close(seen[location], expected[location].detach(), msg=location)
 
 

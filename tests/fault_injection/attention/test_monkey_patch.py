@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from zoo import ZOO, ZooEntry, logits_of, zoo_parameters
 
 from fault_injection import (
-    LOCATIONS,
     OBSERVED,
     ElementIndex,
     Fault,
@@ -562,7 +561,7 @@ def gradients(model: Any, inputs: dict[str, Tensor], faults: list[Fault]) -> dic
 
 
 @pytest.mark.parametrize("name", BOTH_PATHS)
-@pytest.mark.parametrize("location", LOCATIONS)
+@pytest.mark.parametrize("location", OBSERVED)
 def test_gradients_flow_through_faults(name: str, location: str, zoo_model: Any, survey_of: Any) -> None:
     model = zoo_model(name)
     inputs = ZOO[name].inputs(model)

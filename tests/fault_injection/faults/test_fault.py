@@ -62,8 +62,8 @@ def apply(fault: Fault, tensor: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"location": "score"}, r"fault\.location: got 'score', allowed q, k, v, scores, weights, out; did you mean"),
-        ({"location": "logits"}, r"fault\.location: got 'logits', allowed q, k, v, scores, weights, out"),
+        ({"location": "score"}, r"fault\.location: got 'score', allowed q, k, v, scores, .*; did you mean 'scores'\?"),
+        ({"location": "querys"}, r"fault\.location: got 'querys', allowed q, k, v, .*; did you mean 'query'\?"),
         ({"kind": "bit_flip"}, r"fault\.kind: got 'bit_flip', allowed bitflip, .*; did you mean 'bitflip'\?"),
         ({"bits": ()}, r"fault\.bit: got an empty list; leave it out to draw any bit"),
         ({"bits": (64,)}, r"bit: got 64, allowed 0\.\.63"),

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from zoo import ZOO, logits_of
 
 from fault_injection import (
-    LOCATIONS,
+    OBSERVED,
     ElementIndex,
     Fault,
     FaultMissedError,
@@ -86,13 +86,17 @@ def head_to_channel(index: tuple[int, ...], block: int = 0) -> tuple[int, int, i
 
 
 @contextmanager
-def nth_call_flipped(owner: Any, name: str, n: int, index: tuple[int, ...], bit: int) -> Iterator[None]:
+def nth_call_flipped(
+    owner: Any, name: str, n: int, index: tuple[int, ...], bit: int, *, argument: bool = False
+) -> Iterator[None]:
+    """Flip one bit of what a function returns in its n-th call, or of its first argument."""
     original, calls = getattr(owner, name), [0]
 
     def replacement(*args: Any, **kwargs: Any) -> Tensor:
-        result = original(*args, **kwargs)
         calls[0] += 1
-        return flip(result, index, bit) if calls[0] == n + 1 else result
+        chosen = calls[0] == n + 1
+        result = original(*((flip(args[0], index, bit), *args[1:]) if chosen and argument else args), **kwargs)
+        return flip(result, index, bit) if chosen and not argument else result
 
     setattr(owner, name, replacement)
     try:
@@ -117,13 +121,16 @@ def by_hand(model: Any, fault: Fault) -> Iterator[None]:
             stack.callback(handle.remove)
         elif fault.location == "scores":
             stack.enter_context(nth_call_flipped(torch, "matmul", 2 * fault.layer, index, bit))
+        elif fault.location == "mass":
+            stack.enter_context(nth_call_flipped(torch, "matmul", 2 * fault.layer + 1, index, bit, argument=True))
         else:
-            stack.enter_context(nth_call_flipped(nn.functional, "softmax", fault.layer, index, bit))
+            argument = fault.location == "logits"
+            stack.enter_context(nth_call_flipped(nn.functional, "softmax", fault.layer, index, bit, argument=argument))
         yield
 
 
 @pytest.mark.parametrize("layer", [0, 1])
-@pytest.mark.parametrize("location", LOCATIONS)
+@pytest.mark.parametrize("location", OBSERVED)
 def test_injection_does_what_the_same_change_by_hand_does(
     location: str, layer: int, zoo_model: Any, inputs: Any, survey_of: Any
 ) -> None:
@@ -160,7 +167,7 @@ def test_a_fault_in_out_changes_one_channel_before_the_output_projection(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("location", LOCATIONS)
+@pytest.mark.parametrize("location", OBSERVED)
 @pytest.mark.parametrize("name", ["llama-gqa", "gptj", "gpt_oss", "bloom"])
 def test_records_agree_with_the_tensors_of_a_clean_pass(
     name: str, location: str, dtype: torch.dtype, zoo_model: Any, survey_of: Any, tensors_of: Any
@@ -236,7 +243,7 @@ def test_a_bit_error_rate_that_hits_nothing_is_recorded(gpt2: Any, inputs: Any, 
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama-gqa", "gptj", "bloom", "mistral", "falcon-rotary"])
-@pytest.mark.parametrize("location", LOCATIONS)
+@pytest.mark.parametrize("location", OBSERVED)
 def test_a_finite_fault_reaches_only_its_sequence_and_later_positions(
     name: str, location: str, zoo_model: Any, survey_of: Any
 ) -> None:
@@ -297,10 +304,11 @@ def test_faults_on_one_element_are_applied_in_order(gpt2: Any, inputs: Any, surv
 
 def test_faults_on_several_layers_and_locations_are_all_applied(gpt2: Any, inputs: Any, survey_of: Any) -> None:
     survey = survey_of(gpt2, inputs)
-    faults = [flips(survey, location, layer) for layer in (1, 0) for location in LOCATIONS]
+    faults = [flips(survey, location, layer) for layer in (1, 0) for location in OBSERVED]
     _, records = forward_with(gpt2, inputs, *faults)
     # In the order of evaluation, whatever the order they were given in.
-    evaluated = [(layer, location) for layer in (0, 1) for location in ("q", "k", "v", "scores", "weights", "out")]
+    order = ("q", "k", "v", "scores", "logits", "weights", "mass", "out")
+    evaluated = [(layer, location) for layer in (0, 1) for location in order]
     assert [(record.fault.layer, record.fault.location) for record in records] == evaluated
 
 
@@ -346,7 +354,7 @@ def test_a_layer_that_this_input_does_not_reach_is_an_error(zoo_model: Any, surv
             forward_with(model, {"input_ids": torch.arange(3, 10)[None]}, fault)
 
 
-@pytest.mark.parametrize("location", LOCATIONS)
+@pytest.mark.parametrize("location", OBSERVED)
 def test_a_tensor_of_another_shape_is_an_error(location: str, gpt2: Any, inputs: Any, survey_of: Any) -> None:
     fault = flips(survey_of(gpt2, inputs), location)
     shorter = {"input_ids": inputs["input_ids"][:, :9]}

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fault_injection import bit_field, bit_patterns, clear_bits, flip_bits, rewrite_bits, set_bits
-from fault_injection.numbers.bits import bits_in_field, clear_masks, flip_masks, float_format, set_masks
+from fault_injection.numbers.bits import bits_in_field, float_format
+from fault_injection.numbers.formats import clearing, flipping, setting
 
 # dtype, integer dtype of the same size, width, exponent bits, mantissa bits, the pattern of 1.0
 FORMATS = [
@@ -71,7 +72,8 @@ def test_format_is_that_of_the_standard(
     dtype: torch.dtype, integer: torch.dtype, width: int, exponent: int, mantissa: int, one: int
 ) -> None:
     layout = float_format(dtype)
-    assert (layout.integer, layout.width, layout.exponent, layout.mantissa) == (integer, width, exponent, mantissa)
+    number = layout.number
+    assert (layout.integer, layout.width, number.exponent, number.mantissa) == (integer, width, exponent, mantissa)
     assert 1 + exponent + mantissa == width
     assert bit_patterns(torch.tensor([1.0]).to(dtype)) == [one]
     assert bit_patterns(torch.tensor([-1.0]).to(dtype)) == [one | 1 << (width - 1)]
@@ -205,9 +207,11 @@ def test_masks_are_the_three_forms_of_one_rule(dtype: torch.dtype) -> None:
     everything = (1 << WIDTH[dtype]) - 1
     top = WIDTH[dtype] - 1
     mask = 1 | 1 << top
-    assert flip_masks([0, top], dtype) == (everything, mask)
-    assert set_masks([0, top], dtype) == (everything & ~mask, mask)
-    assert clear_masks([0, top], dtype) == (everything & ~mask, 0)
+    layout = float_format(dtype).number
+    pattern = layout.pattern([0, top])
+    assert flipping(layout, pattern) == (everything, mask)
+    assert setting(layout, pattern) == (everything & ~mask, mask)
+    assert clearing(layout, pattern) == (everything & ~mask, 0)
 
 
 # ----------------------------------------------------------------------------------------------------- layouts
