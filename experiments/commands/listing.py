@@ -17,7 +17,6 @@ from experiments.registry import Registry
 if TYPE_CHECKING:
     from experiments.config import ExperimentConfig
 
-_ON_REQUEST = "  [only where it is asked for: it is in no default set, and its effects are not predicted]"
 _STORED_ONLY = "  [no model is computed in it]"
 
 
@@ -41,7 +40,10 @@ def _print_models(config: ExperimentConfig) -> None:
 def _print_locations(config: ExperimentConfig) -> None:
     from fault_injection.locations import LOCATION_TABLE
 
-    _print_pairs(((row.name, row.meaning + ("" if row.default else _ON_REQUEST)) for row in LOCATION_TABLE), 8)
+    for row in LOCATION_TABLE:
+        marks = ["not in the default set"] if not row.default else []
+        marks += ["effects of faults are not predicted"] if not row.closed_form else []
+        print(f"{row.name:8} {row.meaning}" + (f"  [{'; '.join(marks)}]" if marks else ""))
 
 
 def _print_kinds(config: ExperimentConfig) -> None:

@@ -165,7 +165,10 @@ def _axis(key: str, values: Any) -> list[Any]:
 
 def _canonical_locations(values: list[Any]) -> list[Any]:
     """Return locations by their names: runs are told apart by these, whatever alias was written."""
-    names = [LOCATION_TABLE[value].name for value in values]
+    try:
+        names = [LOCATION_TABLE[value].name for value in values]
+    except ValueError as error:
+        raise UsageError(str(error)) from error
     for place, name in enumerate(names):
         if name in names[:place]:
             raise UsageError(f"sweep.fault.location: {name!r} is given twice, once as {values[place]!r}")

@@ -485,6 +485,24 @@ def test_the_order_of_keywords_does_not_matter(keywords: list[tuple[str, Any]]) 
 
 
 @pytest.mark.parametrize(("dtype", "width"), list(WIDTHS.items()))
+def test_other_names_of_locations_give_the_same_configuration_and_the_same_runs() -> None:
+    plain = ExperimentConfig(fault=FaultConfig(location="q"), sweep={"fault.location": ["q", "weights"]})
+    other = ExperimentConfig(fault=FaultConfig(location="query"), sweep={"fault.location": ["keys", "weights"]})
+    other = other.with_field("sweep", {"fault.location": ["queries", "probabilities"]})
+    assert other == plain
+    assert [run.run_id for run in make_plan(other).runs] == [run.run_id for run in make_plan(plain).runs]
+    with pytest.raises(UsageError, match=r"sweep\.fault\.location: 'q' is given twice, once as 'query'"):
+        ExperimentConfig(sweep={"fault.location": ["q", "query"]})
+
+
+def test_effects_are_drawn_for_only_where_they_are_predicted() -> None:
+    with pytest.raises(
+        UsageError, match=r"fault\.aim: got 'effect', allowed .* v, scores, weights, out \(got logits\)"
+    ):
+        FaultConfig(location="logits", aim="effect")
+    assert FaultConfig(location="logits", aim="bits").location == "logits"
+
+
 @pytest.mark.parametrize("location", LOCATIONS)
 def test_the_highest_bit_is_allowed_and_the_next_is_not(dtype: str, width: int, location: str) -> None:
     # Some architectures compute scores and weights, and with rotation q and k, of a narrow model in float32.
