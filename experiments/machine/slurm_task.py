@@ -25,7 +25,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 
-from experiments.errors import MissingResourceError
+from experiments.errors import MissingResourceError, UsageError
 
 ANSWER_SECONDS = 30.0
 LOOK_SECONDS = 5.0
@@ -76,6 +76,26 @@ class SlurmTask:
             return None
         restarts = environment.get("SLURM_RESTART_COUNT", "0")
         return cls(job, int(restarts) if restarts.isdigit() else 0, environment.get("SLURM_CLUSTER_NAME", ""))
+
+
+def array_place(environment: Mapping[str, str], most: int) -> tuple[int, int] | None:
+    """Return which task of an array this is, from 1, and of how many; None outside of an array.
+
+    Raises:
+        UsageError: variables that make no sense, or more than ``most`` tasks.
+    """
+    task, count = environment.get("SLURM_ARRAY_TASK_ID"), environment.get("SLURM_ARRAY_TASK_COUNT")
+    if task is None or count is None:
+        return None
+    first, step = environment.get("SLURM_ARRAY_TASK_MIN", "0"), environment.get("SLURM_ARRAY_TASK_STEP", "1")
+    numbers = [int(text) if re.fullmatch(r"\d+", text) else -1 for text in (task, count, first, step)]
+    if min(numbers) >= 0 and numbers[3] > 0 and numbers[1] <= most:
+        number, rest = divmod(numbers[0] - numbers[2], numbers[3])
+        if rest == 0 and 1 <= number + 1 <= numbers[1]:
+            return number + 1, numbers[1]
+    raise UsageError(
+        f"SLURM_ARRAY_TASK_ID: task {task!r} does not fit an array of {count!r} from {first!r} by {step!r}"
+    )
 
 
 def ask(program: str, *arguments: str, seconds: float = ANSWER_SECONDS) -> subprocess.CompletedProcess[str]:

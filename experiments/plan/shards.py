@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from experiments.errors import UsageError
+from experiments.machine.slurm_task import array_place
 from experiments.plan.plan import Plan, PlannedRun, classes_of
 from experiments.plan.run_cost import run_costs
 
@@ -57,18 +58,8 @@ def parse_shard(text: str | None, environment: Mapping[str, str]) -> Shard:
         if match is None or not 1 <= int(match[1]) <= int(match[2]) <= MOST_SHARDS:
             raise UsageError(f"--shard: got {text!r}, allowed i/n with 1 <= i <= n <= {MOST_SHARDS:,}, e.g. 3/16")
         return Shard(int(match[1]), int(match[2]))
-    task, count = environment.get("SLURM_ARRAY_TASK_ID"), environment.get("SLURM_ARRAY_TASK_COUNT")
-    if task is None or count is None:
-        return Shard()
-    first, step = environment.get("SLURM_ARRAY_TASK_MIN", "0"), environment.get("SLURM_ARRAY_TASK_STEP", "1")
-    numbers = [int(text) if re.fullmatch(r"\d+", text) else -1 for text in (task, count, first, step)]
-    if min(numbers) >= 0 and numbers[3] > 0 and numbers[1] <= MOST_SHARDS:
-        number, rest = divmod(numbers[0] - numbers[2], numbers[3])
-        if rest == 0 and 1 <= number + 1 <= numbers[1]:
-            return Shard(number + 1, numbers[1])
-    raise UsageError(
-        f"SLURM_ARRAY_TASK_ID: task {task!r} does not fit an array of {count!r} from {first!r} by {step!r}"
-    )
+    place = array_place(environment, MOST_SHARDS)
+    return Shard() if place is None else Shard(*place)
 
 
 def shard_of(plan: Plan, shard: Shard) -> list[PlannedRun]:
