@@ -6,7 +6,7 @@
 An entry may name code that is heavy to import, as ``module:name``; ``loaded`` imports it when it is needed.
 
 >>> colours = Registry("colour", {"red": 1})
->>> with colours.added("blue", 2):
+>>> with colours.registered("blue", 2):
 ...     print(*colours, colours.find("blue"))
 red blue 2
 >>> "blue" in colours
@@ -59,7 +59,7 @@ class Registry(Mapping[str, Entry], Generic[Entry]):
         return self._entries[name]
 
     @contextmanager
-    def added(self, name: str, entry: Entry) -> Iterator[None]:
+    def registered(self, name: str, entry: Entry) -> Iterator[None]:
         """Add an entry behind the others for the duration of the block.
 
         Raises:

@@ -18,13 +18,14 @@ True
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from fault_injection.numbers.formats import FORMATS, NumberFormat
+from fault_injection.numbers.formats import FORMATS, NumberFormat, model_dtypes
 
 MAX_KEYS = 2**20
 """Most keys a row may have: with more, the float32 sum of the weights has no useful error bound (n * u > 1/16)."""
@@ -69,36 +70,32 @@ def _storage_of(layout: NumberFormat) -> Storage:
     return Storage(2.0 ** -(layout.mantissa + 1), 2.0 ** (1 - layout.bias - layout.mantissa - 1))
 
 
-_STORAGE = {getattr(torch, layout.name): _storage_of(layout) for layout in FORMATS if layout.computes}
 _SINGLE = Accumulation(roundoff=2.0**-24, exp_error=2.0**-22, underflow=2.0**-126, exp_reach=104.0)
 _DOUBLE = Accumulation(roundoff=2.0**-53, exp_error=2.0**-51, underflow=2.0**-1022, exp_reach=746.0)
 
 
-def _require_supported(dtype: torch.dtype) -> None:
-    if dtype not in _STORAGE:
-        allowed = ", ".join(str(known).removeprefix("torch.") for known in _STORAGE)
-        raise ValueError(f"dtype: got {str(dtype).removeprefix('torch.')}, allowed {allowed}")
-
-
+@functools.cache
 def storage(dtype: torch.dtype) -> Storage:
     """Return the storage error of ``dtype``. Raises ValueError for a dtype without an error model."""
-    _require_supported(dtype)
-    return _STORAGE[dtype]
+    name = str(dtype).removeprefix("torch.")
+    if name not in model_dtypes():
+        raise ValueError(f"dtype: got {name}, allowed {', '.join(model_dtypes())}")
+    return _storage_of(FORMATS[name])
 
 
 def accumulation(dtype: torch.dtype) -> Accumulation:
     """Return the arithmetic of a kernel with results of ``dtype``: float64 in itself, others in float32."""
-    _require_supported(dtype)
+    storage(dtype)
     return _DOUBLE if dtype == torch.float64 else _SINGLE
 
 
 def cast(source: torch.dtype, target: torch.dtype) -> Storage:
     """Return what converting numbers of ``source`` to ``target`` costs; nothing where ``target`` holds them all."""
-    _require_supported(source)
-    _require_supported(target)
+    storage(source)
+    stored = storage(target)
     if target.itemsize >= source.itemsize and (target.itemsize > source.itemsize or target == source):
         return Storage(0.0, 0.0)
-    return Storage(2.0**-24, 2.0**-150) if target == torch.float32 else _STORAGE[target]
+    return Storage(2.0**-24, 2.0**-150) if target == torch.float32 else stored
 
 
 def gamma(count: Number, roundoff: float) -> Number:

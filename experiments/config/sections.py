@@ -3,7 +3,7 @@
 Each section refuses values that cannot be meant when it is made, so a configuration that exists is a valid one as far
 as can be known without the model and the data. ``fault`` and ``slurm`` have files of their own.
 
-Public names: ``ModelConfig``, ``DataConfig``, ``DetectConfig``, ``RunConfig``, ``StopConfig``, ``DTYPES``, ``ENGINES``.
+Public names: ``ModelConfig``, ``DataConfig``, ``DetectConfig``, ``RunConfig``, ``StopConfig``, ``ENGINES``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from experiments.config.source_names import parse_source
 from experiments.errors import UsageError
 from fault_injection.numbers.formats import model_dtypes
 
-DTYPES = model_dtypes()
 ENGINES = ("auto", "plain", "fast")
 
 
@@ -46,7 +45,7 @@ class ModelConfig:
     revision: str | None = None
 
     def __post_init__(self) -> None:
-        check_choice("model.dtype", self.dtype, DTYPES)
+        check_choice("model.dtype", self.dtype, model_dtypes())
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
             raise UsageError(f"model.device: got {self.device!r}, allowed auto, cpu, cuda, cuda:N")
         if not self.path:

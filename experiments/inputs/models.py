@@ -29,6 +29,7 @@ import transformers
 from safetensors import SafetensorError
 from torch import nn
 
+from experiments.config.checks import check_choice
 from experiments.errors import MissingResourceError, UsageError, nearest
 from experiments.inputs.families import FAMILIES
 from experiments.inputs.hub import HubUnreachableError, cached_model_folder, first_line, hub_files, pinned_commit
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 BUILT_IN_MODELS = ("reference", "reference-kv")
-DTYPES = {name: getattr(torch, name) for name in model_dtypes()}
 
 _REFERENCE_FOLDER = Path(__file__).resolve().parents[1] / "reference_models"
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
@@ -143,10 +143,10 @@ def read_model_facts(config: ModelConfig) -> ModelFacts | None:
 
 
 def resolve_dtype(name: str) -> torch.dtype:
-    """Return the dtype of this name, one of ``DTYPES``."""
-    if name not in DTYPES:
-        raise UsageError(f"model.dtype: got {name!r}, allowed {', '.join(DTYPES)}{nearest(name, DTYPES)}")
-    return DTYPES[name]
+    """Return the dtype of this name, one of ``model_dtypes()``."""
+    check_choice("model.dtype", name, model_dtypes())
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
 
 
 def resolve_device(name: str) -> torch.device:

@@ -45,7 +45,7 @@ def test_a_family_is_a_row_and_its_functions(
 ) -> None:  # fmt: skip
     toy("toy_family", MODULE)
     saved_tagger(tmp_path / "tagger")
-    with FAMILIES.added("tokens", TAGGER):
+    with FAMILIES.registered("tokens", TAGGER):
         assert "tokens           the loss of the label of each token  [AutoModelForTokenClassification]" in listed(
             "families"
         )

@@ -36,7 +36,7 @@ def test_a_figure_is_a_file_and_a_row(
 
     toy("toy_figure", MODULE)
     folder = campaign()
-    with FIGURES.added("runs_by_layer", FigureEntry("Runs by layer", "toy_figure:runs_by_layer")):
+    with FIGURES.registered("runs_by_layer", FigureEntry("Runs by layer", "toy_figure:runs_by_layer")):
         assert "runs_by_layer            Runs by layer  [runs]" in listed("figures")
         text = page(folder)
         assert "Runs by layer, n = 4." in text

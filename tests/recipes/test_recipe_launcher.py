@@ -36,7 +36,7 @@ def test_a_launcher_is_a_module_and_a_row(
 ) -> None:  # fmt: skip
     toy("toy_launcher", MODULE)
     alone = campaign(name="micro")
-    with LAUNCHERS.added("in-turn", Launcher("N shards, one after the other", "toy_launcher")):
+    with LAUNCHERS.registered("in-turn", Launcher("N shards, one after the other", "toy_launcher")):
         assert "in-turn  N shards, one after the other" in listed("launchers")
         assert "  --launcher in-turn --workers N\n" in help_text()
         assert main([*micro.arguments(tmp_path / "dry"), "--launcher", "in-turn", "--workers", "3", "--dry-run"]) == 0

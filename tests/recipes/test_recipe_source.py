@@ -26,7 +26,7 @@ def test_a_source_is_a_function_and_a_row(
 ) -> None:  # fmt: skip
     toy("toy_source", MODULE)
     row = SourceForm("backwards:PATH", "a text file, read from its end", documents="toy_source:read_backwards")
-    with SOURCES.added("backwards", row):
+    with SOURCES.registered("backwards", row):
         assert "backwards:PATH     a text file, read from its end" in listed("sources")
         folder = campaign("--data.source", "backwards:text.txt")
         runs = table(folder / "runs.csv")
