@@ -111,11 +111,12 @@ def _counted(name: str, outcome: RowOutcome, sequences: int) -> list[Verdict]:
             return [outcome.fired.numel() // sequences] * sequences
         return by_sequence(mask).sum(1).tolist()
 
-    fired = count(outcome.fired)
+    fired = count(outcome.fired) if bool(outcome.fired.any()) else [0] * sequences
     nonfinite = count(outcome.nonfinite) if any(fired) else fired
-    columns: list[list[Any]] = [count(outcome.checked), fired, nonfinite, by_sequence(outcome.ratio).amax(1).tolist()]
+    checked = count(outcome.checked)
+    columns: list[list[Any]] = [checked, fired, nonfinite, by_sequence(outcome.ratio).amax(1).tolist()]
     if isinstance(outcome, BoundedOutcome):
-        columns.append(count(outcome.bounded))
+        columns.append(checked if outcome.bounded is outcome.checked else count(outcome.bounded))
         if outcome.interval is None:
             columns.append(by_sequence(outcome.margin).amin(1).tolist())
         else:

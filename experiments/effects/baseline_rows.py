@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from experiments.effects.loss import checked_targets, mean_losses
+from experiments.effects.loss import Evaluation, checked_targets, mean_losses
 from experiments.effects.row_kernels import (
     Array,
     RowAnswers,
@@ -119,6 +119,15 @@ class BaselineRows:
             return cls(family, *known, None, None)
         every = RowAnswers(*map(joined, zip(*answers, strict=True)))
         return cls(family, *known, every, mean_losses(as_tensor(every.losses).unsqueeze(0), targets)[0][0])
+
+    def evaluation(self) -> Evaluation:
+        """Return what ``loss_and_logits`` returns of the same output, without a second softmax."""
+        output = self.values.view(*self.shape, -1)
+        if self.answers is None:
+            return Evaluation(None, None, output)
+        losses = as_tensor(self.answers.losses).unsqueeze(0)
+        means, sequence_means = mean_losses(losses, self.targets.view(self.shape))
+        return Evaluation(means[0], sequence_means[0], output)
 
 
 def _real(output: Tensor, batch: Mapping[str, Tensor]) -> Tensor:

@@ -79,7 +79,7 @@ def loss_and_logits(family: str, outputs: Any, batch: Mapping[str, Tensor]) -> E
     Raises:
         UsageError: Unknown family, outputs without logits, or a sequence without a single target.
     """
-    output = _answer(outputs, FAMILIES.find(family).answer)
+    output = output_of(family, outputs)
     targets = checked_targets(family, output, batch)
     if targets is None:
         return Evaluation(None, None, output)
@@ -88,6 +88,11 @@ def loss_and_logits(family: str, outputs: Any, batch: Mapping[str, Tensor]) -> E
     losses[flat != IGNORED] = token_losses(output.flatten(0, 1), flat)
     means, sequence_means = mean_losses(losses.unsqueeze(0), targets)
     return Evaluation(means[0], sequence_means[0], output)
+
+
+def output_of(family: str, outputs: Any) -> Tensor:
+    """Take the logits (or hidden state) out of a model's outputs. Raises UsageError for outputs without them."""
+    return _answer(outputs, FAMILIES.find(family).answer)
 
 
 def checked_targets(family: str, output: Tensor, batch: Mapping[str, Tensor]) -> Tensor | None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from bounds import Detector, Verdict
 from experiments.effects.baseline_rows import BaselineRows
 from experiments.effects.block_outputs import BlockOutputs
-from experiments.effects.loss import Evaluation
+from experiments.effects.loss import Evaluation, output_of
 from experiments.engine.fast.engine import FastEngine
 from experiments.engine.fast.recording import Recording, record, recorded_pass
 from experiments.engine.fast.site_verdicts import CleanGroups, unsupported
@@ -79,22 +79,22 @@ class OpenedBatch:
             return recording
         if not bitwise_equal(recording.evaluation.output, baseline.evaluation.output):
             return "a recorded pass gives another output than the plain one"
-        return cls.recorded(subject, chain, batch, baseline, recording, groups)
+        rows = BaselineRows.of(subject.family, baseline.evaluation.output, batch)
+        return cls.recorded(subject, chain, baseline, recording, groups, rows)
 
     @classmethod
     def recorded(
         cls,
         subject: Subject,
         chain: Chain,
-        batch: Mapping[str, Tensor],
         baseline: Baseline,
         recording: Recording,
         groups: CleanGroups | None,
+        rows: BaselineRows,
     ) -> OpenedBatch:
         """Return what runs share, of a pass that was recorded and gave the output of the baseline."""
         # The two outputs are equal, and one of them is enough to keep.
         recording = replace(recording, evaluation=baseline.evaluation)
-        rows = BaselineRows.of(subject.family, recording.evaluation.output, batch)
         give_back_free_memory()
         length = recording.hidden[0].shape[1]
         causal = is_causal(baseline.situation, length)
@@ -154,6 +154,7 @@ class Opening:
         self._subject, self._chain, self._detectors, self._by_groups = subject, chain, detectors, by_groups
         self._groups: CleanGroups | None = None
         self._recording: Recording | str | None = None
+        self._rows: BaselineRows | None = None
 
     def judge(self, situation: Situation, origins: Origins | None) -> Judge:
         """Return the tap that lets the detectors look."""
@@ -164,22 +165,26 @@ class Opening:
 
     def forward(self, batch: Mapping[str, Tensor], *taps: Tap, origins: Origins | None) -> Evaluation:
         """Run the pass with the taps, and keep what runs can begin from."""
-        # Behind the last input lie many large holes.
-        give_back_free_memory()
-        evaluation, self._recording = recorded_pass(self._subject, self._chain, batch, *taps, origins=origins)
+        evaluation, self._recording = recorded_pass(
+            self._subject, self._chain, batch, *taps, origins=origins, evaluate=self._evaluate
+        )
         return evaluation
+
+    def _evaluate(self, family: str, outputs: Any, batch: Mapping[str, Tensor]) -> Evaluation:
+        self._rows = BaselineRows.of(family, output_of(family, outputs), batch)
+        return self._rows.evaluation()
 
     def opened(self, batch: Mapping[str, Tensor], baseline: Baseline) -> OpenedBatch | str:
         """Return the input ready for runs, or the reason why it cannot be.
 
         Where the baseline was known before, it was not computed here: a pass of its own is made.
         """
-        recording, self._recording = self._recording, None
-        if recording is None:
+        recording, rows = self._recording, self._rows
+        if recording is None or rows is None:
             return OpenedBatch.of(self._subject, self._chain, batch, baseline, self._detectors)
         if isinstance(recording, str):
             return recording
-        return OpenedBatch.recorded(self._subject, self._chain, batch, baseline, recording, self._groups)
+        return OpenedBatch.recorded(self._subject, self._chain, baseline, recording, self._groups, rows)
 
 
 def recorded_part(verdict: Verdict) -> Any:

@@ -114,7 +114,8 @@ def compute_baseline(
                 "control run: the fault-free pass gives another output when detectors look at it; a detector writes "
                 "into the tensors it reads, or the pass is not deterministic"
             )
-    if not bool(torch.isfinite(evaluation.output).all()):
+    # NaN and infinities show in the extremes.
+    if not bool(torch.stack(torch.aminmax(evaluation.output)).isfinite().all()):
         raise CheckRefusedError(
             f"the fault-free output of {type(subject.model).__name__} in {subject.dtype} is not finite on an input of "
             "this campaign; no fault could be told from it"

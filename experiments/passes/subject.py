@@ -10,7 +10,7 @@ Public name: ``Subject``.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any
 
@@ -32,6 +32,9 @@ from fault_injection import (
     tapped,
     unpatch_model,
 )
+
+Evaluate = Callable[[str, Any, Mapping[str, Tensor]], Evaluation]
+"""Makes an evaluation of a family's outputs on a batch."""
 
 
 class Subject:
@@ -104,11 +107,14 @@ class Subject:
             checked["decoder_input_ids"] = self.model.prepare_decoder_input_ids_from_labels(checked["labels"])
         return {name: tensor.to(self.device) for name, tensor in checked.items()}
 
-    def forward(self, batch: Mapping[str, Tensor], *taps: Tap) -> Evaluation:
-        """Run the model once on a batch from ``to_device``, with ``taps``, without gradients."""
+    def forward(self, batch: Mapping[str, Tensor], *taps: Tap, evaluate: Evaluate = loss_and_logits) -> Evaluation:
+        """Run the model once on a batch from ``to_device``, with ``taps``, without gradients.
+
+        ``evaluate(family, outputs, batch)`` makes of the model's outputs what is returned.
+        """
         with torch.no_grad(), tapped(self.model, *taps):
             outputs = self.model(**self._arguments(batch))
-            return loss_and_logits(self.family, outputs, batch)
+            return evaluate(self.family, outputs, batch)
 
     def answer(self, batch: int, length: int) -> Tensor:
         """Return the model's output (batch, length, ...) for inputs that do not matter: its blocks are replaced."""

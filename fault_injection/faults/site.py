@@ -231,6 +231,9 @@ class SiteSurvey:
 def _is_scaled(logits: Tensor, scores: Tensor, scaling: float, visible: Tensor) -> bool:
     if logits.shape != scores.shape:
         return False
+    # The product in their own format is within its tolerance; where it explains all, nothing is converted.
+    if bool(((logits - scores * scaling == 0) | ~visible).all()):
+        return True
     expected = scores.double() * scaling
     rounding = 4 * max(torch.finfo(logits.dtype).eps, torch.finfo(scores.dtype).eps)
     close = (logits.double() - expected).abs() <= rounding * expected.abs() + torch.finfo(scores.dtype).tiny

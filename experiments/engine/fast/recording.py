@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 from bounds.core.attention_state import ProjectedOperand
-from experiments.effects.loss import Evaluation
+from experiments.effects.loss import Evaluation, loss_and_logits
 from experiments.inputs.blocks import Arguments, Chain, hidden_of
-from experiments.passes.subject import Subject
+from experiments.passes.subject import Evaluate, Subject
 from experiments.passes.taps.call_state import Origins
 from fault_injection import AttentionCore, Tap, instrumentation_of
 from fault_injection.attention.instrument import substituted
@@ -95,7 +95,12 @@ def record(
 
 
 def recorded_pass(
-    subject: Subject, chain: Chain, batch: Mapping[str, Tensor], *taps: Tap, origins: Origins | None = None
+    subject: Subject,
+    chain: Chain,
+    batch: Mapping[str, Tensor],
+    *taps: Tap,
+    origins: Origins | None = None,
+    evaluate: Evaluate = loss_and_logits,
 ) -> tuple[Evaluation, Recording | str]:
     """Run a fault-free pass; return its evaluation, and what runs can begin from or why they cannot.
 
@@ -105,6 +110,7 @@ def recorded_pass(
         batch: as ``Subject.to_device`` returns it.
         taps: see the pass too.
         origins: tells where the operands of a core come from (``taps.origins.recorded_origins``, entered).
+        evaluate: see ``Subject.forward``.
     """
     given: list[tuple[int, Tensor, Arguments, Any]] = []
     attention: dict[int, AttentionRecord] = {}
@@ -122,7 +128,7 @@ def recorded_pass(
         given.append((number, hidden, arguments, output))
         return output
 
-    def evaluate(core: AttentionCore, tensors: Any, mask: Any, keywords: Mapping[str, Any]) -> Any:
+    def attend(core: AttentionCore, tensors: Any, mask: Any, keywords: Mapping[str, Any]) -> Any:
         result = instrumentation.evaluate_interface(core, tensors, mask, keywords)
         note(f"a tensor of {core.name}", *tensors, result[0])
         projected = None if origins is None else origins(core)
@@ -130,8 +136,8 @@ def recorded_pass(
         attention[core.index] = AttentionRecord(core, query, key, value, mask, keywords, result[0], projected)
         return result
 
-    with chain.replaced(block), substituted(subject.model, evaluate):
-        evaluation = subject.forward(batch, *taps)
+    with chain.replaced(block), substituted(subject.model, attend):
+        evaluation = subject.forward(batch, *taps, evaluate=evaluate)
     if (reason := _no_chain(chain, given)) is not None:
         return evaluation, reason
     overwritten = next((what for what, tensor, version in versions if tensor._version != version), None)
