@@ -36,8 +36,9 @@ from torch import Tensor, nn
 from bounds.atlas.flips import every_flip, score_flips
 from bounds.atlas.states import ObservedCall, observe
 from bounds.atlas.statistics import FlipStatistics, RankedFlip, Ranking
-from bounds.atlas.terms import head_terms
-from bounds.effects.fault_effect import LOCATIONS, LogitMap, effect_reason
+from bounds.effects.fault_effect import LOCATIONS, effect_reason
+from bounds.effects.head_terms import head_terms
+from bounds.effects.head_view import LogitMap
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bounds.core.attention_state import AttentionState
-from bounds.effects.fault_effect import LogitMap
+from bounds.effects.head_view import LogitMap
 from fault_injection import OBSERVED, AttentionCall, attention_cores, tapped
 from fault_injection.attention.call_tensors import CallTensors
 from fault_injection.faults.site import visible_keys

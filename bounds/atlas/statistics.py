@@ -23,41 +23,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from bounds.effects.flips import Flips
+
 BINS_PER_DECADE = 32
 _LOWEST, _HIGHEST = -60, 60  # decades; what lies outside is counted in the outermost bin
 _BINS = (_HIGHEST - _LOWEST) * BINS_PER_DECADE
-
-
-@dataclass(frozen=True, eq=False)
-class Flips:
-    """One bit flipped in every element of one tensor of one head, each alone; all tensors (rows, columns).
-
-    Attributes:
-        location: ``q k v scores weights masked weights out``.
-        bit: which one.
-        origin: batch and head of the tensor; a key/value head for k and v.
-        before: the tensor in its own dtype.
-        after: the same with the bit flipped.
-        effect: float64, Frobenius norm of the predicted change of out, over all rows and heads it reaches.
-        relative: largest change of a row in units of that row's length.
-        noise_ratio: largest change of an element of out in units of the rounding bound of its clean evaluation (P4).
-        loss: predicted change of the loss, first order.
-        nonfinite: whether the flip gives NaN or Inf, or leaves a row without a finite logit (what then happens is up to
-            the mask); the four numbers above then mean nothing.
-        counted: whether the element belongs to the location (a visible score, for example).
-    """
-
-    location: str
-    bit: int
-    origin: tuple[int, int]
-    before: Tensor
-    after: Tensor
-    effect: Tensor
-    relative: Tensor
-    noise_ratio: Tensor
-    loss: Tensor
-    nonfinite: Tensor
-    counted: Tensor
 
 
 @dataclass

@@ -8,8 +8,6 @@ scores, weights and out. If none fires, the error is at most the sum of two tole
 on every row of the output. The bound is on the distance between the output as stored and the one a fault-free pass
 would have stored: the rounding of both passes is in it. What no check covers is not certified, and that is said.
 
-Public names: ``FaultChecks``, ``Certificate``, ``certify``.
-
 >>> from bounds.products import output_sums
 
 >>> from bounds.products import score_sums
@@ -38,7 +36,9 @@ from torch import Tensor
 
 from bounds.core.attention_state import AttentionState
 from bounds.core.row_check import RowCheck
-from bounds.effects.certificate_terms import CertificateTerms, certificate_terms, row_maximum, weighted_maximum
+from bounds.effects.certificate_terms import certificate_terms
+from bounds.effects.forms import CLOSED_FORMS
+from bounds.effects.head_view import in_units_of
 from bounds.numerics.rounding import reduced_precision
 from fault_injection.locations import LOCATION_TABLE
 
@@ -122,7 +122,7 @@ def certify(state: AttentionState, checks: FaultChecks) -> Certificate:
         if reason is not None:
             reasons[location] = reason
             continue
-        bound = _EFFECTS[location](state, terms, largest_error(check))
+        bound = CLOSED_FORMS[location].bound(state, terms, largest_error(check))
         # NaN (an infinite error times nothing) is no bound either.
         bounds[location] = torch.where(terms.checked, torch.where(bound >= 0, bound, math.inf), math.nan)
     largest, median = (None, None) if reasons else _summary(state, bounds, terms.checked)
@@ -143,7 +143,7 @@ def _reason(state: AttentionState, location: str, check: RowCheck | None) -> str
 def _summary(state: AttentionState, bounds: Mapping[str, Tensor], checked: Tensor) -> tuple[float | None, float | None]:
     length = state.out.double().square().sum(-1).sqrt()
     worst = torch.stack(list(bounds.values())).amax(0)
-    relative = torch.where(worst == 0, 0.0, worst / length)[checked.expand(worst.shape)]
+    relative = in_units_of(worst, length)[checked.expand(worst.shape)]
     return (float(relative.max()), float(relative.median())) if len(relative) else (None, None)
 
 
@@ -158,67 +158,3 @@ def largest_error(check: RowCheck) -> Tensor:
     if check.checked is not None:
         error = torch.where(check.checked, error, math.inf)
     return error.amax(-1) if error.ndim == 4 else error
-
-
-def _out(state: AttentionState, terms: CertificateTerms, error: Tensor) -> Tensor:
-    return error
-
-
-def _weights(state: AttentionState, terms: CertificateTerms, error: Tensor) -> Tensor:
-    recast = terms.cast.roundoff * (2 * terms.total + error) + 2 * terms.cast.absolute
-    moved = (error + recast) * terms.longest_value[..., None]
-    return _with_products(terms, moved)
-
-
-def _value(state: AttentionState, terms: CertificateTerms, error: Tensor) -> Tensor:
-    mass = state.weights[..., : state.key.shape[2]] if state.mass is None else state.mass
-    per_key = state.per_query_head(error)
-    moved = weighted_maximum(mass, per_key)
-    # The clean values may be longer than the stored ones by the error.
-    grown = terms.product_growth * terms.total * row_maximum(per_key, terms.visible, terms.columns)
-    return _with_products(terms, moved + grown)
-
-
-def _scores(state: AttentionState, terms: CertificateTerms, error: Tensor) -> Tensor:
-    shifted = terms.slope * error * (1 + terms.logit_error)
-    spread = shifted + terms.passes * terms.logit_error * terms.logit_size + terms.logit_floor
-    return _through_softmax(terms, spread / (1 - terms.logit_error))
-
-
-def _query(state: AttentionState, terms: CertificateTerms, error: Tensor) -> Tensor:
-    real = terms.scaling * error * 2 * terms.key_radius
-    return _through_softmax(terms, real + _product_slack(terms, terms.scaling * error * terms.longest_key))
-
-
-def _key(state: AttentionState, terms: CertificateTerms, error: Tensor) -> Tensor:
-    reached = row_maximum(state.per_query_head(error), terms.visible, terms.columns)
-    real = terms.scaling * reached * terms.largest_query
-    return _through_softmax(terms, real + _product_slack(terms, terms.scaling * reached * terms.query_length))
-
-
-def _product_slack(terms: CertificateTerms, change: Tensor) -> Tensor:
-    """Return how much further apart rounding can move two logits of a row, both passes together.
-
-    Args:
-        terms: of the call.
-        change: (B, H, T), bound on the change of one logit in real numbers.
-    """
-    relative = terms.score_error + terms.logit_error
-    size = 2 * terms.score_growth * terms.scaling * terms.query_length * terms.longest_key
-    size = size + 2 * relative * terms.logit_size + terms.logit_floor
-    return 2 * (change * (terms.score_growth + 2 * relative) + size) / (1 - 2 * relative)
-
-
-def _through_softmax(terms: CertificateTerms, spread: Tensor) -> Tensor:
-    """Return T26 for logits whose changes differ by at most ``spread`` within a row, with the rounding behind them."""
-    moved = torch.where(torch.isfinite(spread), torch.tanh(spread / 4) * 2 * terms.value_radius, math.inf)
-    stored = 2 * (terms.total - 1) * terms.longest_seen
-    return _with_products(terms, moved + stored)
-
-
-def _with_products(terms: CertificateTerms, moved: Tensor) -> Tensor:
-    # The last factor covers the float64 arithmetic of this module.
-    return (moved + terms.products) / (1 - terms.out_error) * (1 + 2.0**-20)
-
-
-_EFFECTS = {"q": _query, "k": _key, "v": _value, "scores": _scores, "weights": _weights, "out": _out}

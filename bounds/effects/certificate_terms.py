@@ -1,7 +1,5 @@
 """What the bounds of a certificate have in common: sizes of an attention call, row by row, and its rounding errors.
 
-Public names: ``CertificateTerms``, ``certificate_terms``, ``row_maximum``, ``weighted_maximum``.
-
 >>> per_key = torch.tensor([[[1.0, 5.0, 2.0]]])
 >>> causal = torch.ones(1, 1, 3, 3, dtype=torch.bool).tril()
 >>> row_maximum(per_key, causal, 3).tolist()
@@ -18,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bounds.core.attention_state import AttentionState
+from bounds.effects.head_view import mass_of
 from bounds.epsilon.bounds import visible_keys
 from bounds.numerics.blocks import row_blocks
 from bounds.numerics.rounding import Storage, accumulation, cast, gamma, softmax_error, storage
@@ -121,7 +120,7 @@ def certificate_terms(state: AttentionState) -> CertificateTerms:
 
 def _products(state: AttentionState, growth: Tensor, total: Tensor, seen: Tensor, value_length: Tensor) -> Tensor:
     """Return the rounding of the value product, as it was computed and as a clean pass would have computed it."""
-    mass = state.weights[..., : state.key.shape[2]] if state.mass is None else state.mass
+    mass = mass_of(state)
     carried = torch.empty(state.rows, dtype=torch.float64, device=mass.device)
     for block in row_blocks(state.rows, mass.shape[-1]):
         carried[block] = (mass[block].double().abs() @ value_length[block[:2]][..., None])[..., 0]
@@ -197,3 +196,29 @@ def weighted_maximum(mass: Tensor, per_key: Tensor) -> Tensor:
     for block in row_blocks(tuple(mass.shape[:-1]), mass.shape[-1]):
         largest[block] = (mass[block].double().abs() * per_key[block[:2]][..., None, :]).amax(-1)
     return largest
+
+
+def product_slack(terms: CertificateTerms, change: Tensor) -> Tensor:
+    """Return how much further apart rounding can move two logits of a row, both passes together.
+
+    Args:
+        terms: of the call.
+        change: (B, H, T), bound on the change of one logit in real numbers.
+    """
+    relative = terms.score_error + terms.logit_error
+    size = 2 * terms.score_growth * terms.scaling * terms.query_length * terms.longest_key
+    size = size + 2 * relative * terms.logit_size + terms.logit_floor
+    return 2 * (change * (terms.score_growth + 2 * relative) + size) / (1 - 2 * relative)
+
+
+def through_softmax(terms: CertificateTerms, spread: Tensor) -> Tensor:
+    """Return T26 for logits whose changes differ by at most ``spread`` within a row, with the rounding behind them."""
+    moved = torch.where(torch.isfinite(spread), torch.tanh(spread / 4) * 2 * terms.value_radius, math.inf)
+    stored = 2 * (terms.total - 1) * terms.longest_seen
+    return with_products(terms, moved + stored)
+
+
+def with_products(terms: CertificateTerms, moved: Tensor) -> Tensor:
+    """Return the bound on a row of out whose products of weights and values move by ``moved``."""
+    # The last factor covers the float64 arithmetic of this module.
+    return (moved + terms.products) / (1 - terms.out_error) * (1 + 2.0**-20)

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from bounds.effects.fault_severity import SeverityTerms, severity_terms
+from bounds.effects.fault_severity import severity_terms
+from bounds.effects.severity_terms import SeverityTerms
 from experiments.passes.subject import Subject
 from experiments.passes.taps.call_state import COMPLETE, Situation, call_state, keep_tensor
 from fault_injection import AttentionCall

@@ -17,14 +17,16 @@ from transformers import AutoModelForCausalLM
 from zoo import ZOO
 
 from bounds.atlas import command as atlas_command
-from bounds.atlas.flips import every_flip, flipped
+from bounds.atlas.flips import every_flip
 from bounds.atlas.layers import compute_atlas, layer_atlas, score_map
 from bounds.atlas.states import ObservedCall, observe
-from bounds.atlas.statistics import Flips, FlipStatistics, Ranking
-from bounds.atlas.terms import head_terms
+from bounds.atlas.statistics import FlipStatistics, Ranking
 from bounds.core.row_check import RowCheck
 from bounds.effects.certificate import FaultChecks, certify
-from bounds.effects.fault_effect import LOCATIONS, LogitMap, local_effect
+from bounds.effects.fault_effect import LOCATIONS, local_effect
+from bounds.effects.flips import Flips, flipped
+from bounds.effects.head_terms import head_terms
+from bounds.effects.head_view import LogitMap
 from fault_injection import FaultSpec, SiteSurvey, draw_fault, injected, patched, tapped
 
 REFERENCE = str(Path(__file__).parents[3] / "experiments" / "reference_models" / "reference")

@@ -13,14 +13,10 @@ from hypothesis import strategies as st
 
 import bounds.effects.fault_effect as fault_effect
 from bounds import AttentionState
-from bounds.effects.fault_effect import (
-    LogitMap,
-    effect_reason,
-    local_effect,
-    plain_logit_map,
-    score_tilt,
-    softmax_change,
-)
+from bounds.effects.fault_effect import effect_reason, local_effect
+from bounds.effects.forms import CLOSED_FORMS
+from bounds.effects.head_view import LogitMap, plain_logit_map, score_tilt, softmax_change
+from fault_injection.locations import LOCATION_TABLE
 
 TENSORS = {"q": "query", "k": "key", "v": "value", "scores": "scores", "weights": "weights", "out": "out"}
 
@@ -200,3 +196,7 @@ def test_wrong_use_is_refused_by_name():
 
 def test_masks_are_as_the_state_says():
     assert mask_of("window", 12, 12).sum(-1).tolist()[:5] == [1, 2, 3, 4, 4]
+
+
+def test_the_locations_that_say_so_have_a_closed_form() -> None:
+    assert CLOSED_FORMS.names() == tuple(row.name for row in LOCATION_TABLE if row.closed_form)

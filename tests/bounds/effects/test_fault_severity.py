@@ -9,8 +9,9 @@ import pytest
 import torch
 from attention_states import random_state
 
-from bounds.effects.fault_effect import LOCATIONS, LogitMap, local_effect
+from bounds.effects.fault_effect import LOCATIONS, local_effect
 from bounds.effects.fault_severity import severity_terms
+from bounds.effects.head_view import LogitMap
 
 TENSORS = {"q": "query", "k": "key", "v": "value", "scores": "scores", "weights": "weights", "out": "out"}
 SITUATIONS = {

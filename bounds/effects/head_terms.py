@@ -5,8 +5,6 @@
 
 For T rows, S keys and D_v channels this costs O(T S D_v); each bit of each element is then a closed form on top.
 
-Public names: ``HeadTerms``, ``head_terms``, ``row_slices``.
-
 >>> row_slices(5, width=BLOCK_ELEMENTS // 2)
 [slice(0, 2, None), slice(2, 4, None), slice(4, 6, None)]
 """
@@ -19,7 +17,7 @@ import torch
 from torch import Tensor
 
 from bounds.core.attention_state import AttentionState
-from bounds.effects.fault_effect import HeadView, head_view
+from bounds.effects.head_view import HeadView, head_view
 from bounds.numerics.blocks import BLOCK_ELEMENTS
 from bounds.numerics.rounding import accumulation, gamma, storage
 
