@@ -33,6 +33,8 @@ Recorded = dict[tuple[int, int, str], Tensor]
 
 def pytest_configure() -> None:
     torch.set_num_threads(1)
+    # Tests, and the processes that they start, neither read nor write proofs of the user.
+    os.environ["FAULT_INJECTION_PROOF_CACHE"] = "off"
     # Tests that run in a job of Slurm are not tasks of it. (Fixtures of modules run before those of functions.)
     for key in [key for key in os.environ if key.startswith("SLURM_") and not key.startswith("SLURM_TEST")]:
         del os.environ[key]

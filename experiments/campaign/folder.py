@@ -25,12 +25,12 @@ from experiments.plan.plan import Plan, canonical_json
 from experiments.tables.csv_file import read_keys, write_rows, write_text
 from experiments.tables.schema import TABLES, ExperimentResult, cell, columns
 
-UNBOUND = ("output_dir", "slurm.", "run.engine", "run.batch_runs")
+UNBOUND = ("output_dir", "slurm.", "run.engine", "run.batch_runs", "run.proof_cache")
 """Fields that may change between the sessions of one campaign: they decide where and how, not what."""
 
 
 _OWN_ENTRIES = {
-    *("config.yaml", "provenance.json", "plan.csv", "shards", "trace", "logs"),
+    *("config.yaml", "provenance.json", "plan.csv", "shards", "trace", "logs", "proofs"),
     *("missing.csv", "run.sbatch", "merge.sbatch", "submission.json", "stops.csv", "summary.csv", "report.html"),
     *(f"{table}.{form}" for table in TABLES for form in ("csv", "parquet")),
 }

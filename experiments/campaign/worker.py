@@ -30,6 +30,7 @@ from experiments.campaign.session import Session
 from experiments.campaign.tally import Tally
 from experiments.config import ExperimentConfig
 from experiments.engine.contexts import Contexts, check_plan, check_runs, context_key
+from experiments.engine.kept_proofs import KeptProofs
 from experiments.engine.pairs import PairedRunner
 from experiments.errors import CheckRefusedError, MissingResourceError, UsageError
 from experiments.machine.environment import environment_facts, set_determinism
@@ -85,7 +86,7 @@ def run_campaign(
     set_determinism(config.run.threads)
     mine = shard_of(plan, shard)
     with (
-        Contexts(TraceWriter(None), stopping) as contexts,
+        Contexts(TraceWriter(None), stopping, KeptProofs.of(config.run.proof_cache, folder.path)) as contexts,
         _locked(folder, shard) as lock,
         # As long as it is not known what is done, nothing counts as done by this worker.
         Tally(

@@ -148,6 +148,9 @@ class RunConfig:
             order with the injected pass.
         threads: threads of one process. The last bit of a result can depend on it, so it is part of the configuration;
             one thread a process, and one process a core (``--workers``), is also the fastest for small models.
+        proof_cache: keep the start-up proof of the fast engine in the campaign's folder and in the user's cache, or in
+            the folder that is named here instead of the latter; ``false``: make it at every start. A kept proof is used
+            only where everything it depends on is the same.
     """
 
     engine: str = "auto"
@@ -157,11 +160,14 @@ class RunConfig:
     batch_runs: int | None = None
     reuse_baseline: bool = True
     threads: int = 1
+    proof_cache: bool | str = True
 
     def __post_init__(self) -> None:
         for key in ("full_every", "batch_runs", "threads"):
             check_at_least(f"run.{key}", getattr(self, key), 1)
         check_choice("run.engine", self.engine, ENGINES)
+        if self.proof_cache == "":
+            raise UsageError("run.proof_cache: got an empty text, allowed true, false or a folder")
         check_choice("run.scope", self.scope, ("full", "site"))
         if self.full_every is not None and self.scope != "site":
             raise UsageError(f"run.full_every: got {self.full_every}, allowed null unless run.scope is site")

@@ -1,6 +1,6 @@
 """Runs of one context, executed together: drawn, sorted by input, and each taken the fastest way that is exact.
 
-    for planned, record in BatchRuns(context, records, plain, drawing, monitor).run(runs):
+    for planned, record in BatchRuns(context, records, plain, drawing, proofs).run(runs):
         ...
 
 The ways, by what the column ``execution`` says: ``rows`` (many runs in one pass, only the rows that can change),
@@ -20,24 +20,23 @@ from typing import Any
 
 from bounds import Verdict
 from experiments.config import ExperimentConfig
-from experiments.engine.context import Context
+from experiments.engine.context import Context, detection_key
 from experiments.engine.fast.engine import FastEngine
 from experiments.engine.fast.front import EngineMismatchError
 from experiments.engine.fast.recording import resumed
 from experiments.engine.fast.run import FastRun
 from experiments.engine.fast.wide_linear import OutputBuffer
-from experiments.engine.opened_batch import OpenedBatch, Opening
+from experiments.engine.opened_batch import OpenedBatch
 from experiments.engine.plain import PlainRuns, Shortcut, attempt
-from experiments.engine.proof import Proof, prove
+from experiments.engine.proof import Proof
+from experiments.engine.proofs import Proofs
 from experiments.engine.records import Records
-from experiments.errors import CheckRefusedError
-from experiments.plan.plan import PlannedRun, canonical_json
+from experiments.plan.plan import PlannedRun
 from experiments.runs.drawing import FaultDrawing
 from experiments.runs.measured import Measured
 from experiments.runs.record import DrawnRun, RunRecord
 from experiments.runs.rows import tightest
 from fault_injection.faults.one_head import FaultSite
-from monitoring import PerformanceMonitor
 from monitoring.cache.fingerprints import model_fingerprint
 
 logger = logging.getLogger(__name__)
@@ -66,7 +65,7 @@ class BatchRuns:
         records: makes the records of runs.
         plain: executes runs that must go through a whole pass, or one from a block on.
         drawing: draws their faults.
-        monitor: what their times are added to.
+        proofs: say which shortcuts are exact.
         stopping: asked before anything is begun; once it is true, ``run`` ends early.
     """
 
@@ -76,30 +75,12 @@ class BatchRuns:
         records: Records,
         plain: PlainRuns,
         drawing: FaultDrawing,
-        monitor: PerformanceMonitor,
+        proofs: Proofs,
         stopping: Callable[[], bool] = lambda: False,
     ) -> None:
         self._context, self._records, self._plain, self._drawing = context, records, plain, drawing
-        self._monitor, self._stopping = monitor, stopping
-        self._proofs: dict[str, Proof] = {}
+        self._monitor, self._proofs, self._stopping = records.monitor, proofs, stopping
         self._buffer = OutputBuffer()
-
-    def proof(self, config: ExperimentConfig, batch_index: int = 0) -> Proof:
-        """Return which shortcuts are exact, found out at the first call for a choice of detectors and a shape of input.
-
-        Raises:
-            CheckRefusedError: ``run.engine`` is ``fast``, and changed rows alone are not exact.
-        """
-        shapes = [list(tensor.shape) for tensor in self._context.batches[batch_index].values()]
-        key = f"{_detection_key(config)} {config.run.propagation} {shapes}"
-        if key not in self._proofs:
-            self._proofs[key] = prove(self._context, config, batch_index)
-            # Campaigns that sweep detectors have one proof for each choice of them; provenance keeps the last.
-            self._context.facts["execution"] = self._proofs[key].facts()
-        proof = self._proofs[key]
-        if config.run.engine == "fast" and proof.rows is not None:
-            raise CheckRefusedError(f"run.engine: got 'fast', but it would not be exact here: {proof.rows}")
-        return proof
 
     def run(self, runs: Sequence[Run]) -> Iterator[Finished]:
         """Yield each run with its record or what it raised."""
@@ -107,7 +88,7 @@ class BatchRuns:
         for planned, config in runs:
             key = (
                 planned.batch_index(len(self._context.batches)),
-                _detection_key(config),
+                detection_key(config),
                 config.run.batch_runs,
                 config.detect.critical_loss,
                 config.run.reuse_baseline,
@@ -122,15 +103,11 @@ class BatchRuns:
     def _run_group(self, batch_index: int, runs: Sequence[Run]) -> Iterator[Finished]:
         """Execute runs of one input and choice of detectors."""
         config, context = runs[0][1], self._context
-        proof, opened = self.proof(config, batch_index), None
-        opening = None
+        proof, opened = self._proofs.get(config, batch_index), None
         if proof.chain is not None and config.run.reuse_baseline:
-            detectors = context.detectors(config)
-            opening = Opening(context.subject, proof.chain, detectors, by_groups=proof.rows is None)
+            opened = context.opened(batch_index, config, proof.chain, by_groups=proof.rows is None)
         model_id = model_fingerprint(context.subject.model)
-        known = model_id, context.baseline(batch_index, config, model_id=model_id, recorder=opening)
-        if opening is not None:
-            opened = opening.opened(context.batches[batch_index], known[1])
+        known = model_id, context.baseline(batch_index, config, model_id=model_id)
         drawn: list[DrawnRun] = []
         for planned, own in runs:
             run = attempt(partial(self._drawing.draw, planned, own, known))
@@ -243,8 +220,3 @@ class BatchRuns:
                 execution="rows",
             ),
         )
-
-
-def _detection_key(config: ExperimentConfig) -> str:
-    detect = config.detect
-    return canonical_json([*detect.names(), detect.tolerance, detect.layers, detect.certificate, detect.correct])

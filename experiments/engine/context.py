@@ -18,11 +18,15 @@ from torch import Tensor
 from bounds import Detector
 from experiments.config import ExperimentConfig
 from experiments.effects.block_outputs import BlockOutputs
+from experiments.engine.opened_batch import OpenedBatch, Opening
+from experiments.inputs.blocks import Chain
 from experiments.passes.baseline import Baseline, Recorder
 from experiments.passes.baselines import Baselines
 from experiments.passes.block_changes import Blocks, BlockWatcher
 from experiments.passes.subject import Subject
+from experiments.plan.plan import canonical_json
 from monitoring.cache.cached_forward import CachedForward
+from monitoring.cache.fingerprints import model_fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +61,7 @@ class Context:
         self.facts: dict[str, Any] = dict(facts or {})
         self.baselines = Baselines(subject, batches, forward, calibration)
         self._blocks = Blocks(subject, batches, forward)
+        self._opened: tuple[str, OpenedBatch | str] | None = None
 
     def detectors(self, config: ExperimentConfig) -> list[Detector]:
         """Return the detectors of a configuration, prepared for the model and calibrated, made once for all runs."""
@@ -73,6 +78,27 @@ class Context:
         """Return the fault-free pass of a batch; see ``Baselines.get``."""
         return self.baselines.get(batch_index, config, run_id, model_id, recorder)
 
+    def opened(
+        self, batch_index: int, config: ExperimentConfig, chain: Chain, *, by_groups: bool, alone: bool = False
+    ) -> OpenedBatch | str:
+        """Return a batch ready for runs that begin at their fault, or the reason why it cannot be; the last is kept.
+
+        Args:
+            batch_index: which batch.
+            config: its choice of detectors counts.
+            chain: the blocks of the model.
+            by_groups: let the baseline be what groups of heads say; see ``Opening``.
+            alone: make the baseline first, and record another pass.
+        """
+        model_id = model_fingerprint(self.subject.model)
+        key = f"{batch_index} {model_id} {detection_key(config)}"
+        if self._opened is None or self._opened[0] != key:
+            self._opened = None
+            opening = Opening(self.subject, chain, self.detectors(config), by_groups=by_groups)
+            baseline = self.baseline(batch_index, config, model_id=model_id, recorder=None if alone else opening)
+            self._opened = key, opening.opened(self.batches[batch_index], baseline)
+        return self._opened[1]
+
     def follows(self, config: ExperimentConfig) -> bool:
         """Whether propagated runs of a configuration are to be compared behind every block, and can be."""
         if config.run.propagation and "propagation" not in self.facts:
@@ -88,3 +114,9 @@ class Context:
     def watcher(self, outputs: BlockOutputs, layer: int) -> BlockWatcher:
         """Return what compares what the blocks from that of a layer on return in an injected pass."""
         return self._blocks.watcher(outputs, layer)
+
+
+def detection_key(config: ExperimentConfig) -> str:
+    """Return a text that is equal for configurations whose detectors look in the same way."""
+    detect = config.detect
+    return canonical_json([*detect.names(), detect.tolerance, detect.layers, detect.certificate, detect.correct])

@@ -18,6 +18,7 @@ from typing import Any
 
 from experiments.config import ExperimentConfig
 from experiments.engine.context import Context
+from experiments.engine.kept_proofs import KeptProofs
 from experiments.engine.pairs import PairedRunner
 from experiments.errors import UsageError
 from experiments.inputs.families import FAMILIES
@@ -77,16 +78,18 @@ class Contexts:
 
     Args:
         trace: where the passes are written to.
-        stopping: handed to the runners (``PairedRunner``).
+        stopping, kept: handed to the runners (``PairedRunner``).
 
     Attributes:
         facts: by context key, fingerprints and the results of the checks, for provenance.
     """
 
-    def __init__(self, trace: TraceWriter, stopping: Callable[[], bool] = lambda: False) -> None:
+    def __init__(
+        self, trace: TraceWriter, stopping: Callable[[], bool] = lambda: False, kept: KeptProofs | None = None
+    ) -> None:
         self.facts: dict[str, dict[str, Any]] = {}
         self._cache, self._stats, self._trace = ForwardCache(), BackendStats(), trace
-        self._stopping = stopping
+        self._stopping, self._kept = stopping, kept
         self._loaded: tuple[str, LoadedModel, Subject] | None = None
         self._open: tuple[str, PairedRunner] | None = None
 
@@ -130,7 +133,7 @@ class Contexts:
             calibration=lambda: [subject.to_device(batch) for batch in make_calibration_batches(*source)],
             facts=facts,
         )
-        pairs = PairedRunner(context, stopping=self._stopping)
+        pairs = PairedRunner(context, stopping=self._stopping, kept=self._kept)
         self.facts[key] = pairs.prepare(config)
         self._open = key, pairs
         return pairs

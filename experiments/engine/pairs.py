@@ -18,7 +18,9 @@ from bounds import Detector
 from experiments.config import ExperimentConfig
 from experiments.engine.batch_runs import BatchRuns
 from experiments.engine.context import Context
+from experiments.engine.kept_proofs import KeptProofs
 from experiments.engine.plain import PlainRuns, attempt
+from experiments.engine.proofs import Proofs
 from experiments.engine.records import Records
 from experiments.passes.baseline import Baseline
 from experiments.passes.gate import control_run, equivalence_gate
@@ -26,7 +28,6 @@ from experiments.passes.subject import Subject
 from experiments.plan.plan import PlannedRun
 from experiments.runs.drawing import FaultDrawing
 from experiments.runs.record import RunRecord
-from monitoring import PerformanceMonitor
 
 WORTH_A_PROOF = 32
 """Fewer runs are done sooner than the start-up proof of the fast engine."""
@@ -40,20 +41,25 @@ class PairedRunner:
         model_name: what the rows call a model that was given, like the batches, from Python (default: both are those of
             the run's configuration).
         stopping: asked before anything is begun; once it is true, ``run_many`` ends early.
+        kept: start-up proofs of earlier starts (default: none).
 
     Attributes:
         drawing: draws the faults of runs.
     """
 
     def __init__(
-        self, context: Context, *, model_name: str | None = None, stopping: Callable[[], bool] = lambda: False
+        self,
+        context: Context,
+        *,
+        model_name: str | None = None,
+        stopping: Callable[[], bool] = lambda: False,
+        kept: KeptProofs | None = None,
     ) -> None:
-        self.context, self._stopping = context, stopping
-        monitor = PerformanceMonitor(context.subject.device)
-        records = Records(context, monitor, model_name)
+        self.context, self._stopping, self._proofs = context, stopping, Proofs(context, kept)
+        records = Records(context, model_name)
         self.drawing = FaultDrawing(context.subject, context.batches, context.baselines)
-        self._plain = PlainRuns(context, records, monitor)
-        self._fast = BatchRuns(context, records, self._plain, self.drawing, monitor, stopping)
+        self._plain = PlainRuns(context, records)
+        self._fast = BatchRuns(context, records, self._plain, self.drawing, self._proofs, stopping)
 
     @property
     def subject(self) -> Subject:
@@ -76,7 +82,7 @@ class PairedRunner:
     def prepare(self, config: ExperimentConfig) -> dict[str, Any]:
         """Run the equivalence gate and the control run on the first batch; return what was checked, for provenance."""
         context, first = self.context, self.batches[0]
-        equivalence_gate(context.subject, first)
+        equivalence_gate(context.subject, first, lambda: self._fault_free(config).evaluation)
         baseline = context.baseline(0, config)
         control_run(context.subject, first, baseline.evaluation, baseline.sites)
         context.facts |= {
@@ -88,9 +94,17 @@ class PairedRunner:
             "kv_equal": [context.subject.kv_equal.get(core.index) for core in context.subject.cores],
         }
         if config.run.engine == "fast":
-            self._fast.proof(config)
+            self._proofs.get(config)
         context.follows(config)
         return context.facts
+
+    def _fault_free(self, config: ExperimentConfig) -> Baseline:
+        """Return the baseline of the first batch; where a proof is kept, the same pass is recorded for the runs."""
+        if config.run.engine != "plain" and config.run.reuse_baseline:
+            proof = self._proofs.known(config)
+            if proof is not None and proof.chain is not None:
+                self.context.opened(0, config, proof.chain, by_groups=proof.rows is None)
+        return self.context.baseline(0, config)
 
     def run(self, planned: PlannedRun, config: ExperimentConfig) -> RunRecord:
         """Execute one run by whole forward passes.

@@ -1,6 +1,6 @@
 """The plain way: a run is one injected pass through the whole model, or from the block of its fault on.
 
-plain = PlainRuns(context, records, monitor)
+plain = PlainRuns(context, records)
 record = plain.run(drawn)                                    # a RunRecord
 record = plain.run(drawn, Shortcut("resume", around))        # the same numbers, from a block on
 attempt(partial(plain.run, drawn))                           # the record, or the error of this run alone
@@ -31,7 +31,6 @@ from experiments.runs.measured import Measured
 from experiments.runs.record import DrawnRun, RunRecord
 from experiments.runs.rows import tightest
 from fault_injection.numbers.model_outputs import bitwise_equal
-from monitoring import PerformanceMonitor
 
 Done = TypeVar("Done")
 
@@ -63,11 +62,10 @@ class PlainRuns:
     Args:
         context: the model and its inputs.
         records: makes their records.
-        monitor: what their times are added to.
     """
 
-    def __init__(self, context: Context, records: Records, monitor: PerformanceMonitor) -> None:
-        self._context, self._records, self._monitor = context, records, monitor
+    def __init__(self, context: Context, records: Records) -> None:
+        self._context, self._records, self._monitor = context, records, records.monitor
         self._made_certifier: Certifier | None = None
 
     def begin(self) -> float:

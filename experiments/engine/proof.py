@@ -39,8 +39,8 @@ from experiments.passes.baseline import Baseline
 from experiments.passes.injected_pass import InjectedPass
 from fault_injection import LOCATIONS, Fault, FaultSpec, InjectionRecord, draw_fault
 from fault_injection.numbers.bits import bits_in_field
+from fault_injection.numbers.model_outputs import bitwise_equal
 from monitoring import PerformanceMonitor
-from monitoring.cache.cached_value import value_digest
 
 FAULTS_OF_A_LOCATION = 2
 ENVIRONMENT = ("MKL_CBWR", "ONEDNN_MAX_CPU_ISA", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUBLAS_WORKSPACE_CONFIG")
@@ -61,6 +61,7 @@ class Proof:
         rows: why not many runs go through one pass by their changed rows; None: they do.
         head: why a wide head is not evaluated in pieces; None: it is.
         faults: how many random faults were compared.
+        repeatable: whether nothing was raised, which may be the affair of the moment (memory).
     """
 
     chain: Chain | None
@@ -68,6 +69,7 @@ class Proof:
     rows: str | None
     head: str | None
     faults: int
+    repeatable: bool = True
 
     def facts(self) -> dict[str, Any]:
         """Return what provenance says of it."""
@@ -81,14 +83,14 @@ def prove(context: Context, config: ExperimentConfig, batch_index: int = 0) -> P
     chain = block_chain(context.subject.model, context.subject.cores)
     if isinstance(chain, str):
         return Proof(None, chain, chain, chain, 0)
-    batch, baseline = context.batches[batch_index], context.baseline(batch_index, config)
+    baseline = context.baseline(batch_index, config)
     try:
-        opened = OpenedBatch.of(context.subject, chain, batch, baseline, context.detectors(config))
+        opened = context.opened(batch_index, config, chain, by_groups=False, alone=True)
     except UNSUITED as error:
         opened = f"{type(error).__name__}: {error}"
     if isinstance(opened, str):
         return Proof(None, opened, opened, opened, 0)
-    return _Comparison(context, config, chain, opened, batch, baseline).proof()
+    return _Comparison(context, config, opened, context.batches[batch_index], baseline).proof()
 
 
 def impossible(context: Context, config: ExperimentConfig, opened: OpenedBatch) -> str | None:
@@ -117,36 +119,46 @@ class _Comparison:
         self,
         context: Context,
         config: ExperimentConfig,
-        chain: Chain,
         opened: OpenedBatch,
         batch: Mapping[str, Tensor],
         baseline: Baseline,
     ) -> None:
-        self._context, self._config, self._chain, self._opened = context, config, chain, opened
+        self._context, self._config, self._chain, self._opened = context, config, opened.chain, opened
         self._batch, self._baseline = batch, baseline
         self._monitor = PerformanceMonitor(context.subject.device)
+        self._repeatable = True
 
     def proof(self) -> Proof:
         resume, rows, head = None, impossible(self._context, self._config, self._opened), None
         rows = rows or self._opened.differing_verdict(self._baseline)
         expected: list[_Expected] = []
-        for number, fault in enumerate(self._faults()):
-            expected.append(self._expected(fault))
-            if resume is None and number % FAULTS_OF_A_LOCATION == 0:
-                resume = self._resume(expected[-1])
+        faults = list(self._faults())
+        for fault in faults:
+            # One plain pass serves every comparison; only of the last one is the whole output there.
+            plain = self._plain(fault)
+            resume = self._resume(fault, plain) if resume is None else resume
+            if rows is None:
+                expected.append(self._expected(fault, plain))
         if rows is None:
             head = self._compare(expected, OutputBuffer())
             rows = None if head is None else self._compare(expected, None)
         chain = self._chain if resume is None else None
-        return Proof(chain, resume, rows, head if rows is None else rows, len(expected))
+        return Proof(chain, resume, rows, head if rows is None else rows, len(faults), self._repeatable)
 
-    def _resume(self, plain: _Expected) -> str | None:
+    def _resume(self, fault: Fault, plain: InjectedPass) -> str | None:
         try:
-            with resumed(self._chain, self._opened.recording, plain.fault.layer):
-                return plain.differing_pass(self._expected(plain.fault))
+            with resumed(self._chain, self._opened.recording, fault.layer):
+                again = self._plain(fault)
         except UNSUITED as error:
             # Blocks that read more of those in front of them than their output.
-            return f"{type(error).__name__}: {error}"
+            return self._raised(error)
+        if not bitwise_equal(plain.evaluation.output, again.evaluation.output):
+            return f"{_name(fault)}: another output, {self._effect(again)} instead of {self._effect(plain)}"
+        return _differing_blocks(fault, plain.block_changes, again.block_changes)
+
+    def _raised(self, error: Exception) -> str:
+        self._repeatable = False
+        return f"{type(error).__name__}: {error}"
 
     def _faults(self) -> Iterator[Fault]:
         random = np.random.Generator(np.random.Philox(key=0))
@@ -167,15 +179,13 @@ class _Comparison:
             context.subject, self._batch, [fault], situation, detectors, detect, self._monitor, blocks=blocks
         )
 
-    def _expected(self, fault: Fault) -> _Expected:
-        # Of the output a digest is kept: it can be larger than all the rest.
-        plain = self._plain(fault)
-        baseline, critical = self._baseline.evaluation, self._config.detect.critical_loss
-        family, rows = self._context.subject.family, self._opened.rows
-        effect = effect_of(baseline, plain.evaluation, self._batch, family, critical, rows)
-        digest = value_digest(plain.evaluation.output)
-        verdicts, changes = plain.watcher.verdicts, plain.block_changes
-        return _Expected(fault, effect, plain.records[0], verdicts, digest, changes)
+    def _effect(self, plain: InjectedPass) -> Effect:
+        critical, family = self._config.detect.critical_loss, self._context.subject.family
+        baseline, rows = self._baseline.evaluation, self._opened.rows
+        return effect_of(baseline, plain.evaluation, self._batch, family, critical, rows)
+
+    def _expected(self, fault: Fault, plain: InjectedPass) -> _Expected:
+        return _Expected(fault, self._effect(plain), plain.records[0], plain.watcher.verdicts, plain.block_changes)
 
     def _compare(self, expected: Sequence[_Expected], buffer: OutputBuffer | None) -> str | None:
         engine = self._opened.engine(None, buffer, propagation=self._context.follows(self._config))
@@ -186,7 +196,7 @@ class _Comparison:
             return str(error)
         except UNSUITED as error:
             # An architecture whose code does not take groups of heads, or rows in tiles (a table by head).
-            return f"{type(error).__name__}: {error}"
+            return self._raised(error)
         differences = (plain.difference(run) for (plain, _), run in zip(sites, runs, strict=True))
         return next((difference for difference in differences if difference is not None), None)
 
@@ -199,14 +209,7 @@ class _Expected:
     effect: Effect
     record: InjectionRecord
     verdicts: Mapping[tuple[str, int], Verdict]
-    output_digest: str
     block_changes: Mapping[int, float]
-
-    def differing_pass(self, other: _Expected) -> str | None:
-        """Return how another whole pass differs, or None."""
-        if self.output_digest == other.output_digest:
-            return self._differing_blocks(other.block_changes)
-        return f"{_name(self.fault)}: another output, {other.effect} instead of {self.effect}"
 
     def difference(self, run: FastRun) -> str | None:
         """Return what the fast engine says otherwise, or None; NaN equals NaN."""
@@ -214,7 +217,7 @@ class _Expected:
             return f"{_name(self.fault)}: {run.effect} instead of {self.effect}"
         if repr(run.record) != repr(self.record):
             return f"{_name(self.fault)}: hit {run.record} instead of {self.record}"
-        if (reason := self._differing_blocks(run.block_changes)) is not None:
+        if (reason := _differing_blocks(self.fault, self.block_changes, run.block_changes)) is not None:
             return reason
         said = {(name, self.fault.layer): verdict for name, verdict in run.verdicts.items()}
         said |= {("finite", layer): verdict for layer, verdict in run.behind.items()}
@@ -224,10 +227,11 @@ class _Expected:
                 return f"{_name(self.fault)}: detector {name} in layer {layer} says {verdict} instead of {whole}"
         return None
 
-    def _differing_blocks(self, changes: Mapping[int, float]) -> str | None:
-        if repr(changes) == repr(self.block_changes):
-            return None
-        return f"{_name(self.fault)}: blocks change by {changes} instead of {self.block_changes}"
+
+def _differing_blocks(fault: Fault, expected: Mapping[int, float], changes: Mapping[int, float]) -> str | None:
+    if repr(changes) == repr(expected):
+        return None
+    return f"{_name(fault)}: blocks change by {changes} instead of {expected}"
 
 
 def _name(fault: Fault) -> str:

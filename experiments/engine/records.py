@@ -1,6 +1,6 @@
 """The records of runs: what a run measured, as the rows that are written of it.
 
-records = Records(context, monitor, model_name=None)
+records = Records(context, model_name=None)
 rows = records.detections(drawn, watcher, effect)
 record = records.record(drawn, measured)          # a RunRecord
 """
@@ -22,14 +22,17 @@ class Records:
 
     Args:
         context: the model and its inputs.
-        monitor: what the times of runs are added to.
         model_name: what the rows call a model that was given, like the batches, from Python (None: both are those of
             the run's configuration).
+
+    Attributes:
+        monitor: what the times of a run are added to.
     """
 
-    def __init__(self, context: Context, monitor: PerformanceMonitor, model_name: str | None = None) -> None:
+    def __init__(self, context: Context, model_name: str | None = None) -> None:
         self._context, self._model_name = context, model_name
-        self._metrics = RunMetrics(context.subject, context.batches, monitor)
+        self.monitor = PerformanceMonitor(context.subject.device)
+        self._metrics = RunMetrics(context.subject, context.batches, self.monitor)
 
     def detections(self, drawn: DrawnRun, seen: Seen, effect: Effect | None) -> list[DetectionRow]:
         """Return the rows of what detectors said in a run."""

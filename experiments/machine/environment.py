@@ -5,6 +5,8 @@ Public names: ``environment_facts``, ``set_determinism``.
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import importlib.metadata
 import os
 import platform
@@ -56,6 +58,63 @@ def environment_facts(arguments: Sequence[str]) -> dict[str, Any]:
             if key.startswith(("SLURM_", "MKL_", "OMP_", "ONEDNN_", "CUBLAS_", "CUDA_VISIBLE"))
         },
     }
+
+
+_KERNEL_VARIABLES = (
+    *("ATEN_", "BLIS_", "CUBLAS_", "CUDA_", "CUDNN_", "DNNL_", "GLIBC_TUNABLES", "GOMP_", "GOTO_", "HIP_", "KMP_"),
+    *("LD_", "MKL_", "MKLDNN_", "NVIDIA_", "OMP_", "ONEDNN_", "OPENBLAS_", "PYTORCH_", "TORCH_", "TRANSFORMERS_"),
+)
+"""How the names of variables begin that decide which kernels and libraries compute."""
+
+
+def kernel_facts() -> dict[str, Any]:
+    """Return what decides which kernels compute, and so the last bit of a number: libraries, processor, variables."""
+    return {
+        "python": sys.version,
+        "packages": {name: _version(name) for name in ("torch", "transformers", "numpy", "safetensors")},
+        "build": hashlib.blake2b(torch.__config__.show().encode(), digest_size=16).hexdigest(),
+        "parallel": torch.__config__.parallel_info() if hasattr(torch.__config__, "parallel_info") else "",
+        "system": [platform.system(), platform.machine(), *platform.libc_ver()],
+        "processor": _cpu_facts(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": [torch.get_num_threads(), torch.get_num_interop_threads()],
+        "cuda": _cuda_facts(),
+        "environment": {
+            name: value for name, value in sorted(os.environ.items()) if name.startswith(_KERNEL_VARIABLES)
+        },
+    }
+
+
+def _cuda_facts() -> list[str] | None:
+    if not torch.cuda.is_available():
+        return None
+    device = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return [str(device), str(torch.version.cuda), str(torch.backends.cudnn.version())]
+
+
+def _cpu_facts() -> dict[str, str]:
+    """Return model and instructions of the first processor."""
+    information = Path("/proc/cpuinfo")
+    if not information.is_file():
+        return {"model name": platform.processor()}
+    first = information.read_text(encoding="utf-8", errors="replace").partition("\n\n")[0]
+    pairs = (line.partition(":") for line in first.splitlines())
+    facts = {name.strip(): value.strip() for name, _, value in pairs}
+    # All but what changes by the minute or names one core.
+    changing = {"processor", "cpu MHz", "core id", "apicid", "initial apicid", "bogomips", "BogoMIPS", "physical id"}
+    return {name: value for name, value in sorted(facts.items()) if name not in changing}
+
+
+@functools.cache
+def program_fingerprint() -> str:
+    """Return the digest of this program: every source file of its packages."""
+    root, state = Path(__file__).resolve().parents[2], hashlib.blake2b(digest_size=16)
+    for package in ("bounds", "experiments", "fault_injection", "monitoring"):
+        for path in sorted((root / package).rglob("*.py")):
+            content = path.read_bytes()
+            state.update(f"{path.relative_to(root).as_posix()} {len(content)}\n".encode())
+            state.update(content)
+    return state.hexdigest()
 
 
 def _version(package: str) -> str | None:

@@ -133,8 +133,6 @@ class Baselines:
         shapes = {name: list(tensor.shape) for name, tensor in batch.items()}
         shape = f"{model_id} {config.detect.names()} {config.detect.tolerance} {shapes}"
         seconds = self._seconds.get(shape)
-        # What is found of groups of heads is trusted once the whole calls have been looked at.
-        recorder = None if seconds is None else recorder
         computed = compute_baseline(self._subject, batch, detectors, seconds=seconds, recorder=recorder)
         self._seconds[shape] = computed.forward_seconds
         if config.detect.correct:

@@ -1,7 +1,8 @@
 """The two checks that stand before every campaign: the equivalence gate and the control run.
 
 The gate shows that the patched model without a fault gives, bit for bit, the logits of the model's own eager attention
-on the campaign's first batch. The control run shows that injecting a fault that changes no bit, through the very path
+on the campaign's first batch; the pass of the patched model is the one that runs are then compared with. The control
+run shows that injecting a fault that changes no bit, through the very path
 that real faults take, gives a difference of exactly zero in loss and output.
 
 Public names: ``equivalence_gate``, ``control_run``.
@@ -9,7 +10,7 @@ Public names: ``equivalence_gate``, ``control_run``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,37 +28,48 @@ from fault_injection.numbers.bits import float_format
 from fault_injection.numbers.model_outputs import bitwise_equal, output_tensors
 
 
-def equivalence_gate(subject: Subject, batch: Mapping[str, Tensor]) -> None:
+def equivalence_gate(
+    subject: Subject, batch: Mapping[str, Tensor], patched: Callable[[], Evaluation] | None = None
+) -> None:
     """Compare the patched model with its own eager attention on ``batch``.
+
+    Args:
+        subject: the patched model.
+        batch: as ``Subject.to_device`` returns it.
+        patched: gives what a fault-free pass of the patched model gave, if there is one anyway (default: it is made).
 
     Raises:
         CheckRefusedError: they differ (the message names the first layer that does), or the clean output is not
             finite.
     """
-    with suspended(subject.model), _attention_outputs(subject) as expected_layers:
+    with suspended(subject.model):
         expected = subject.forward(batch)
-    with _attention_outputs(subject) as got_layers:
-        got = subject.forward(batch)
     if not bool(torch.isfinite(expected.output).all()):
         raise CheckRefusedError(
             f"equivalence gate: the fault-free output of {type(subject.model).__name__} in {subject.dtype} is not "
             "finite on the first batch; no fault could be told from it"
         )
+    got = subject.forward(batch) if patched is None else patched()
     if bitwise_equal(expected.output, got.output):
         return
-    first = next(
-        (
-            name
-            for name in subject.layer_names
-            if not all(map(bitwise_equal, expected_layers.get(name, []), got_layers.get(name, [])))
-        ),
-        "none of the attention layers (the difference arises elsewhere)",
-    )
     difference = float((expected.output.double() - got.output.double()).abs().max())
     raise CheckRefusedError(
         "equivalence gate: the patched model without a fault differs from the model's own eager attention by up to "
-        f"{difference:.3g}; the first layer that differs is {first}. The campaign does not start"
+        f"{difference:.3g}; the first layer that differs is {_first_difference(subject, batch)}. The campaign does not "
+        "start"
     )
+
+
+def _first_difference(subject: Subject, batch: Mapping[str, Tensor]) -> str:
+    """Return the first attention layer whose output the patch changes, found by both passes once more."""
+    with suspended(subject.model), _attention_outputs(subject) as expected:
+        subject.forward(batch)
+    with _attention_outputs(subject) as got:
+        subject.forward(batch)
+    differing = (
+        name for name in subject.layer_names if not all(map(bitwise_equal, expected.get(name, []), got.get(name, [])))
+    )
+    return next(differing, "none of the attention layers (the difference arises elsewhere)")
 
 
 @contextmanager
@@ -82,22 +94,38 @@ def _attention_outputs(subject: Subject) -> Iterator[dict[str, list[Tensor]]]:
 def control_run(
     subject: Subject, batch: Mapping[str, Tensor], baseline: Evaluation, sites: Mapping[tuple[int, str], Site]
 ) -> None:
-    """Inject a fault that changes nothing at every location of every layer, one layer per location and pass.
+    """Inject a fault that changes nothing at every location of every layer, all in one pass.
+
+    Where they change something, each location is tried alone, to name it.
 
     Raises:
         CheckRefusedError: the loss or a logit differs from the baseline by anything but exactly 0.
     """
+    every = [(core.index, location) for location in LOCATIONS for core in subject.cores]
+    faults = [_no_op(sites[place]) for place in every if place in sites]
+    control = _injected(subject, batch, faults)
+    if _same(control, baseline):
+        return
+    name = "all locations together"
     for location in LOCATIONS:
-        faults = [_no_op(sites[core.index, location]) for core in subject.cores if (core.index, location) in sites]
-        with injected(subject.model, faults):
-            control = subject.forward(batch)
-        same_loss = control.loss == baseline.loss
-        if not (same_loss and bitwise_equal(control.output, baseline.output)):
-            difference = float((control.output.double() - baseline.output.double()).abs().max())
-            raise CheckRefusedError(
-                f"control run: a fault in {location} that changes no bit changed the output by up to {difference:.3g} "
-                f"(loss {baseline.loss!r} -> {control.loss!r}); pairs would not be comparable"
-            )
+        alone = _injected(subject, batch, [fault for fault in faults if fault.location == location])
+        if not _same(alone, baseline):
+            name, control = location, alone
+            break
+    difference = float((control.output.double() - baseline.output.double()).abs().max())
+    raise CheckRefusedError(
+        f"control run: a fault in {name} that changes no bit changed the output by up to {difference:.3g} "
+        f"(loss {baseline.loss!r} -> {control.loss!r}); pairs would not be comparable"
+    )
+
+
+def _injected(subject: Subject, batch: Mapping[str, Tensor], faults: Sequence[Fault]) -> Evaluation:
+    with injected(subject.model, faults):
+        return subject.forward(batch)
+
+
+def _same(control: Evaluation, baseline: Evaluation) -> bool:
+    return control.loss == baseline.loss and bitwise_equal(control.output, baseline.output)
 
 
 def _no_op(site: Site) -> Fault:

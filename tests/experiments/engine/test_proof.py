@@ -220,7 +220,7 @@ def test_rows_that_change_while_runs_are_executed(monkeypatch: pytest.MonkeyPatc
         return proofs[-1]
 
     monkeypatch.setattr(fast_engine.FastEngine, "_logits", logits)
-    monkeypatch.setattr("experiments.engine.batch_runs.prove", proved)
+    monkeypatch.setattr("experiments.engine.proofs.prove", proved)
     results = campaign(small_gpt2(), "auto")
     assert proofs[0].rows is None
     assert {result.execution for result in results} == {"resume"}

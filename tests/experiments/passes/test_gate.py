@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -109,7 +110,7 @@ def test_nan_in_the_patched_pass_alone_is_refused(subject: Subject, monkeypatch:
 
 
 def test_a_difference_behind_the_attention_is_told_as_such(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
-    passes = iter([0.0, 1e-3])
+    passes = itertools.cycle([0.0, 1e-3])
     subject.model.lm_head.register_forward_hook(lambda module, inputs, output: output + next(passes))
     with pytest.raises(CheckRefusedError, match="none of the attention layers"):
         equivalence_gate(subject, batch_of(subject))
