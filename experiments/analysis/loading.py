@@ -30,12 +30,10 @@ from experiments.analysis.cell_checks import check_cells
 from experiments.errors import MissingResourceError, UsageError, nearest
 from experiments.tables import schema as result
 from experiments.tables.column_types import column_types
+from experiments.tables.columns import declared
 from experiments.tables.schema import CleanRow, DetectionRow, ExperimentResult, PropagationRow
 
 Paths = str | Path | Sequence[str | Path]
-
-UNREPEATED = ("run_id", "fault_id", "bits_before", "bits_after")
-"""Text columns with about as many values as rows: no categories."""
 
 
 def load_runs(path: Paths, columns: Sequence[str] | None = None) -> pd.DataFrame:
@@ -170,9 +168,14 @@ def _arrow_types(row_type: type[Any]) -> dict[str, pa.DataType]:
     plain = {bool: pa.bool_(), int: pa.int64(), float: pa.float64()}
     repeated = pa.dictionary(pa.int32(), pa.string())
     return {
-        name: plain.get(column.kind, pa.string() if name in UNREPEATED else repeated)
+        name: plain.get(column.kind, pa.string() if name in _unrepeated(row_type) else repeated)
         for name, column in column_types(row_type).items()
     }
+
+
+def _unrepeated(row_type: type[Any]) -> frozenset[str]:
+    """Return the columns of text with about as many values as rows: no categories."""
+    return frozenset(field.name for field in declared(row_type) if not field.metadata["repeats"])
 
 
 def _with_axes(table: pa.Table, file: Path) -> pa.Table:
@@ -192,8 +195,9 @@ def _frame(tables: list[pa.Table], row_type: type[Any] = ExperimentResult) -> pd
     table = pa.concat_tables(tables, promote_options="default").unify_dictionaries()
     tables.clear()
     texts = {name for name, column in column_types(row_type).items() if column.optional and column.kind is str}
+    unrepeated = _unrepeated(row_type)
     for place, name in enumerate(table.column_names):
-        if name in texts and name in UNREPEATED:
+        if name in texts and name in unrepeated:
             table = table.set_column(place, name, pc.if_else(pc.equal(table[name], ""), None, table[name]))
     mapper = {pa.int64(): pd.Int64Dtype(), pa.bool_(): pd.BooleanDtype()}.get
     series = {}
@@ -203,6 +207,6 @@ def _frame(tables: list[pa.Table], row_type: type[Any] = ExperimentResult) -> pd
         series[name] = column.copy() if table[name].num_chunks == 1 else column
         table = table.drop_columns([name])
     frame = pd.DataFrame(series, copy=False)
-    for name in texts.difference(UNREPEATED).intersection(frame.columns):
+    for name in texts.difference(unrepeated).intersection(frame.columns):
         frame[name] = frame[name].cat.remove_categories([text for text in frame[name].cat.categories if not text])
     return frame

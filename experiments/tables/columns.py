@@ -34,6 +34,7 @@ def column(
     unit: str = "",
     timing: bool = False,
     reproducible: bool = True,
+    repeats: bool = True,
     report: bool = False,
 ) -> Any:
     """Declare a column of a row type.
@@ -45,6 +46,7 @@ def column(
         unit: of its numbers.
         timing: whether it measures the execution.
         reproducible: whether it is the same in every execution.
+        repeats: whether many rows have the same value; texts that do are categories in analysis.
         report: whether it also stands in the report's table of the worst runs.
     """
     metadata = {
@@ -53,6 +55,7 @@ def column(
         "unit": unit,
         "timing": timing,
         "reproducible": reproducible and not timing,
+        "repeats": repeats,
         "report": report,
     }
     return dataclasses.field(default=None, metadata=metadata)

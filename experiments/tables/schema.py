@@ -51,7 +51,9 @@ HARMFUL = ("critical", "nonfinite")
 class ExperimentResult:
     """One run: one fault paired with its fault-free baseline. The fields are the columns of ``runs.csv``."""
 
-    run_id: str = column("identity of the run: 16 hex digits of everything that determines it", "planned.run_id")
+    run_id: str = column(
+        "identity of the run: 16 hex digits of everything that determines it", "planned.run_id", repeats=False
+    )
     repeat: int = column("which repeat of its grid point", "planned.repeat")
     seed: int = column("seed of the campaign (or of this point, where it is swept)", "config.seed")
     model: str = column("model.path", "setting.model")
@@ -84,11 +86,12 @@ class ExperimentResult:
     )
     value_before: float | None = column("the hit element before the fault", "hit.value_before")
     value_after: float | None = column("the hit element after the fault; may be nan or inf", "hit.value_after")
-    bits_before: str | None = column("its bit pattern before, hexadecimal")
-    bits_after: str | None = column("its bit pattern after, hexadecimal")
+    bits_before: str | None = column("its bit pattern before, hexadecimal", repeats=False)
+    bits_after: str | None = column("its bit pattern after, hexadecimal", repeats=False)
     fault_id: str = column(
         "hash of model, input and fault: equal for runs that are the same experiment; count distinct ones",
         "measured.fault_id",
+        repeats=False,
     )
     sampling_weight: float | None = column(
         "probability of this fault under uniform drawing, divided by the one it was drawn with (fault.aim); 1 if they "
@@ -197,7 +200,7 @@ class ExperimentResult:
 class DetectionRow:
     """What one detector said of one layer of one run. The fields are the columns of ``detections.csv``."""
 
-    run_id: str = column("the run", "pass_id")
+    run_id: str = column("the run", "pass_id", repeats=False)
     detector: str = column("name of the detector", "name")
     online: bool = column("whether it sees the faulty pass only")
     proved: bool = column("whether a theorem rules out its false positives")
@@ -218,7 +221,7 @@ class DetectionRow:
 class PropagationRow:
     """How much one block's output moved in one run. The fields are the columns of ``propagation.csv``."""
 
-    run_id: str = column("the run")
+    run_id: str = column("the run", repeats=False)
     layer: int = column("number of the block, in the order of evaluation; the first is that of the injected layer")
     relative_change: float = column(
         "L2 change of the block's output (the residual stream behind it), relative to the L2 norm of the fault-free "
@@ -251,7 +254,7 @@ class CleanRow:
 class FailureRow:
     """A run that raised. The fields are the columns of ``failures.csv``."""
 
-    run_id: str = column("the run")
+    run_id: str = column("the run", repeats=False)
     exception: str = column("type and message, on one line")
     traceback: str = column("file with the traceback, behind `run` and the run's id; below the campaign's folder")
 

@@ -4,7 +4,9 @@ import dataclasses
 import math
 import re
 import struct
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from experiments.machine.environment import environment_facts
+from experiments.tables.columns import column, declared, row_of
 from experiments.tables.csv_file import read_rows, write_rows
 from experiments.tables.schema import (
     OUTCOMES,
@@ -132,6 +135,29 @@ def test_the_readme_documents_what_else_lies_in_the_folder() -> None:
 
 def test_timings_are_the_columns_that_measure_the_execution() -> None:
     assert set(TIMINGS) == {name for name in columns(ExperimentResult) if name.endswith(("_seconds", "_mb"))}
+
+
+def test_units_are_declared_beside_the_names() -> None:
+    units = {f.name: f.metadata["unit"] for f in declared(ExperimentResult)}
+    assert {name for name, unit in units.items() if unit == "s"} == {
+        name for name in units if name.endswith("_seconds")
+    }
+    assert units["peak_memory_mb"] == "MB"
+    assert {name for name, unit in units.items() if unit == "nats"} == {
+        *("baseline_loss", "injected_loss", "loss_diff", "kl_mean")
+    }
+
+
+def test_a_value_is_read_along_the_path_of_its_column_and_empty_where_that_ends() -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Toy:
+        far: int | None = column("far", "one.two")
+        near: int | None = column("near")
+
+    assert cells(row_of(Toy, SimpleNamespace(one=SimpleNamespace(two=3), near=4))) == ["3", "4"]
+    assert cells(row_of(Toy, SimpleNamespace(one=None, near=0))) == ["", "0"]
+    with pytest.raises(AttributeError, match="two"):
+        row_of(Toy, SimpleNamespace(one=SimpleNamespace(), near=4))
 
 
 def test_what_executed_a_run_is_no_timing_and_not_reproducible() -> None:
