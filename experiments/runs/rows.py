@@ -96,7 +96,7 @@ class RunFacts:
 
     layer_type: ClassVar = "attn"
 
-    @property
+    @cached_property
     def first(self) -> Fault:
         """The fault of the first injected layer."""
         return self.measured.faults[0]

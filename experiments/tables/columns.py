@@ -78,17 +78,26 @@ def row_of(row_type: type[Row], facts: object) -> Row:
         AttributeError: the facts have no such attribute.
     """
     wider: Any = in_use(row_type)
-    return cast(Row, wider(**{name: _found(facts, path) for name, path in _paths(wider)}))
+    # Many columns share the way to their last attribute; it is walked once.
+    owners: dict[str, Any] = {"": facts}
+    values = {}
+    for name, way, last in _paths(wider):
+        if way not in owners:
+            owners[way] = _at(facts, way)
+        owner = owners[way]
+        values[name] = None if owner is None else getattr(owner, last)
+    return cast(Row, wider(**values))
 
 
 @functools.cache
-def _paths(row_type: type[Any]) -> tuple[tuple[str, tuple[str, ...]], ...]:
-    fields = dataclasses.fields(row_type)
-    return tuple((field.name, tuple((field.metadata["source"] or field.name).split("."))) for field in fields)
+def _paths(row_type: type[Any]) -> tuple[tuple[str, str, str], ...]:
+    """Return by column the way to the last attribute of its source, and that attribute."""
+    sources = {field.name: field.metadata["source"] or field.name for field in dataclasses.fields(row_type)}
+    return tuple((name, source.rpartition(".")[0], source.rpartition(".")[2]) for name, source in sources.items())
 
 
-def _found(facts: Any, path: tuple[str, ...]) -> Any:
-    for name in path:
+def _at(facts: Any, way: str) -> Any:
+    for name in way.split("."):
         if facts is None:
             return None
         facts = getattr(facts, name)
