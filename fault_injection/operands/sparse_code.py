@@ -17,14 +17,15 @@ Public names: ``SparseCode``, ``CodeReader``, ``Projection``, ``instrumented``, 
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -81,18 +82,20 @@ class SparseCode:
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         self._places: dict[nn.Module, tuple[int, int]] = {}
-        self._owners: list[tuple[nn.Module, int]] = []
+        total = 0
         for module in modules:
             # Linear says out_features, Conv1D nf.
             features = int(getattr(module, "out_features", None) or module.nf)  # type: ignore[arg-type]
-            self._places[module] = len(self._owners), features
-            self._owners.extend((module, row) for row in range(features))
+            self._places[module] = total, features
+            total += features
         self.digits = 1
-        while self.base**self.digits < self.base * len(self._owners):
+        while self.base**self.digits < self.base * total:
             self.digits += 1
-        numbers = random.Random(0).sample(range(self.base**self.digits), len(self._owners))
-        self._numbers = torch.tensor(numbers)
-        self._table = dict(zip(map(float, numbers), self._owners, strict=True))
+        numbers = _distinct(total, self.base**self.digits)
+        self._numbers = torch.from_numpy(numbers)
+        # Looked up in the order of their size.
+        self._rows = np.argsort(numbers)
+        self._table = numbers[self._rows].astype(np.float64)
 
     def modules(self) -> Iterable[nn.Module]:
         """Return the modules that have a code."""
@@ -114,11 +117,29 @@ class SparseCode:
 
     def projection(self, numbers: Sequence[float]) -> Projection | None:
         """Return the features with these numbers if all exist, are distinct and belong to one module."""
-        owners = [self._table.get(number) for number in numbers]
-        if None in owners or len(set(owners)) != len(owners) or len({owner[0] for owner in owners if owner}) != 1:
+        wanted = np.asarray(numbers, np.float64)
+        if not len(wanted) or not len(self._table):
             return None
-        found = [owner for owner in owners if owner is not None]
-        return Projection(found[0][0], torch.tensor([row for _, row in found]))
+        places = np.searchsorted(self._table, wanted).clip(max=len(self._table) - 1)
+        rows = self._rows[places]
+        if (self._table[places] != wanted).any() or len(np.unique(rows)) != len(rows):
+            return None
+        for module, (start, features) in self._places.items():
+            if start <= rows[0] < start + features:
+                inside = ((rows >= start) & (rows < start + features)).all()
+                return Projection(module, torch.from_numpy(rows - start)) if inside else None
+        return None
+
+
+def _distinct(count: int, below: int) -> NDArray[np.int64]:
+    """Return distinct random numbers, the same ones at every call."""
+    random = np.random.Generator(np.random.Philox(key=0))
+    found = np.empty(0, np.int64)
+    while len(found) < count:
+        found = np.concatenate([found, random.integers(below, size=count + 16)])
+        _, first = np.unique(found, return_index=True)
+        found = found[np.sort(first)]
+    return found[:count]
 
 
 class CodeReader:
