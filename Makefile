@@ -3,6 +3,7 @@
 #   make sweep      the default campaign: 768 faults in the built-in model, about a minute
 #   make test       the default tests
 #   make test-all   the slow ones too
+#   make test-kernels  those that compare numbers, with the kernels of older processors
 #   make test-slurm on a real Slurm: see tests/slurm/start.sh
 #   make test-ci    first these, then all others
 #   make quality    lint, format, types, and who imports whom
@@ -17,7 +18,7 @@ PYTEST_ARGS ?=
 PYTEST := $(BIN)/python -m pytest
 SHARED := -n logical --maxprocesses 8 --dist loadfile
 
-.PHONY: sweep test test-all test-slurm test-ci quality style reference clean
+.PHONY: sweep test test-all test-kernels test-slurm test-ci quality style reference clean
 
 sweep: $(VENV)/.installed
 	$(BIN)/python run_sweep.py
@@ -27,6 +28,12 @@ test: $(VENV)/.installed-test
 
 test-all: $(VENV)/.installed-test
 	$(PYTEST) -m "not slurm" $(SHARED) $(PYTEST_ARGS)
+
+# What the libraries compute depends on the processor. What the tests say must not.
+OLDER := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2
+
+test-kernels: $(VENV)/.installed-test
+	$(OLDER) $(PYTEST) -m "kernels and not slow and not slurm" $(SHARED) $(PYTEST_ARGS)
 
 test-ci: test-slurm test-all
 

@@ -28,6 +28,14 @@ from fault_injection import OBSERVED, AttentionCall, SiteSurvey, is_patched, tap
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
 
+TESTS = Path(__file__).parent
+KERNELS = (
+    "bounds", "fault_injection", "monitoring/test_cached_forward.py", "experiments/analysis", "experiments/detectors",
+    "experiments/effects", "experiments/engine", "experiments/inputs", "experiments/passes", "experiments/runs",
+    "experiments/test_runner.py", "experiments/test_examples.py",
+)  # fmt: skip
+"""Where the tests are that compare what the libraries' kernels compute: bits, thresholds, printed numbers."""
+
 Recorded = dict[tuple[int, int, str], Tensor]
 
 
@@ -38,6 +46,15 @@ def pytest_configure() -> None:
     # Tests that run in a job of Slurm are not tasks of it. (Fixtures of modules run before those of functions.)
     for key in [key for key in os.environ if key.startswith("SLURM_") and not key.startswith("SLURM_TEST")]:
         del os.environ[key]
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest chooses by marker
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        below = item.path.relative_to(TESTS) if item.path.is_relative_to(TESTS) else None
+        # Outside of this folder are the examples of the modules, which print what was computed.
+        if below is None or any(below.is_relative_to(place) for place in KERNELS):
+            item.add_marker(pytest.mark.kernels)
 
 
 @pytest.fixture(autouse=True)

@@ -1,26 +1,22 @@
 """``benchmarks.throughput`` runs, says what it should, and its ways agree; its floor against counts by hand."""
 
+import contextlib
 import dataclasses
+import io
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-from benchmarks import detectors, measuring, throughput  # noqa: E402
-from benchmarks.floor import least_work  # noqa: E402
-from benchmarks.plain_check import PlainCheck  # noqa: E402
-from benchmarks.variants import Counts, make_variants  # noqa: E402
-from benchmarks.workloads import Workload, build_model  # noqa: E402
-from fault_injection import FaultSpec, draw_fault  # noqa: E402
-from fault_injection.faults.spec import ElementIndex  # noqa: E402
-from monitoring.performance.flops import forward_flops  # noqa: E402
+from benchmarks import detectors, measuring, memory, throughput
+from benchmarks.floor import least_work
+from benchmarks.plain_check import PlainCheck
+from benchmarks.variants import Counts, make_variants
+from benchmarks.workloads import Workload, build_model
+from fault_injection import FaultSpec, draw_fault
+from fault_injection.faults.spec import ElementIndex
+from monitoring.performance.flops import forward_flops
 
 WAYS = {
     "naive_pair", "naive_pair_with_outcome", "cached_baseline", "resume", "batched", "rows", "everything",
@@ -29,15 +25,14 @@ WAYS = {
 
 
 def run(module, *arguments):
-    command = [sys.executable, "-m", f"benchmarks.{module}", "--quick", "--json", *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True)
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        module.main(["--quick", "--json", *arguments])
+    return [json.loads(line) for line in printed.getvalue().splitlines()]
 
 
 @pytest.fixture(scope="module")
 def measured():
-    (found,) = run("throughput", "--rounds", "1")
+    (found,) = run(throughput, "--rounds", "1")
     return found
 
 
@@ -133,7 +128,7 @@ def test_rounds_rotate_and_ratios_are_taken_within_rounds(monkeypatch):
 
 
 def test_detector_suites_have_an_overhead_and_a_site_step():
-    (found,) = run("detectors", "--suites", "lite,default", "--rounds", "1")
+    (found,) = run(detectors, "--suites", "lite,default", "--rounds", "1")
     assert found["forward"].keys() == {"plain", "watched", "lite", "default"}
     assert found["site_step"].keys() == {"none", "lite", "default"}
     assert found["forward"]["plain"]["overhead"] == 0.0
@@ -151,7 +146,7 @@ def test_a_false_alarm_ends_the_measurement_of_detectors(monkeypatch):
 
 @pytest.mark.slow
 def test_memory_of_a_campaign_stands_beside_that_of_a_pass():
-    (found,) = run("memory")
+    (found,) = run(memory)
     assert found["forward"]["peak_bytes"] > found["forward"]["libraries_bytes"] > 2**26
     assert found["ratio"] == found["campaign"]["peak_bytes"] / found["forward"]["peak_bytes"] > 1.0
     assert found["campaign"]["executions"]["rows"] > 32

@@ -12,7 +12,16 @@ from attention_states import DTYPES, flipped, mask_of, poked, random_state
 from bounds import get_detector
 from bounds.fused.fused_attention import fused_attention, sum_columns, sum_of_columns
 from bounds.fused.fused_detectors import FusedHull, FusedKeyValue, FusedNorm, FusedSum, LseBounds, LseKey
-from bounds.fused.fused_statistics import kernel, key_value, lse_bounds, lse_key, output_hull, output_norm, output_sum
+from bounds.fused.fused_statistics import (
+    _EXP_ERROR,
+    kernel,
+    key_value,
+    lse_bounds,
+    lse_key,
+    output_hull,
+    output_norm,
+    output_sum,
+)
 from bounds.softmax.softmax_detectors import WeightElements, WeightSum
 
 ALL = (LseBounds, LseKey, FusedNorm, FusedHull, FusedSum, FusedKeyValue)
@@ -140,13 +149,18 @@ def test_F17_bounds_the_error_of_lse_and_the_fast_exponential(dtype):
     query[..., 0] = torch.linspace(0.01, 8, 2000).to(dtype)
     key = torch.zeros(1, 1, keys, 16, dtype=dtype)
     key[:, :, 1:, 0] = -1
-    worst = 0.0
+    constructed = 0.0
     for alpha in (0.05, 0.2117, 0.5013, 0.9, 1.0):
         state = fused_attention(query, key, torch.ones_like(key), causal=False, scaling=alpha)
-        off = (state.lse.double() - exact(state)[0]).abs()
+        lse, _, _, logits = exact(state)
+        off = (state.lse.double() - lse).abs()
         assert bool((off <= lse_bounds(state).tolerance).all())
-        worst = max(worst, float((off / kernel(state).total).max()))
-    assert worst > (0.3 if torch.finfo(dtype).bits == 16 else 0.0), "the exponential is better than assumed"
+        # How good a kernel's exponential is depends on the processor. One that errs by all it may needs most of F17.
+        others = (keys - 1) * torch.exp(logits[..., 1] - logits[..., 0])
+        off = torch.log1p(others * (1 + _EXP_ERROR[dtype])) - torch.log1p(others)
+        assert bool((off <= kernel(state).total).all())
+        constructed = max(constructed, float((off / kernel(state).total).max()))
+    assert constructed > (0.3 if torch.finfo(dtype).bits == 16 else 0.0), "F17 is wider than the exponential needs"
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -162,7 +176,7 @@ def test_F20_split_sums_represent_the_channel_sum(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_F19_needs_the_cast_of_the_exponentials_which_the_kernel_attains(dtype):
+def test_F19_needs_the_cast_of_the_exponentials(dtype):
     """511 equal exponentials just above a midpoint of the format, and values that are rounded the same way."""
     keys, unit = 512, 2.0**-8 if dtype == torch.bfloat16 else 2.0**-11
     key = torch.zeros(1, 1, keys, 16, dtype=dtype)
@@ -175,6 +189,11 @@ def test_F19_needs_the_cast_of_the_exponentials_which_the_kernel_attains(dtype):
     for step in torch.linspace(0.6, 1.4, 41).tolist():
         alpha = -math.log(0.5 + step * unit / 2)
         state = fused_attention(query, key, value, causal=False, scaling=alpha)
+        assert bool((output_hull(state).residual <= 1).all()), "whichever kernel this is"
+        # A kernel that casts its exponentials and sums them before the cast:
+        p = torch.tensor(math.exp(-alpha), dtype=torch.float64)
+        cast = (1 + (keys - 1) * p.to(dtype).double()) / (1 + (keys - 1) * p)
+        state = changed(state, out=(cast * value[:, :, :1].double()).to(dtype).expand_as(state.out))
         off = (state.out.double() / value[:, :, :1].double() - 1).abs()
         worst, ratio = max(worst, float(off.max()) / unit), max(ratio, float(output_hull(state).residual.max()))
     assert worst > 1.2, "a tolerance of one storage rounding would have raised an alarm"

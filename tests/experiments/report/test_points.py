@@ -45,8 +45,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "own.py").write_text(OWN)
     points = "[[finite], [lite], [epsilon], ['own.py:Large']]"
     more = [
-        "--sweep.fault.bit", "30", "--num_runs", "6", "--sweep.detect.detectors", points,
-        "--sweep.detect.tolerance", "0,0.5",
+        "--sweep.fault.bit", "30", "--num_runs", "3", "--sweep.detect.detectors", points,
+        "--sweep.detect.tolerance", "0,0.5", "--data.num_samples=2",
     ]  # fmt: skip
     with contextlib.chdir(root):
         assert main(MicroPlace.make(Path("place")).arguments(Path("out"), *more)) == 0
