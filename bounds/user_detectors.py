@@ -60,8 +60,9 @@ def load_detector(path: str) -> type[Detector]:
     if detector is None:
         classes = [name for name, value in vars(module).items() if inspect.isclass(value)]
         raise ValueError(f"detector {path!r}: {module_path} has no class {class_name!r}{_nearest(class_name, classes)}")
-    _require_complete(path, detector)
-    _register(path, detector)
+    if not _is_registered(detector):
+        _require_complete(path, detector)
+        _register(path, detector)
     return detector
 
 
@@ -136,12 +137,16 @@ def _require_complete(path: str, detector: object) -> None:
         )
 
 
+def _is_registered(detector: object) -> bool:
+    """Whether it is one of the table, whose claim ``proved`` is not to be touched."""
+    name = getattr(detector, "name", None)
+    return name in list_detectors() and type(get_detector(name)) is detector
+
+
 def _register(path: str, detector: type[Detector]) -> None:
     name = detector.name
     if is_detector_path(name) or name in suite_names():
         raise ValueError(f"detector {path!r}: its name {name!r} is that of a suite, or holds a colon; choose another")
-    if name in list_detectors() and type(get_detector(name)) is detector:
-        return
     try:
         register_detector(detector)
     except ValueError as error:

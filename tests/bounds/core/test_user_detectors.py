@@ -157,3 +157,8 @@ def test_class_attributes_are_checked(file: Path, line: str, instead: str, messa
 def test_entries_are_told_from_names() -> None:
     assert is_detector_path("file.py:Mine")
     assert not any(is_detector_path(name) for name in list_detectors())
+
+
+def test_a_detector_of_this_package_keeps_its_theorem_when_it_is_loaded_by_path() -> None:
+    assert load_detector("bounds.finite_detector:FiniteDetector").proved
+    assert get_detector("finite").proved
