@@ -1,1 +1,1 @@
-"""Many runs on disk: the folder, its shards and their writers, merged at the end."""
+"""Campaigns on disk: the folder, its shards and their writers, and the merge at the end."""

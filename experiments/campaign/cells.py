@@ -5,9 +5,9 @@
     for needed in cells.rounds(mine):                # until every cell is narrow enough, or at its end
         ...; cells.note(run, result)
 
-A cell is looked at after fixed numbers of its repeats, in the order of the plan, once all of them are there. How many
-it needs follows from its rows alone: not from the order of execution, shards, windows or kills. A run that raised holds
-its cell at the next look until it is done.
+The rule checks a cell after fixed numbers of its repeats (a *look*), in the order of the plan, once all of them are
+done. So the cell's own rows decide how many runs it needs; the order of execution, shards, windows and kills do not. A
+run that raised an error holds up its cell at the next look until it is done.
 
 Public names: ``Cells``, ``Cell``, ``grid_of``.
 """
@@ -25,16 +25,16 @@ from experiments.tables.schema import HARMFUL, ExperimentResult, StopRow, cell, 
 
 
 class Cell:
-    """One point of the grid: its runs in the order of repeats, and whether those that are done count for the rate.
+    """One point of the grid: its runs in the order of repeats, and whether each finished run counts for the rate.
 
     Args:
-        runs: all of them.
-        counted: by repeat, None where a run is not done.
-        rule: when the cell ends.
+        runs: all runs of the cell.
+        counted: by repeat, whether the run counts; None if it is not done.
+        rule: decides when the cell ends.
 
     Attributes:
         trials, successes: at the last look.
-        looks: how many there were.
+        looks: how many looks the cell has had.
         stopped: whether it ended because the interval was narrow enough.
     """
 
@@ -53,7 +53,7 @@ class Cell:
             self.counted[repeat] = counts
 
     def due(self) -> list[PlannedRun]:
-        """Look as often as the runs that are done allow; return those the next look waits for, but for failed ones."""
+        """Take every look that the finished runs allow; return the unfailed runs that the next look needs."""
         for size in self._sizes[self.looks :]:
             counted = [counts for counts in self.counted[:size] if counts is not None]
             if self.stopped:
@@ -66,12 +66,12 @@ class Cell:
         return []
 
     def unneeded(self) -> list[PlannedRun]:
-        """Return the runs without a row that no look waits for any more."""
+        """Return the runs without a row that no further look needs."""
         self.due()
         return [run for run in self.runs if self.counted[run.repeat] is None] if self.stopped else []
 
     def row(self) -> StopRow:
-        """Return what ``stops.csv`` says beside the values of the axes."""
+        """Return the cell's row of ``stops.csv``, without the values of the axes."""
         self.due()
         limits = self._rule.interval(self.successes, self.trials) if self.looks else None
         return StopRow(
@@ -87,12 +87,12 @@ class Cell:
 
 
 class Cells:
-    """The cells that some runs of a campaign make up; without ``stop.margin`` it has none, and every run is needed.
+    """The cells of some runs of a campaign. Without ``stop.margin`` there are no cells, and every run is needed.
 
     Args:
-        plan: with the rule in its configuration.
+        plan: its configuration holds the rule.
         runs: all repeats of each cell, in any order.
-        known: by id, the runs that are done, and whether they count for the rate.
+        known: for the id of each finished run, whether it counts for the rate.
     """
 
     def __init__(self, plan: Plan, runs: Iterable[PlannedRun], known: Mapping[str, bool]) -> None:
@@ -116,9 +116,9 @@ class Cells:
             self._cells[_number(run)].note(run.repeat, counts)
 
     def rounds(self, runs: Iterable[PlannedRun]) -> Iterator[Iterator[PlannedRun]]:
-        """Yield those of ``runs`` that are to be done before it is looked at their cells, until none is needed.
+        """Yield rounds of ``runs``: each round has the runs that the next look at their cells needs.
 
-        What was yielded must have been noted when the next round is asked for.
+        The caller must note all runs of a round before it asks for the next one.
         """
         if not self._cells:
             yield iter(runs)
@@ -128,17 +128,17 @@ class Cells:
             yield iter(due)
 
     def unneeded(self) -> set[str]:
-        """Return the ids of the runs without a row that no look waits for any more."""
+        """Return the ids of the runs without a row that no further look needs."""
         return {run.run_id for found in self._cells.values() for run in found.unneeded()}
 
     def write(self, folder: CampaignFolder, plan: Plan) -> None:
-        """Write ``stops.csv``: a row for each cell, its values of the axes first."""
+        """Write ``stops.csv``: a row for each cell, with its values of the axes first."""
         if self._cells:
             rows = ([*map(axis_cell, found.runs[0].values), *cells(found.row())] for found in self._cells.values())
             write_rows(folder.file("stops.csv"), [*plan.axes, *columns(StopRow)], rows)
 
     def line(self) -> str | None:
-        """Return what the closing output says of them."""
+        """Return the line of the closing output about the cells; None without cells."""
         if not self._cells:
             return None
         ended, stop = sum(found.stopped for found in self._cells.values()), self._stop
@@ -161,7 +161,7 @@ def _counts(stop: StopConfig, outcome: str | None, detected: str) -> bool:
 
 
 def _recorded(folder: CampaignFolder, stop: StopConfig) -> dict[str, bool]:
-    """Return by id the runs whose rows are on disk, and whether they count for the rate of the rule."""
+    """Return, for the id of each run whose row is on disk, whether it counts for the rate of the rule."""
     header = columns(ExperimentResult)
     outcome, detected = header.index("outcome"), header.index("violation_detected")
     rows = (row for path in folder.shard_files() for row in read_rows(path, header))
@@ -169,6 +169,6 @@ def _recorded(folder: CampaignFolder, stop: StopConfig) -> dict[str, bool]:
 
 
 def grid_of(folder: CampaignFolder, plan: Plan, runs: Iterable[PlannedRun] | None = None) -> Cells:
-    """Return the cells that ``runs`` (default: all) make up, with what is on disk."""
+    """Return the cells of ``runs`` (default: all runs), with the results that are on disk."""
     stop = plan.config.stop
     return Cells(plan, plan.runs if runs is None else runs, {} if stop.margin is None else _recorded(folder, stop))

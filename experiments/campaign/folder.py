@@ -1,4 +1,4 @@
-"""The folder of one campaign: what lies where, and when it may be written to.
+"""The folder of one campaign: where each file is, and when a process may write to it.
 
     folder = CampaignFolder(Path("results/default"))
     folder.begin(config, plan, overwrite=False)      # config.yaml, plan.csv; or a refusal that names what changed
@@ -34,10 +34,10 @@ _OWN_ENTRIES = {
     *("missing.csv", "run.sbatch", "merge.sbatch", "submission.json", "stops.csv", "summary.csv", "report.html"),
     *(f"{table}.{form}" for table in TABLES for form in ("csv", "parquet")),
 }
-"""What a campaign writes; nothing else is ever removed."""
+"""The files and folders that a campaign writes; the program never removes anything else."""
 
 _TEMPORARY = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{32}\.tmp")
-"""What a process that was killed while it wrote ``name`` leaves."""
+"""The temporary file that remains if a process is killed while it writes ``name``."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +53,7 @@ class CampaignFolder:
 
     @classmethod
     def existing(cls, path: str | Path) -> CampaignFolder:
-        """Return an existing campaign's folder; ``MissingResourceError`` if there is none."""
+        """Return an existing campaign's folder; raise ``MissingResourceError`` if it is none."""
         folder = cls(Path(path))
         if not folder.config_file.is_file():
             raise MissingResourceError(f"{path}: no campaign here (no config.yaml)")
@@ -88,7 +88,7 @@ class CampaignFolder:
     def check_same(self, config: ExperimentConfig) -> None:
         """Raise ``UsageError`` with the differing keys if the folder holds a campaign with another configuration."""
         if not self.config_file.is_file():
-            # What another shard that is just starting may have made, and Slurm for the output of its tasks.
+            # Another shard that is just starting may have made these, or Slurm for the output of its tasks.
             if self._entries() - {"shards", "logs", "plan.csv"} or self.shard_files():
                 raise UsageError(f"{self.path}: exists and is no campaign; choose another name or --overwrite")
             return
@@ -105,14 +105,14 @@ class CampaignFolder:
             )
 
     def clear(self, own_lock: Path) -> None:
-        """Remove what an earlier campaign of this name left, but for the caller's lock.
+        """Remove the files of an earlier campaign of this name, except the caller's lock.
 
         Raises:
             UsageError: the folder holds something that no campaign made.
             CheckRefusedError: another process is writing a shard.
         """
         self._check_removable(own_lock)
-        # The configuration goes last: if this is interrupted, what is left is still known as that campaign.
+        # The configuration goes last: if this is interrupted, the rest of the folder is still known as that campaign.
         entries = sorted([*self.path.iterdir(), *self.shards.iterdir()], key=lambda entry: entry == self.config_file)
         for entry in entries:
             if entry in (self.shards, own_lock):
@@ -123,7 +123,7 @@ class CampaignFolder:
                 entry.unlink()
 
     def _entries(self) -> set[str]:
-        """Return the names of what is in the folder, but for files that were being written, by whomever."""
+        """Return the names of the entries of the folder, without temporary files of any process."""
         names = {entry.name for entry in self.path.iterdir()} if self.path.exists() else set()
         return {name for name in names if not _TEMPORARY.fullmatch(name)}
 
@@ -137,9 +137,9 @@ class CampaignFolder:
 
     @contextlib.contextmanager
     def replaced(self) -> Iterator[None]:
-        """Put an earlier campaign aside for a block; it is removed when the block ends, and back if that raises.
+        """Move an earlier campaign aside for a block; remove it when the block ends, move it back if the block raises.
 
-        Who is killed in the block leaves it beside the new one, as ``NAME.old-...``.
+        A process that is killed in the block leaves the earlier campaign beside the new one, as ``NAME.old-...``.
 
         Raises:
             UsageError, CheckRefusedError: like ``clear``.
@@ -148,12 +148,12 @@ class CampaignFolder:
             yield
             return
         self._check_removable()
-        # The folder itself, where a link leads to it: it stays on its file system.
+        # If the path is a link, the folder itself is moved: it stays on its file system.
         path = self.path.resolve()
         aside = path.with_name(f"{path.name}.old-{uuid.uuid4().hex}")
         path.rename(aside)
         try:
-            # A link to it must lead somewhere.
+            # A link to the folder must not dangle.
             path.mkdir()
             yield
         except BaseException:
@@ -163,13 +163,13 @@ class CampaignFolder:
         shutil.rmtree(aside)
 
     def clear_all(self) -> None:
-        """Remove an earlier campaign before workers start; refused while one of them writes."""
+        """Remove an earlier campaign before workers start; refuse while another process writes a shard."""
         if self.path.exists():
             self.shards.mkdir(exist_ok=True)
             self.clear(self.shards / "none.lock")
 
     def detach(self, stem: str) -> None:
-        """Replace the files of a shard by copies: a worker cut off elsewhere may still write to the old ones."""
+        """Replace the files of a shard by copies: a worker that was cut off may still write to the old files."""
         names = [f"{stem}.csv" if table == "runs" else f"{stem}.{table}.csv" for table in TABLES]
         for path in (*(self.shards / name for name in names), self.file("trace") / f"{stem}.jsonl"):
             if path.is_file():
@@ -178,10 +178,10 @@ class CampaignFolder:
                 os.replace(copy, path)
 
     def begin(self, config: ExperimentConfig, plan: Plan) -> None:
-        """Write ``config.yaml`` and ``plan.csv`` unless they are there.
+        """Write ``config.yaml`` and ``plan.csv`` unless they exist.
 
-        The configuration comes first: it is what says to others that this is a campaign, and which. The plan follows
-        from it.
+        The configuration comes first, because it tells other processes that this is a campaign, and which one. The plan
+        follows from it.
         """
         if not self.config_file.is_file():
             write_text(self.config_file, dump_config(config))
@@ -190,7 +190,7 @@ class CampaignFolder:
             write_rows(self.file("plan.csv"), ["run_id", "repeat", *plan.axes], rows)
 
     def shard_files(self, suffix: str = "") -> list[Path]:
-        """Return the files of one kind of all shards, in order."""
+        """Return the files of all shards with this suffix, in the order of the shards."""
         pattern = re.compile(rf"\d{{4,}}{re.escape(suffix)}\.csv")
         found = [path for path in self.shards.glob("*.csv") if pattern.fullmatch(path.name)]
         return sorted(found, key=lambda path: int(path.name.partition(".")[0]))
@@ -207,5 +207,5 @@ def _is_own(name: str) -> bool:
 
 
 def axis_cell(value: Any) -> str:
-    """Return the text of the value of an axis, in ``plan.csv``."""
+    """Return the text of an axis value in ``plan.csv``."""
     return canonical_json(value) if isinstance(value, (list, dict)) else cell(value)

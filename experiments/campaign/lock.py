@@ -1,23 +1,24 @@
-"""One writer for a shard: a lock that is a file, made atomically, and that a dead writer does not keep.
+"""One writer for a shard: a lock file that is made atomically, and that others can take over from a dead writer.
 
     with WriterLock(path) as lock:
         ...                    # CheckRefusedError if another live process holds it
         lock.check()           # ... or has taken it over meanwhile
 
-Only atomic links and renames are used, which also hold on network file systems. A lock that was left behind is taken
-over where it is known that its holder writes no more:
+The lock uses only atomic links and renames, which also work on network file systems. A process takes over an abandoned
+lock if it knows that the holder writes no more, that is if
 
-- its process is one of this machine and lives no longer;
-- it is a former life of this very Slurm task, which was requeued: Slurm begins a task again when the former life has
-  ended, or when its node has not answered for so long that it counts as down;
-- its Slurm job is over, or waiting to begin, as Slurm itself says.
+- the holder was a process of this machine and is dead;
+- the holder was an earlier start of this very Slurm task, which was requeued: Slurm starts a task again when the
+  earlier one has ended, or when its node has not answered for so long that it counts as down;
+- Slurm says that the holder's job is over, or waits to begin.
 
-Nobody can know of another machine without Slurm: there the lock is left alone, and the refusal says whose it is.
+Without Slurm nobody can know whether a process of another machine lives. Then the lock is left alone, and the refusal
+names its holder.
 
-A node that counts as down may still compute, cut off. That is why whoever takes a lock over from another machine first
-replaces the files it protects by copies (``detach``): what the former life appends goes to files that no longer have
-a name, or fails. As long as that is not done, the lock names the former life. And ``check`` tells the former life that
-the lock is not its own any more.
+A node that counts as down may be cut off and still compute. Therefore a process that takes a lock over from another
+machine first replaces the files that the lock protects by copies (``detach``). If the earlier holder still appends, it
+writes to files that no longer have a name, or fails. Until the copies are made, the lock names the earlier holder.
+Afterwards ``check`` tells the earlier holder that it has lost the lock.
 
 Public names: ``WriterLock``, ``is_held``, ``read_holder``.
 """
@@ -40,7 +41,7 @@ from experiments.errors import CheckRefusedError
 from experiments.machine.slurm_task import SlurmTask, is_gone
 
 CHECK_SECONDS = 5.0
-"""How often ``check`` looks at the file."""
+"""How often ``check`` reads the file."""
 
 
 class WriterLock:
@@ -51,9 +52,9 @@ class WriterLock:
         from_elsewhere: whether it was taken over from a process of another machine.
 
     Args:
-        path: its folder is made if it is not there.
+        path: the file; its folder is made if it does not exist.
         count: into how many shards its holder divides the campaign.
-        detach: replaces what the lock protects by copies; called before it is taken over from another machine.
+        detach: replaces the protected files by copies; called before a lock is taken over from another machine.
     """
 
     def __init__(self, path: Path, count: int = 1, detach: Callable[[], None] = lambda: None) -> None:
@@ -76,7 +77,7 @@ class WriterLock:
         return _read(self.path) == self._identity
 
     def check(self) -> None:
-        """Raise ``CheckRefusedError`` if another process has taken the lock over; looks every few seconds at most."""
+        """Raise ``CheckRefusedError`` if another process has taken the lock over; read it every few seconds at most."""
         now = time.monotonic()
         if now - self._checked >= CHECK_SECONDS:
             self._checked = now
@@ -86,10 +87,10 @@ class WriterLock:
                 raise CheckRefusedError(f"{self.path}: was {who}; this process stops writing")
 
     def check_beside(self) -> None:
-        """Raise ``CheckRefusedError`` if a process that may live holds a shard of another division beside this one.
+        """Raise ``CheckRefusedError`` if a process that may live divides this campaign into another number of shards.
 
-        Of two that divide a campaign differently each would do runs of the other's shards again. Both look when they
-        hold their own locks, so at least one of them finds the other.
+        Two processes that divide a campaign differently would do each other's runs again. Each checks after it has its
+        own lock, so at least one of them finds the other.
         """
         for path in sorted(self.path.parent.glob("*.lock")):
             holder = _read(path)
@@ -107,11 +108,11 @@ class WriterLock:
             self.path.unlink(missing_ok=True)
 
     def _take_over(self) -> None:
-        """Replace the lock of a dead process. One at a time may try, and the path is never without a lock meanwhile."""
+        """Replace the lock of a dead process. One process at a time may try; meanwhile the path always has a lock."""
         self._refuse_if_held()
         claims = self._claim()
         try:
-            # Somebody may have been faster between the first look and the claim.
+            # Another process may have been faster between the first check and the claim.
             self._refuse_if_held()
             if not self.path.exists():
                 if not _create(self.path, self._identity):
@@ -128,9 +129,10 @@ class WriterLock:
                     claim.unlink(missing_ok=True)
 
     def _claim(self) -> list[Path]:
-        """Return the claims on this lock, our own last; those before it are of processes that were killed meanwhile.
+        """Claim this lock; return all claims on it, our own last. Earlier claims belong to processes that were killed.
 
-        A dead claim is not replaced but outdone by the next number: only links decide, and no live claim is removed.
+        A dead claim is not replaced; the next claim takes the next number. So only links decide, and no live claim is
+        removed.
         """
         claims: list[Path] = []
         while True:
@@ -166,12 +168,12 @@ def _draft(path: Path, identity: dict[str, object]) -> Path:
 
 
 def _create(path: Path, identity: dict[str, object]) -> bool:
-    """Make a lock unless there is one. Linking a finished file into place is atomic and never shows an empty lock."""
+    """Make a lock unless it exists. Linking a finished file into place is atomic and never shows an empty lock."""
     draft = _draft(path, identity)
     try:
         os.link(draft, path)
     except FileExistsError:
-        # A network file system that asks its server twice hears "exists" of its own link.
+        # A network file system that asks its server twice may report its own link as existing.
         return draft.stat().st_nlink == 2
     finally:
         draft.unlink()
@@ -179,7 +181,7 @@ def _create(path: Path, identity: dict[str, object]) -> bool:
 
 
 def read_holder(path: Path) -> str | None:
-    """Return who holds a lock and may live, in words; None if nobody does."""
+    """Return a description of the holder of a lock; None if no process that may live holds it."""
     holder = _read(path)
     return _named(holder) if holder is not None and _may_live(holder) else None
 
@@ -211,7 +213,7 @@ def _may_live(holder: dict[str, object]) -> bool:
     try:
         process = psutil.Process(int(str(holder.get("pid"))))
         same = abs(process.create_time() - float(str(holder.get("started")))) < 1.0
-        # A zombie writes no more, and may stay one for ever where nobody waits for it.
+        # A zombie writes no more, and may stay a zombie for ever if no process waits for it.
         return same and process.status() != psutil.STATUS_ZOMBIE
     except (psutil.NoSuchProcess, ValueError):
         return False

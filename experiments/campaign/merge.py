@@ -3,9 +3,9 @@
     merged = merge_campaign(CampaignFolder(Path("results/default")))
     merged.missing            # run ids without a row
 
-Rows come in the order of the plan, whichever worker did them and when, so the merged tables of two executions differ
-in timings and ``execution`` only. A run that two workers did must have given the same numbers twice. Rows are copied
-as they are: what is in memory is where they lie, so a campaign of millions of runs is merged in seconds.
+Rows come in the order of the plan, whichever worker did them and when. So the merged tables of two executions differ
+only in timings and ``execution``. A run that two workers did must have the same numbers in both. The merge copies rows
+as they are and keeps only their positions in memory, so it merges millions of runs in seconds.
 
 Public names: ``Merged``, ``merge_campaign``.
 """
@@ -30,9 +30,9 @@ from experiments.tables.schema import PER_RUN, UNREPEATABLE, CleanRow, Experimen
 
 @dataclass(frozen=True)
 class Merged:
-    """What a merge found: planned, finished, missing and failed runs (failed ones are missing, with a reason).
+    """The result of a merge: planned, finished, missing and failed runs (a failed run is missing and has a reason).
 
-    Runs that a stopping rule does not need any more are ``unneeded``, and not missing; ``stops`` says how cells ended.
+    Runs that the stopping rule no longer needs are ``unneeded``, and not missing; ``stops`` says how cells ended.
     """
 
     planned: int
@@ -46,7 +46,7 @@ class Merged:
 def merge_campaign(folder: CampaignFolder) -> Merged:
     """Write ``runs.csv``, the tables of ``PER_RUN``, ``clean.csv``, ``failures.csv`` and ``provenance.json``.
 
-    With a stopping rule also ``stops.csv``.
+    With a stopping rule, write ``stops.csv``, too.
 
     Raises:
         CheckRefusedError: a damaged shard, one run with two different results, or shards of different models or data.
@@ -78,7 +78,7 @@ def _rows_of(folder: CampaignFolder, suffix: str, row_type: type[Any]) -> Iterab
 
 
 def _find_runs(folder: CampaignFolder, order: dict[bytes, int]) -> tuple[RowPlaces, array[int]]:
-    """Return where the rows of ``runs.csv`` lie, and by run the number of the shard whose row counts (-1: none)."""
+    """Return the positions of the rows of ``runs.csv``, and for each run the shard whose row counts (-1: none)."""
     header = columns(ExperimentResult)
     places, stretches, owner = RowPlaces(), array("q", [-1]) * len(order), array("q", [-1]) * len(order)
     unknown: bytes | None = None
@@ -101,10 +101,11 @@ def _find_runs(folder: CampaignFolder, order: dict[bytes, int]) -> tuple[RowPlac
 def _merge_per_run(
     folder: CampaignFolder, name: str, row_type: type[Any], order: dict[bytes, int], owner: array[int]
 ) -> None:
-    """Write one set of rows for each run: those in the shard whose row counts; of one that never finished, none.
+    """Write one set of rows for each finished run: the rows in the shard whose row of the run counts.
 
-    Rows of a run are appended together, so a set is a block. If a shard has several of a run (a worker that was cut off
-    did it, too), the first counts; one that follows directly begins where the first row comes again.
+    Rows of a run are appended together, so a set is a block. A shard can have several blocks of one run, if a worker
+    that was cut off did it, too. Then the first block counts; if the second follows directly, it begins where the first
+    row is repeated.
     """
     places, taken = RowPlaces(), bytearray(len(order))
     for path in folder.shard_files(f".{name}"):
@@ -130,7 +131,7 @@ def _number(file_name: str) -> int:
 
 
 def _key(line: bytes) -> bytes:
-    # Ids of planned runs need no quotes; one that has them is in no plan.
+    # Ids of planned runs need no quotes; an id with quotes is in no plan.
     return line[: line.index(b",")]
 
 

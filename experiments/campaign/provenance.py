@@ -1,10 +1,10 @@
-"""Where the numbers of a campaign come from, noted by every shard in a file of its own.
+"""The origin of a campaign's numbers: every shard records it in a file of its own.
 
     provenance = ShardProvenance(folder, shard, environment_facts(arguments))
     provenance.note(contexts.facts)              # shards/0003.json; refused if another shard has another model or data
     write_campaign_provenance(folder)            # provenance.json, from the files of all shards
 
-No file has two writers, so shards that start at one moment lose nothing of each other.
+No file has two writers, so shards that start at the same moment do not overwrite each other's facts.
 
 Public names: ``ShardProvenance``, ``note_provenance``, ``write_campaign_provenance``.
 """
@@ -36,7 +36,7 @@ class ShardProvenance:
         self._known = ""
 
     def note(self, contexts: Mapping[str, Facts]) -> None:
-        """Write what was opened, or found out, since the last call."""
+        """Write the facts about contexts if they have changed since the last call."""
         known = canonical_json(contexts)
         if known != self._known:
             note_provenance(self._folder, self._name, {**self._environment, "contexts": dict(contexts)})
@@ -44,11 +44,11 @@ class ShardProvenance:
 
 
 def note_provenance(folder: CampaignFolder, shard_name: str, facts: Facts) -> None:
-    """Write facts about how the numbers of a shard came about, over what its file says.
+    """Write facts about the origin of a shard's numbers into its file; they replace older facts of the same name.
 
     Raises:
-        CheckRefusedError: the model's weights or the data are not those of another shard, or of an earlier session of
-            this one; its file is as it was.
+        CheckRefusedError: another shard, or an earlier session of this one, had other weights or data. The file is
+            restored.
     """
     path = folder.shards / f"{shard_name}.json"
     before = path.read_text(encoding="utf-8") if path.is_file() else None
@@ -57,7 +57,7 @@ def note_provenance(folder: CampaignFolder, shard_name: str, facts: Facts) -> No
     contexts = {**known.get("contexts", {}), **facts["contexts"]}
     write_text(path, json.dumps({**known, **facts, "contexts": contexts}, indent=1) + "\n")
     try:
-        # Another shard may have written its own between the check and now. One of two sees the other's here.
+        # Another shard may have written its file since the first check. At least one of the two finds the other here.
         _check_fingerprints(folder, facts["contexts"])
     except CheckRefusedError:
         if before is None:
@@ -68,9 +68,9 @@ def note_provenance(folder: CampaignFolder, shard_name: str, facts: Facts) -> No
 
 
 def write_campaign_provenance(folder: CampaignFolder) -> None:
-    """Write ``provenance.json``: the facts of the first shard, the contexts of all, and in what other shards differ.
+    """Write ``provenance.json``: the facts of the first shard, all contexts, and the differing facts of other shards.
 
-    Nothing is written for a campaign of which no shard noted anything.
+    If no shard has recorded anything, write nothing.
 
     Raises:
         CheckRefusedError: two shards had different weights or data.
@@ -111,7 +111,7 @@ def _compare(
 
 
 def _shard_facts(folder: CampaignFolder) -> dict[str, Facts]:
-    """Return what every shard noted, in the order of the shards."""
+    """Return the recorded facts of every shard, in the order of the shards."""
     paths = [path for path in folder.shards.glob("*.json") if re.fullmatch(r"\d{4,}\.json", path.name)]
     return {path.stem: _read(path) for path in sorted(paths, key=lambda path: int(path.stem))}
 

@@ -1,9 +1,9 @@
-"""How a shard stands: one small file beside its rows, written whole when a worker begins and when it ends.
+"""The state of a shard: one small file beside its rows, written whole when a worker begins and when it ends.
 
     sessions = Session.read_all(folder)             # the last session of every shard, by its number
 
-It is the done marker of a shard, and all that ``status`` needs besides the rows: what was there when the worker began,
-when that was, and how it ended. A worker that was killed leaves one that has begun and not ended.
+The file marks a shard as done. It is all that ``status`` needs besides the rows: how many runs were done when the
+worker began, when it began, and how it ended. A worker that was killed leaves a session that has begun and not ended.
 
 Public names: ``Session``, ``ENDED``.
 """
@@ -26,7 +26,7 @@ from experiments.plan.shards import Shard
 from experiments.tables.csv_file import write_text
 
 ENDED = ("done", "stopped", "refused")
-"""``done``: every run of the shard was tried; ``stopped``: it was asked to stop; ``refused``: see ``reason``."""
+"""``done``: every run was tried; ``stopped``: the worker was asked to stop; ``refused``: see ``reason``."""
 
 
 @dataclass(frozen=True)
@@ -35,14 +35,14 @@ class Session:
 
     Attributes:
         number, count: the shard.
-        planned: its runs.
+        planned: how many runs the shard has.
         before: how many of them were done when the worker began.
-        begun: when that was, in seconds since 1970; once its model is loaded, when it was.
-        host, pid, job, restarts: who; ``job`` as Slurm names it, None outside of Slurm.
-        ended: one of ``ENDED``; None while it runs, and for ever if it was killed.
+        begun: when the worker began, in seconds since 1970; set again once the model is loaded.
+        host, pid, job, restarts: the worker; ``job`` as Slurm names it, None outside Slurm.
+        ended: one of ``ENDED``; None while the worker runs, and for ever if it was killed.
         done, failed: runs of this session.
-        seconds: how long it took.
-        reason: why it stopped or refused.
+        seconds: how long the session took.
+        reason: why the worker stopped or refused.
     """
 
     number: int
@@ -62,7 +62,7 @@ class Session:
 
     @classmethod
     def begin(cls, folder: CampaignFolder, shard: Shard, planned: int, before: int, *, write: bool = True) -> Session:
-        """Return a session of this process that begins now, and write it unless ``write`` is false."""
+        """Return a session of this process that begins now; write it unless ``write`` is false."""
         task = SlurmTask.of(os.environ)
         who = {"host": socket.gethostname(), "pid": os.getpid()}
         slurm = {"job": task.job if task else None, "restarts": task.restarts if task else 0}
@@ -72,13 +72,13 @@ class Session:
         return session
 
     def begun_again(self, folder: CampaignFolder, before: int) -> Session:
-        """Write and return it as one that begins now and found so many runs done."""
+        """Write and return a session that begins now, with ``before`` runs already done."""
         session = dataclasses.replace(self, before=before, begun=time.time())
         session._write(folder)
         return session
 
     def end(self, folder: CampaignFolder, ended: str, done: int, failed: int, reason: str | None = None) -> None:
-        """Write how it ended."""
+        """Write how the session ended."""
         seconds = time.time() - self.begun
         last = dataclasses.replace(self, ended=ended, done=done, failed=failed, seconds=seconds, reason=reason)
         last._write(folder)
@@ -95,10 +95,10 @@ class Session:
 
     @classmethod
     def read_all(cls, folder: CampaignFolder) -> dict[int, Session]:
-        """Return the last session of every shard by its number.
+        """Return the last session of every shard, by the shard's number.
 
         Raises:
-            CheckRefusedError: a file that no worker of this version wrote.
+            CheckRefusedError: no worker of this version wrote one of the files.
         """
         found: dict[int, Session] = {}
         for path in sorted(folder.shards.glob("*.session.json")):

@@ -1,8 +1,8 @@
-"""How each shard of a campaign stands, and why a run has no row: from the files alone, and from Slurm where it answers.
+"""The state of each shard of a campaign, and why a run has no row: from the files, and from Slurm if it answers.
 
     states = shard_states(folder, plan)
     missing_runs(folder, plan, states, run_ids)      # [MissingRun(run_id, shard, reason), ...]
-    shards_left(folder, plan, 16)                    # of 16 shards those with something to do
+    shards_left(folder, plan, 16)                    # the numbers of those of 16 shards that still have runs to do
 
 Public names: ``ShardState``, ``MissingRun``, ``shard_states``, ``missing_runs``, ``shards_left``,
 ``MISSING_COLUMNS``.
@@ -30,21 +30,21 @@ from experiments.tables.schema import FailureRow, columns
 MISSING_COLUMNS = ("run_id", "shard", "reason")
 
 WAITS = "waits for a failed run of its cell"
-"""Why a run was not tried whose cell may end early (``stop.margin``): the next look at the cell needs the other."""
+"""Why a run was not tried if its cell may end early (``stop.margin``): the next look needs the failed run first."""
 
 
 @dataclass(frozen=True)
 class ShardState:
-    """One shard, as its workers were told to divide the campaign.
+    """The state of one shard, in the division that its workers use.
 
     Attributes:
-        shard: which.
-        planned: its runs.
-        done: how many of them have a row in any file, or are not needed any more.
-        rows: how many have a row.
-        session: of its last worker; None if none has begun (with this number of shards).
-        holder: who is writing it, in words; None if nobody is.
-        slurm: the state of its task as ``squeue`` has it; None if it is none, or Slurm does not answer.
+        shard: its number and their count.
+        planned: how many runs it has.
+        done: how many of them have a row in any file, or are no longer needed.
+        rows: how many of them have a row.
+        session: the session of its last worker; None if no worker has begun (with this number of shards).
+        holder: a description of the process that writes it; None if no process does.
+        slurm: the state of its task according to ``squeue``; None without a task, or if Slurm does not answer.
     """
 
     shard: Shard
@@ -62,7 +62,7 @@ class ShardState:
 
     @property
     def rate(self) -> float | None:
-        """Runs a second of the worker that is at it; None if there is none, or it has no run yet."""
+        """Runs per second of the current worker; None if no worker runs, or it has done no run yet."""
         if self.holder is None or self.session is None or self.session.ended is not None:
             return None
         seconds, done = time.time() - self.session.begun, self.rows - self.session.before
@@ -70,7 +70,7 @@ class ShardState:
 
     @property
     def words(self) -> str:
-        """How it stands, in words."""
+        """The state of the shard, in words."""
         slurm = f"; Slurm says {self.slurm}" if self.slurm else ""
         if self.holder is not None:
             return f"running: {self.holder}{slurm}"
@@ -99,13 +99,13 @@ class MissingRun:
 def shard_states(
     folder: CampaignFolder, plan: Plan, finished: Set[str], unneeded: Set[str] = frozenset()
 ) -> list[ShardState]:
-    """Return the shards of the last attempt at a campaign, in order.
+    """Return the states of the shards of the last attempt at a campaign, in order.
 
     Args:
-        folder: its files.
-        plan: its runs.
-        finished: the ids of those that have a row.
-        unneeded: of those that need none any more.
+        folder: the campaign's folder.
+        plan: the campaign's plan.
+        finished: the ids of runs that have a row.
+        unneeded: the ids of runs that need no row any more.
     """
     sessions, submission = Session.read_all(folder), Submission.read(folder)
     attempts = [(session.begun, session.count) for session in sessions.values()]
@@ -142,7 +142,7 @@ def _jobs_of_locks(folder: CampaignFolder) -> set[str]:
         try:
             holder = json.loads(path.read_text(encoding="utf-8"))
         except (FileNotFoundError, ValueError):
-            # It was given back meanwhile, or is none; read_holder says what that means.
+            # The lock was released meanwhile, or is damaged; read_holder handles both.
             continue
         if isinstance(holder, dict) and isinstance(holder.get("job"), str):
             found.add(holder["job"])
@@ -156,19 +156,19 @@ def _is_of(task: str, submission: Submission) -> bool:
 def _slurm_state(tasks: dict[str, str], submission: Submission | None, number: int) -> str | None:
     if submission is None or not tasks or number not in submission.shards:
         return None
-    # A task that was cancelled before it began vanishes.
+    # A task that was cancelled before it began disappears from squeue.
     return tasks.get(f"{submission.job}_{number}", UNKNOWN_JOB)
 
 
 def shards_left(folder: CampaignFolder, plan: Plan, count: int) -> list[int]:
-    """Return the numbers of those of ``count`` shards that have something left to do, in rising order."""
+    """Return the numbers of the shards (of ``count``) that still have runs to do, in rising order."""
     done = folder.finished_runs() | grid_of(folder, plan).unneeded()
     numbers = shard_numbers(plan, count).tolist()
     return sorted({number for run, number in zip(plan.runs, numbers, strict=True) if run.run_id not in done})
 
 
 def failure_reasons(folder: CampaignFolder) -> dict[str, str]:
-    """Return what runs raised, by run id."""
+    """Return the error of each failed run, by run id."""
     header = columns(FailureRow)
     return {row[0]: row[1] for path in folder.shard_files(".failures") for row in read_rows(path, header)}
 
@@ -176,11 +176,11 @@ def failure_reasons(folder: CampaignFolder) -> dict[str, str]:
 def missing_runs(
     folder: CampaignFolder, plan: Plan, states: list[ShardState], run_ids: Iterable[str]
 ) -> list[MissingRun]:
-    """Return why runs have no row: what they raised, else how their shard stands."""
+    """Return why runs have no row: the error that a run raised, or else the state of its shard."""
     numbers = dict(zip((run.run_id for run in plan.runs), shard_numbers(plan, len(states)).tolist(), strict=True))
     failures, missing = failure_reasons(folder), list(run_ids)
     stopping = plan.config.stop.margin is not None
-    # Repeats are innermost: a cell goes by the index of its first run.
+    # Repeats are innermost: the index of its first run identifies a cell.
     cell_of = {run.run_id: run.index - run.repeat for run in plan.runs} if stopping else {}
     held = {cell_of[run_id] for run_id in missing if run_id in failures} if stopping else set()
     found = []

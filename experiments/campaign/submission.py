@@ -1,4 +1,4 @@
-"""What was submitted to Slurm for a campaign, remembered in its folder.
+"""The last submission of a campaign to Slurm, kept in its folder.
 
     submission = Submission.read(folder)       # None if it was never submitted
     check_over(folder)                         # CheckRefusedError while its tasks wait or run
@@ -33,10 +33,10 @@ class Submission:
 
     Attributes:
         job: the number of the array job; its task i does shard i.
-        merge_job: the number of the merge job; None if that was refused.
-        workers: how many shards there are.
-        shards: those of them that had something left to do.
-        submitted: when, in seconds since 1970.
+        merge_job: the number of the merge job; None if Slurm refused it.
+        workers: the number of shards.
+        shards: the numbers of the shards that still had runs to do.
+        submitted: the time of the submission, in seconds since 1970.
     """
 
     job: str
@@ -51,7 +51,7 @@ class Submission:
 
     @classmethod
     def read(cls, folder: CampaignFolder) -> Submission | None:
-        """Return what ``submission.json`` says; None if there is none."""
+        """Return the submission in ``submission.json``; None without that file."""
         path = folder.file(FILE_NAME)
         if not path.is_file():
             return None
@@ -62,9 +62,10 @@ class Submission:
 
 
 def check_over(folder: CampaignFolder) -> None:
-    """Refuse to begin beside an array job of the campaign: runs would be done twice, shards have one writer each.
+    """Refuse to begin while an array job of the campaign is active, because runs would be done twice.
 
-    Its own tasks may, and so may who is on a machine without Slurm, where nothing can be asked.
+    Tasks of that array job may begin. So may a process on a machine without Slurm, where the state of the job is
+    unknown.
 
     Raises:
         CheckRefusedError: tasks are waiting or running, or Slurm does not say whether they are.

@@ -1,8 +1,8 @@
-"""What a worker does with its shard, counted, and written down when it leaves.
+"""Count what a worker does with its shard, and write the counts when it leaves.
 
     with Tally(folder, lock, Session.begin(folder, shard, planned, before)) as tally:
-        tally.start_work(before)     # what is left is known, or the model loaded
-        tally.check()                # the shard is still this worker's
+        tally.start_work(before)     # the remaining runs are known, or the model is loaded
+        tally.check()                # raises if another worker has taken the shard over
         tally.done += 1
 
 Public name: ``Tally``.
@@ -22,13 +22,13 @@ class Tally:
     """Counts what a worker does with a shard and writes down how it ended.
 
     Attributes:
-        folder, session, shard: where, since when, and which part.
+        folder, session, shard: the campaign, the worker's session, and its part of the campaign.
         done, failed: runs of this session.
-        stopped: whether it left before the end of the shard.
+        stopped: whether the worker left before the end of the shard.
 
     Args:
-        noted: whether the session is on disk. One that is not (an earlier campaign is still there) is written down
-            when work starts; if it is refused before, nothing is.
+        noted: whether the session is on disk. If it is not (an earlier campaign is still in the folder), it is written
+            when work starts; if the worker is refused before that, it is never written.
     """
 
     def __init__(self, folder: CampaignFolder, lock: WriterLock, session: Session, noted: bool = True) -> None:
@@ -45,17 +45,17 @@ class Tally:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         ended = "stopped" if self.stopped or isinstance(error, KeyboardInterrupt) else "refused" if error else "done"
-        # If the shard is another worker's by now, so is its session.
+        # If another worker has taken the shard over, the session file belongs to that worker.
         if not (self._noted and self._lock.is_own()):
             return
         if not self.folder.config_file.is_file():
-            # No campaign came of it, so there is none whose shard could stand somehow.
+            # The campaign was refused before it began: a session without a campaign would mean nothing.
             self.session.remove(self.folder)
         else:
             self.session.end(self.folder, ended, self.done, self.failed, str(error) if error else None)
 
     def start_work(self, before: int) -> None:
-        """Note that what follows is work: ``before`` runs are done, and the clock of the rate begins here."""
+        """Start the clock of the rate: from here on the worker executes runs, and ``before`` runs are done."""
         self._noted = True
         self.session = self.session.begun_again(self.folder, before)
 

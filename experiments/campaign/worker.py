@@ -1,11 +1,13 @@
-"""Run a campaign, or one shard of it, exactly once each run, however often it is stopped.
+"""Run a campaign, or one shard of it. Each run counts exactly once, however often the worker is stopped.
 
     status = run_campaign(config, shard=Shard(1, 1), overwrite=False, arguments=sys.argv[1:])
     status = run_campaign(..., stopping=stop.requested)      # leaves between two passes when that is true
 
-Runs of one model and one data set are handed over together, in windows, and come back in any order. Rows are appended
-as they come: first what the detectors said and how far the fault got, then the run's own row, which makes it count. A
-run that raises is recorded with its traceback and does not stop the others; it is tried again the next time.
+The worker passes runs of one model and one data set to the engine in windows, and gets them back in any order. It
+appends
+their rows as they come: first the verdicts of the detectors and the propagation of the fault, then the run's own row,
+which makes the run count. A run that raises an error is recorded with its traceback and does not stop the others; the
+next session tries it again.
 
 Public names: ``run_campaign``, ``CampaignStatus``, ``Progress``.
 """
@@ -45,12 +47,12 @@ logger = logging.getLogger(__name__)
 
 LOG_EVERY_SECONDS = 30.0
 WINDOW = 4096
-"""Most runs that are handed over together."""
+"""The largest number of runs in one window."""
 
 
 @dataclass(frozen=True)
 class CampaignStatus:
-    """How a shard ended: runs done before, done now, and failed now; and whether it was stopped before its end."""
+    """The result of a session: runs done before, done now, and failed now; and whether it stopped before the end."""
 
     folder: CampaignFolder
     before: int
@@ -69,10 +71,10 @@ def run_campaign(
     stopping: Callable[[], bool] = lambda: False,
     quiet: bool = False,
 ) -> CampaignStatus:
-    """Run what is missing of a shard, until ``stopping`` is true; ``quiet``: without a progress bar.
+    """Execute the missing runs of a shard, until ``stopping`` is true; ``quiet``: without a progress bar.
 
-    Nothing stays of a campaign whose plan, model, data or one of the two checks were refused before its first run. A
-    worker that is refused later is noted with the reason in the session of its shard.
+    If the plan, the model, the data or one of the two checks is refused before the first run, no file of the campaign
+    remains. If a worker is refused later, the session of its shard records the reason.
 
     Raises:
         UsageError, MissingResourceError, CheckRefusedError: see the exit statuses of ``run_sweep.py``.
@@ -88,7 +90,7 @@ def run_campaign(
     with (
         Contexts(TraceWriter(None), stopping, KeptProofs.of(config.run.proof_cache, folder.path)) as contexts,
         _locked(folder, shard) as lock,
-        # As long as it is not known what is done, nothing counts as done by this worker.
+        # Until the finished runs are known, this worker counts none as its own.
         Tally(
             folder, lock, Session.begin(folder, shard, len(mine), len(mine), write=not overwrite), not overwrite
         ) as tally,
@@ -143,7 +145,7 @@ def _locked(folder: CampaignFolder, shard: Shard) -> Iterator[WriterLock]:
 
 @dataclass(frozen=True)
 class _Work:
-    """What is to be done: the runs of a plan that are missing, and the cells of the grid that they belong to."""
+    """The work of a session: the missing runs of a plan, and the cells of the grid that they belong to."""
 
     plan: Plan
     todo: list[PlannedRun]
@@ -199,7 +201,7 @@ def _execute(
 def _windows(
     plan: Plan, runs: Iterable[PlannedRun], grid: Cells
 ) -> Iterator[list[tuple[PlannedRun, ExperimentConfig]]]:
-    """Yield runs with their configurations: consecutive ones of one context, at most WINDOW together."""
+    """Yield windows: consecutive runs of one context with their configurations, at most WINDOW of them."""
     for _, group in itertools.groupby(runs, key=lambda run: context_values(plan, run)):
         for needed in grid.rounds(group):
             while window := [(run, plan.config_of(run)) for run in itertools.islice(needed, WINDOW)]:
@@ -211,7 +213,7 @@ def _records(
     window: Sequence[tuple[PlannedRun, ExperimentConfig]],
     stopping: Callable[[], bool],
 ) -> Iterator[tuple[PlannedRun, RunRecord | Exception]]:
-    """Yield each run of a window with its record; with the error where it, or what all of them need, raised."""
+    """Yield each run of a window with its record, or with the error that it (or the shared context) raised."""
     waiting = {run.run_id: run for run, _ in window}
     try:
         for run, record in opened(window[0][1]).run_many(window):
@@ -222,7 +224,7 @@ def _records(
     except (UsageError, MissingResourceError, CheckRefusedError):
         raise
     except Exception as error:
-        # The context could not be opened, or the runs not be executed together.
+        # The context could not be opened, or the window could not be executed.
         for run in waiting.values():
             yield run, error
 
@@ -246,7 +248,7 @@ class ShardFiles:
         enter = self._stack.enter_context
         self._runs = enter(CsvFile(self._runs_path, columns(ExperimentResult)))
         done = set(read_keys(self._runs_path, columns(ExperimentResult)))
-        # Such rows of a run whose own row never followed belong to a run that will be done again.
+        # If a run has such rows but no row of its own, it will be done again: these rows go.
         self._per_run = {
             name: enter(CsvFile(self._per_run_paths[name], columns(row_type), keep=done))
             for name, row_type in PER_RUN.items()
@@ -272,7 +274,7 @@ class ShardFiles:
         self._runs.append(cells(record.result))
 
     def append_failure(self, run: PlannedRun, error: Exception) -> None:
-        """Append a run that raised, and its traceback to the shard's log; the same one twice is named, not repeated."""
+        """Append a failed run, and its traceback to the shard's log; a repeated traceback only names the first run."""
         path, text = self._tracebacks_path, "".join(traceback.format_exception(error))
         first = self._tracebacks.setdefault(text, run.run_id)
         path.parent.mkdir(exist_ok=True)
@@ -284,7 +286,7 @@ class ShardFiles:
 
 
 class Progress:
-    """One bar on a terminal, a log line now and then elsewhere; nothing if it is to be quiet."""
+    """Show progress: a bar on a terminal, a log line now and then elsewhere, nothing if ``quiet``."""
 
     def __init__(self, before: int, runs: int, *, quiet: bool = False) -> None:
         self._quiet = quiet

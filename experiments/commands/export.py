@@ -1,4 +1,4 @@
-"""``run_sweep.py export results/NAME [--table runs] [--format parquet] [--output FILE]``: a table in another format.
+"""``run_sweep.py export results/NAME [--table runs] [--format parquet] [--output FILE]``: write a table as Parquet.
 
 Public name: ``export``.
 """
@@ -28,7 +28,7 @@ def export(arguments: Sequence[str]) -> int:
     if not source.is_file():
         raise MissingResourceError(f"{source}: is not there; run_sweep.py merge {folder.path} makes it")
     _check_target(target, form)
-    # Imported here: no other command but the report needs Arrow.
+    # Imported here: only this command and the report need Arrow.
     from experiments.tables.parquet import export_parquet
 
     rows = export_parquet(source, TABLES[table], target)
@@ -37,8 +37,8 @@ def export(arguments: Sequence[str]) -> int:
 
 
 def _check_target(target: Path, form: str) -> None:
-    """Raise ``UsageError`` unless a table may be written there; no file that a campaign needs ends in its format."""
-    # A link is replaced, not followed; yet what it names is what its user has in mind.
+    """Raise ``UsageError`` unless ``target`` may be written. No file that a campaign needs has this suffix."""
+    # A link is replaced, not followed; but the user thinks of the file that it names, so both must have the suffix.
     if target.is_dir() or any(path.suffix != f".{form}" for path in (target, target.resolve())):
         raise UsageError(f"--output: got {target}, allowed a file that ends in .{form}, new or to be replaced")
     if not target.parent.is_dir():

@@ -1,9 +1,9 @@
-"""``run_sweep.py --list``: what can be chosen.
+"""``run_sweep.py --list``: print the values that can be chosen.
 
     print_list("locations", config)
     print_list("launchers", config)
 
-``LISTS`` is the table: a word, and the function that prints its list. What is heavy is imported by the function.
+``LISTS`` is the table: a word, and the function that prints its list. Each function imports the heavy modules it needs.
 """
 
 from __future__ import annotations

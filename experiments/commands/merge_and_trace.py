@@ -1,4 +1,4 @@
-"""``run_sweep.py merge|trace``: look at a campaign from its files alone.
+"""``run_sweep.py merge|trace``: commands that read the files of a campaign and need no model.
 
 Public names: ``merge``, ``trace``.
 """
@@ -27,7 +27,7 @@ def merge(arguments: Sequence[str]) -> int:
 
 
 def trace(arguments: Sequence[str]) -> int:
-    """Print where the time of a campaign went; more arguments as for ``python -m monitoring.trace.trace_report``."""
+    """Print how a campaign spent its time; further arguments as for ``python -m monitoring.trace.trace_report``."""
     folder = one_folder("trace", arguments[:1])
     files = sorted(folder.file("trace").glob("*.jsonl"))
     if not files:

@@ -1,4 +1,4 @@
-"""Take the options of a command out of its arguments; what is left describes a configuration.
+"""Take the options of a command out of its arguments; the remaining arguments describe a configuration.
 
 Public names: ``take_flag``, ``take_value``, ``whole_number``, ``one_folder``.
 
@@ -16,14 +16,14 @@ from experiments.errors import UsageError
 
 
 def take_flag(arguments: list[str], name: str) -> bool:
-    """Remove a flag; return whether it was there."""
+    """Remove a flag; return whether it was given."""
     present = name in arguments
     arguments[:] = [argument for argument in arguments if argument != name]
     return present
 
 
 def take_value(arguments: list[str], name: str) -> str | None:
-    """Remove ``name VALUE`` or ``name=VALUE``; return the value, ``None`` if it is not there."""
+    """Remove ``name VALUE`` or ``name=VALUE``; return the value, or ``None`` if the option was not given."""
     for position, argument in enumerate(arguments):
         if argument.startswith(f"{name}="):
             del arguments[position]
@@ -38,7 +38,7 @@ def take_value(arguments: list[str], name: str) -> str | None:
 
 
 def whole_number(text: str, *, most: int | None = None) -> bool:
-    """Whether a text is a whole number in ASCII digits; with ``most``, one from 1 to that."""
+    """Return whether a text is a whole number in ASCII digits; with ``most``, a number from 1 to ``most``."""
     if not (text.isascii() and text.isdigit()):
         return False
     # Python refuses to read thousands of digits.
@@ -46,7 +46,7 @@ def whole_number(text: str, *, most: int | None = None) -> bool:
 
 
 def one_folder(command: str, arguments: Sequence[str]) -> CampaignFolder:
-    """Return the campaign that the only argument names."""
+    """Return the folder of the campaign that the only argument names."""
     if len(arguments) != 1:
         raise UsageError(f"{command}: needs one campaign folder, e.g. results/default; got {list(arguments)}")
     return CampaignFolder.existing(arguments[0])

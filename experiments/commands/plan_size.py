@@ -1,4 +1,4 @@
-"""``run_sweep.py plan-size``: how many runs a campaign needs, and how many different faults there are.
+"""``run_sweep.py plan-size``: how many runs a campaign needs, and how many different faults are possible.
 
 Public name: ``plan_size``.
 """
@@ -26,14 +26,15 @@ from monitoring import TraceWriter
 
 
 def plan_size(arguments: Sequence[str]) -> int:
-    """Print the sample size for ``--margin`` and ``--confidence``, for a population given or counted on the model.
+    """Print the sample size for ``--margin`` and ``--confidence``.
 
-    ``--rate``: the rate that is expected; without it the worst case, 0.5.
+    ``--population`` gives the number of possible faults; without it they are counted on the model. ``--rate`` is the
+    expected rate; without it the worst case, 0.5.
     """
     options = list(arguments)
     margin, confidence = _number(options, "--margin"), _number(options, "--confidence")
     rate, population = _number(options, "--rate", 0.5), take_value(options, "--population")
-    # What does not fit is refused before a model is loaded.
+    # Numbers out of range are refused before a model is loaded.
     _needed(margin, confidence, None, rate)
     config = load_config(options)
     if population is None:
@@ -72,7 +73,7 @@ def _needed(margin: float, confidence: float, population: int | None, rate: floa
 
 
 def _print_population(config: ExperimentConfig, margin: float, confidence: float, rate: float) -> int:
-    """Print and count the faults of the campaign's grid, over all inputs; layers that are alike share a line."""
+    """Print and count the possible faults of the grid, over all inputs; layers with equal counts share a line."""
     several = next((key for key in config.sweep if key.startswith(("model.", "data.", "fault.index", "seed"))), None)
     if several is not None:
         raise UsageError(f"sweep.{several}: faults are counted for one model and data set; give --{several} one value")
@@ -105,7 +106,7 @@ def _print_population(config: ExperimentConfig, margin: float, confidence: float
 
 
 def _layers(pairs: PairedRunner, config: ExperimentConfig, location: str) -> Iterator[tuple[int, int, int]]:
-    """Yield layer, elements that may be hit in all inputs, and bits."""
+    """Yield each layer with the number of elements that may be hit (over all inputs) and the number of bits."""
     fault, first = config.fault, config.with_field("sweep", {})
     asked = config.sweep.get("fault.layers", [fault.layers])
     layers = {layer for value in asked for layer in pairs.drawing.layers(first.with_field("fault.layers", value))}

@@ -1,6 +1,6 @@
-"""``run_sweep.py replay results/NAME RUN_ID [--engine plain]``: one run again, and whether it gives the same numbers.
+"""``run_sweep.py replay results/NAME RUN_ID [--engine plain]``: execute a run again and compare its numbers.
 
-Compared are the run's row and its rows of ``propagation.csv``.
+The comparison covers the run's row and its rows of ``propagation.csv``.
 
 Public name: ``replay``.
 """
@@ -27,11 +27,11 @@ from monitoring import TraceWriter
 
 
 def replay(arguments: Sequence[str]) -> int:
-    """Execute runs again and compare all but the timings and the engine; exit status 1 if any number differs.
+    """Execute runs again and compare all numbers except the timings; return 1 if any number differs.
 
     Args:
-        arguments: the campaign's folder and one or more run ids; ``--engine plain`` (or ``fast``, ``auto``) for another
-            engine than the campaign's ``run.engine``.
+        arguments: the campaign's folder and one or more run ids; ``--engine plain`` (or ``fast``, ``auto``) replaces
+            the campaign's ``run.engine``.
     """
     arguments = list(arguments)
     engine = take_value(arguments, "--engine")
@@ -75,7 +75,7 @@ def _recorded(folder: CampaignFolder, run_ids: Container[str]) -> dict[str, list
 
 
 def _blocks(folder: CampaignFolder, run_ids: Collection[str]) -> dict[str, list[list[str]]]:
-    """Return the rows of ``propagation.csv`` by run; of a run that two workers did, those of the last."""
+    """Return the rows of ``propagation.csv`` by run; if two workers did a run, the rows of the last."""
     found: dict[str, list[list[str]]] = {run_id: [] for run_id in run_ids}
     for path in folder.shard_files(".propagation"):
         lines = (line for _, line in row_lines(path, columns(PropagationRow)) if first_cell(line) in found)

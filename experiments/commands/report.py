@@ -1,4 +1,4 @@
-"""``run_sweep.py report results/NAME``: a campaign as one HTML page.
+"""``run_sweep.py report results/NAME``: write a campaign as one HTML page.
 
 Public name: ``report``.
 """

@@ -1,4 +1,4 @@
-"""``run_sweep.py status``: how far a campaign is, from its files; with the states of its tasks where Slurm answers.
+"""``run_sweep.py status``: the progress of a campaign, from its files and, if Slurm answers, the states of its tasks.
 
 Public name: ``status``.
 """
@@ -16,13 +16,13 @@ from experiments.commands.options import one_folder
 from experiments.plan.plan import make_plan
 
 SHOWN = 40
-"""Most shards that are listed one by one; of more, only those that are neither done nor running well."""
+"""Up to this many shards are listed one by one; of more, only those that are neither done nor running."""
 
 
 def status(arguments: Sequence[str]) -> int:
-    """Print how many runs are done, failed and missing, the rate and the expected end; exit status 0 if all are done.
+    """Print how many runs are done, failed and missing, the rate and the expected end; return 0 if all are done.
 
-    A run counts as done when its row is on disk, in whichever shard.
+    A run counts as done when its row is on disk, in any shard.
     """
     folder = one_folder("status", arguments)
     plan = make_plan(folder.config())
@@ -55,13 +55,13 @@ def _odd(state: ShardState) -> bool:
 
 
 def _expectation(states: Sequence[ShardState]) -> str | None:
-    """Return the rate, and when all will be done if it stays the same; None without a rate."""
+    """Return the rate, and the time when all runs will be done at this rate; None without a rate."""
     rates = [(state, state.rate) for state in states if state.rate is not None]
     total = sum(rate for _, rate in rates)
     if not total:
         return None
     left = sum(state.planned - state.done for state in states)
-    # Shards that nobody is at wait for those that run; a shard that runs is done by one worker.
+    # Shards without a worker wait for those that run; one worker does a whole shard.
     seconds = max(left / total, *((state.planned - state.done) / rate for state, rate in rates))
     end = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(time.time() + seconds))
     return f"{total:.3g} runs/s; expected end {end}, in {_duration(seconds)}"

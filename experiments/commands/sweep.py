@@ -1,4 +1,4 @@
-"""``run_sweep.py``: run a campaign, show its plan, or list what can be chosen.
+"""``run_sweep.py``: run a campaign, show its plan, or list the values that can be chosen.
 
 Public names: ``sweep``, ``print_merged``.
 """
@@ -35,7 +35,7 @@ MOST_GRACE_SECONDS = 86400
 
 
 def sweep(arguments: Sequence[str], stop: StopRequest) -> int:
-    """Run what the arguments describe, until ``stop`` asks to leave; return the exit status."""
+    """Run the campaign that the arguments describe, until ``stop`` asks to leave; return the exit status."""
     options = list(arguments)
     dry_run, overwrite = take_flag(options, "--dry-run"), take_flag(options, "--overwrite")
     quiet = take_flag(options, "--quiet")
@@ -85,12 +85,10 @@ def sweep(arguments: Sequence[str], stop: StopRequest) -> int:
 
 
 def _may_overwrite(folder: CampaignFolder, shard: Shard, *, alone: bool) -> bool:
-    """Whether ``--overwrite`` means anything: not to a task that Slurm begins again; its first life has done that.
-
-    Of several processes in one task, the one that began the others asks, when they have ended.
+    """Return whether ``--overwrite`` applies. It does not to a task that Slurm starts again: its first start did it.
 
     Raises:
-        UsageError: one of several tasks of an array, unless ``alone`` (it does not run a shard of the array itself).
+        UsageError: this is one of several tasks of an array, unless ``alone`` (it does not run a shard of the array).
     """
     tasks = os.environ.get("SLURM_ARRAY_TASK_COUNT", "1")
     if tasks != "1" and shard.count > 1 and not alone:
@@ -124,7 +122,7 @@ def _finish(folder: CampaignFolder, exit_status: int) -> int:
 
 
 def print_merged(folder: CampaignFolder, merged: Merged) -> None:
-    """Print where the tables are and what is missing from them."""
+    """Print the path of the runs table, and which runs are missing from it."""
     print(f"{merged.finished} of {merged.planned} runs in {folder.file('runs.csv')}")
     if merged.stops:
         print(f"{merged.unneeded} runs were not needed: {merged.stops}")
@@ -134,7 +132,7 @@ def print_merged(folder: CampaignFolder, merged: Merged) -> None:
 
 
 def _print_missing(folder: CampaignFolder, merged: Merged) -> None:
-    """Print how many runs are missing in which shard and why, and write each of them to ``missing.csv``."""
+    """Print how many runs each shard lacks and why, and write each missing run to ``missing.csv``."""
     path = folder.file("missing.csv")
     if not merged.missing:
         path.unlink(missing_ok=True)

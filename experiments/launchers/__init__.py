@@ -1,1 +1,1 @@
-"""Who starts the workers of a campaign: this machine, or Slurm."""
+"""Launchers start the workers of a campaign: as processes of this machine, or as tasks of Slurm."""

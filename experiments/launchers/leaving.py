@@ -1,8 +1,10 @@
-"""How a worker that was asked to stop leaves; loaded before anything heavy, since it can be asked in its first second.
+"""How a worker leaves when it is asked to stop.
 
     with StopRequest() as stop:
         ...
-        leave(stop)              # KeyboardInterrupt, after Slurm was asked to begin the task again
+        leave(stop)              # asks Slurm to start the task again, then raises KeyboardInterrupt
+
+This module loads before anything heavy, because a signal can come in the first second.
 
 Public names: ``leave``, ``OF_LAUNCHER``, ``KILL_SECONDS``.
 """
@@ -17,14 +19,14 @@ from experiments.machine.slurm_task import SlurmTask, requeue
 from experiments.machine.stop_request import StopRequest
 
 OF_LAUNCHER = "RUN_SWEEP_OF_LAUNCHER"
-"""Set for workers: who began them speaks with Slurm for all of them."""
+"""This variable is set for workers: the process that started them talks to Slurm for all of them."""
 
 KILL_SECONDS = 60.0
-"""How long a task that will be begun again waits for Slurm to end it."""
+"""How long a requeued task waits for Slurm to end it."""
 
 
 def leave(stop: StopRequest) -> NoReturn:
-    """End a campaign that was asked to stop: a task of Slurm asks to be begun again where that is what Slurm wants.
+    """End a campaign that was asked to stop. A task that Slurm still counts as running asks to be started again.
 
     Raises:
         KeyboardInterrupt: always; the exit status is that of an interruption.

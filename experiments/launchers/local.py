@@ -1,4 +1,4 @@
-"""``--launcher local --workers N``: the shards of a campaign as processes of this machine.
+"""``--launcher local --workers N``: do the shards of a campaign in processes of this machine.
 
 launch(Order(config, options, workers=2), stop)
 """
@@ -35,25 +35,25 @@ from experiments.plan.shards import Shard
 PROGRAM = Path(__file__).resolve().parents[2] / "run_sweep.py"
 
 LOOK_SECONDS = 0.2
-"""How often the files of the workers are looked at."""
+"""How often the files of the workers are read."""
 
 WAIT_SECONDS = 0.05
-"""How often it is looked whether workers that were asked to stop have ended."""
+"""How often to check whether workers that were asked to stop have ended."""
 
 
 PATIENCE_SECONDS = 10.0
-"""How much longer than their grace time workers are waited for: they close their files after it."""
+"""How long to wait for workers after their grace time: they close their files then."""
 
 
 def launch(order: Order, stop: StopRequest) -> int:
-    """Run one process for each shard with something left and wait for all; return the worst exit status.
+    """Run one process for each shard that still has runs to do, and wait for all; return the worst exit status.
 
-    Every process computes with ``run.threads`` threads, as a single one would: the same bits, whatever the number of
-    workers. Where there are GPUs each process sees one of them, in turn. If this process is asked to stop, the signal
-    is passed on to all workers, and they are waited for.
+    Every process computes with ``run.threads`` threads, as a single process would, so the bits do not depend on the
+    number of workers. On a machine with GPUs each process sees one of them, in turn. If this process is asked to stop,
+    it passes the signal on to all workers and waits for them.
 
     Raises:
-        KeyboardInterrupt: this process was asked to stop before all was done; no worker is left.
+        KeyboardInterrupt: this process was asked to stop before all runs were done; no worker is left.
     """
     config, plan = order.config, make_plan(order.config)
     folder = CampaignFolder.of(config)
@@ -79,23 +79,23 @@ def launch(order: Order, stop: StopRequest) -> int:
             before, done = done, counter.count()
             if done > before:
                 progress.advance(done - before)
-    # A process that a signal ended has a negative status; its runs are missing, like those that failed.
+    # A process that a signal ended has a negative status; its runs are missing, like failed runs.
     statuses = [process.wait() for process in processes]
     if stop.requested() and any(statuses):
-        # Who signals all processes of a job at once can be faster than this loop.
+        # A signal to all processes of a job can end the workers before this loop sees it.
         raise KeyboardInterrupt
     return max((1 if status < 0 else status for status in statuses), default=0)
 
 
 def show(order: Order) -> None:
-    """Print nothing: the plan says it all."""
+    """Print nothing: the plan already shows everything."""
 
 
 @contextmanager
 def _started(
     options: Sequence[str], shards: Sequence[Shard], config: ExperimentConfig, stop: StopRequest
 ) -> Iterator[list[subprocess.Popen[str]]]:
-    """Start the workers; whatever ends the block, none of them is left."""
+    """Start the workers for a block; when the block ends, for any reason, no worker is left."""
     said = _Said()
     gpus = _gpus(config)
     processes: list[subprocess.Popen[str]] = []
@@ -122,13 +122,13 @@ def _started(
 
 
 def _end(processes: Sequence[subprocess.Popen[str]], stop: StopRequest) -> None:
-    """Pass the request to stop on to those that still run, and wait for them; who interrupts the wait has them killed.
+    """Pass the request to stop on to running workers, and wait for them; if the wait is interrupted, kill them.
 
-    They have their grace time, and a little to close their files; then they are killed. Signals that come meanwhile are
-    passed on, too: a later one can only shorten it.
+    Workers have their grace time, and a little more to close their files; then they are killed. Signals that come
+    meanwhile are passed on, too: a later signal can only shorten the wait.
     """
     running = [process for process in processes if process.poll() is None]
-    # The alarm of this process would end the wait before theirs end the passes in hand.
+    # The alarm of this process would end the wait before the workers' alarms end their current passes.
     stop.finished()
     end = time.monotonic() + _longest(stop, stop.signal) + PATIENCE_SECONDS
 
@@ -160,12 +160,12 @@ def _end(processes: Sequence[subprocess.Popen[str]], stop: StopRequest) -> None:
 
 
 def _longest(stop: StopRequest, number: int | None) -> float:
-    """Return how long a worker may take after a signal; after Ctrl-C it is told by SIGTERM."""
+    """Return how long a worker may take after a signal. After Ctrl-C workers get SIGTERM."""
     return stop.grace if number == signal.SIGUSR1 else min(stop.grace, TERM_SECONDS)
 
 
 class _Said:
-    """Passes on what workers say; what all of them say, once."""
+    """Passes on the lines that workers print; a line that several workers print is printed once."""
 
     def __init__(self) -> None:
         self._lines: set[str] = set()
@@ -181,13 +181,13 @@ class _Said:
 
 
 def _environment(place: int, threads: int, gpus: Sequence[str]) -> dict[str, str]:
-    # Libraries that were not told would start a thread on every core, in every worker.
+    # Without these variables libraries would start a thread on every core, in every worker.
     own = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), OF_LAUNCHER: str(os.getpid())}
     return own | ({"CUDA_VISIBLE_DEVICES": gpus[place % len(gpus)]} if gpus else {})
 
 
 def _gpus(config: ExperimentConfig) -> list[str]:
-    """Return the names of the GPUs that workers are to share; none if the campaign names its device."""
+    """Return the names of the GPUs that workers share; an empty list if the campaign names its device."""
     devices = {config.model.device, *map(str, config.sweep.get("model.device", ()))}
     if not devices <= {"auto", "cuda"} or not torch.cuda.is_available():
         return []

@@ -1,11 +1,11 @@
-r"""The table of launchers: who can start the workers of a campaign.
+r"""The table of launchers, which start the workers of a campaign.
 
     launcher = LAUNCHERS.find("slurm")
     launcher.launch(Order(config, options, workers=16), stop)          # the exit status
 
 A launcher is a row here and one module with two functions. ``launch(order, stop)`` starts the workers and returns the
-exit status. ``show(order)`` prints for ``--dry-run`` what else it would do beside the plan. The module is imported when
-the launcher is used.
+exit status. ``show(order)`` prints, for ``--dry-run``, what ``launch`` would do. The module is imported when the
+launcher is used.
 
 >>> print(*launcher_help().splitlines()[:2], sep="\n")
   --launcher local --workers N
@@ -30,12 +30,12 @@ _WIDTH, _INDENT = 90, " " * 26
 
 @dataclass(frozen=True)
 class Order:
-    """What a launcher is asked for.
+    """The request to a launcher.
 
     Attributes:
-        config: the campaign.
-        options: the options of the command that describe it.
-        workers: how many shards.
+        config: the campaign's configuration.
+        options: the options of the command line that give this configuration.
+        workers: the number of shards.
         overwrite: forget an earlier campaign of this name.
         grace: ``--grace`` in seconds; None if it was not given.
         quiet: no progress bar.
@@ -56,7 +56,7 @@ class Launcher:
     Attributes:
         meaning: what it does, for ``--help`` and ``--list launchers``.
         module: where ``launch`` and ``show`` are.
-        waits: whether the workers have ended when ``launch`` returns. The tables are made then.
+        waits: whether ``launch`` returns only after the workers have ended. Then the tables are made.
     """
 
     meaning: str
@@ -69,7 +69,7 @@ class Launcher:
         return status
 
     def show(self, order: Order) -> None:
-        """Print what ``launch`` would do beside the plan; change nothing."""
+        """Print what ``launch`` would do; change nothing."""
         loaded(f"{self.module}:show")(order)
 
 
@@ -91,7 +91,7 @@ LAUNCHERS: Registry[Launcher] = Registry(
 
 
 def launcher_help() -> str:
-    """Return what ``--help`` says of launchers."""
+    """Return the text of ``--help`` about launchers."""
     lines = []
     for name, launcher in LAUNCHERS.items():
         lines.append(f"  --launcher {name} --workers N")

@@ -1,7 +1,7 @@
-"""How many rows the shards of a campaign have, while others write them: what was read before is not read again.
+"""Count the rows of a campaign's shards while workers write them, without reading any row twice.
 
     counter = RowCounter(folder)
-    counter.count()          # runs that are done, and runs that failed since the counter was made
+    counter.count()          # finished runs, plus runs that failed since the counter was made
 
 Public name: ``RowCounter``.
 """
@@ -14,7 +14,7 @@ from experiments.campaign.folder import CampaignFolder
 
 
 class RowCounter:
-    """Counts complete rows without headers: of runs that are done, and of failures since it was made."""
+    """Counts complete rows without headers: all finished runs, and the failures since the counter was made."""
 
     def __init__(self, folder: CampaignFolder) -> None:
         self._folder = folder
@@ -36,7 +36,7 @@ class RowCounter:
                 if inode != found.st_ino or found.st_size < offset:
                     offset = quotes = rows = 0
                 stream.seek(offset)
-                # A newline inside of a quoted cell ends no row.
+                # A newline inside a quoted cell ends no row.
                 for line in stream:
                     if not line.endswith(b"\n"):
                         break

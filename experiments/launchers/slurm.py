@@ -1,4 +1,4 @@
-"""``--launcher slurm --workers N``: a campaign as an array job of workers and a merge job behind it.
+"""``--launcher slurm --workers N``: submit a campaign as an array job of workers, followed by a merge job.
 
 launch(Order(config, options, workers=16), stop)       # submits, and returns at once
 show(Order(config, options, workers=16))               # prints the two scripts and submits nothing
@@ -26,19 +26,20 @@ from experiments.plan.plan import Plan, make_plan
 from experiments.tables.csv_file import write_text
 
 SUBMIT_SECONDS = 120.0
-"""How long ``sbatch`` may take: it asks a busy controller again for a while."""
+"""How long ``sbatch`` may take: if the controller is busy, it retries for a while."""
 
 
 def launch(order: Order, stop: StopRequest) -> int:
-    """Write the plan and the scripts, submit them, say how to follow them, and return at once.
+    """Write the plan and the scripts, submit them, print how to follow the jobs, and return at once.
 
-    Only shards with something left to do become tasks. The merge runs when all of them have ended, however they did.
-    An earlier campaign that is to be overwritten is removed when Slurm has taken the array, and is back if it has not.
+    Only shards that still have runs to do become tasks. The merge runs when all tasks have ended, with or without
+    success. With ``overwrite``, the earlier campaign is removed when Slurm accepts the array, and restored if Slurm
+    refuses it.
 
     Raises:
-        MissingResourceError: ``sbatch`` is not here, or does not answer.
-        CheckRefusedError: Slurm refuses, in its own words; or an earlier submission of the campaign is not over.
-        UsageError: the folder holds another campaign, or cannot be written, or its path cannot be said in a script.
+        MissingResourceError: ``sbatch`` is not installed, or does not answer.
+        CheckRefusedError: Slurm refuses (its own words follow), or an earlier submission of the campaign is not over.
+        UsageError: the folder holds another campaign, cannot be written, or has a path that a script cannot name.
     """
     config, plan = order.config, _checked_plan(order.config)
     if shutil.which("sbatch") is None:
@@ -51,7 +52,7 @@ def launch(order: Order, stop: StopRequest) -> int:
         folder.check_same(config)
         left = shards_left(folder, plan, order.workers)
         if not left:
-            # A stopping rule spares some of them.
+            # With a stopping rule not all planned runs are done.
             number = "" if config.stop.margin is not None else f" {len(plan.runs)}"
             print(f"all{number} runs are done; then: run_sweep.py merge {folder.path}")
             return 0
@@ -72,7 +73,7 @@ def _checked_plan(config: ExperimentConfig) -> Plan:
 
 
 def _submit_array(folder: CampaignFolder, config: ExperimentConfig, workers: int, left: list[int]) -> Submission:
-    """Submit the workers and write down the number of their job."""
+    """Submit the workers; write and return the submission."""
     try:
         job = _submit(f"--array={_array(config, left)}", str(folder.file("run.sbatch")))
     except MissingResourceError as error:

@@ -1,4 +1,4 @@
-"""The two scripts of a campaign on a cluster: an array job of workers, and a merge behind it.
+"""The two scripts of a campaign on a cluster: an array job of workers, and a merge job that follows it.
 
     files = BatchFiles(folder, config, workers=16)
     print(files.run(), files.merge())          # run.sbatch and merge.sbatch, as they are written
@@ -29,17 +29,17 @@ from experiments.errors import UsageError
 PROGRAM = Path(__file__).resolve().parents[2] / "run_sweep.py"
 
 WARNING_SECONDS = 120
-"""How long before the time limit a worker is told, if the limit is not too short for that."""
+"""How long before the time limit Slurm warns a worker, if the limit is long enough."""
 
 
 def warning_seconds(time: str | None) -> int:
-    """Return how long before the end Slurm sends SIGUSR1: not more than a quarter of a task's time."""
+    """Return how many seconds before the time limit Slurm sends SIGUSR1: at most a quarter of the limit."""
     limit = None if time is None else slurm_seconds(time)
     return WARNING_SECONDS if limit is None else max(1, min(WARNING_SECONDS, limit // 4))
 
 
 def array_text(numbers: Iterable[int]) -> str:
-    """Return numbers in rising order as ``sbatch --array`` takes them."""
+    """Return rising numbers in the notation of ``sbatch --array``."""
     parts = []
     for _, group in itertools.groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0]):
         run = [number for _, number in group]
@@ -49,16 +49,16 @@ def array_text(numbers: Iterable[int]) -> str:
 
 @dataclass(frozen=True)
 class BatchFiles:
-    """The scripts of one campaign for so many workers.
+    """The scripts of one campaign for a given number of workers.
 
     Attributes:
         folder, config: the campaign.
-        workers: how many shards there are.
+        workers: the number of shards.
         grace: ``--grace`` of the workers; None: three quarters of the warning.
-        quiet: whether they get ``--quiet``.
+        quiet: whether workers get ``--quiet``.
 
     Raises:
-        UsageError: a path that cannot be said in a line of ``#SBATCH``.
+        UsageError: a line of ``#SBATCH`` cannot name one of the paths.
     """
 
     folder: CampaignFolder
@@ -69,7 +69,7 @@ class BatchFiles:
 
     def __post_init__(self) -> None:
         for what, path in (("output_dir and name", self._path), ("the current folder", Path.cwd())):
-            # Slurm ends a line's text at the quote, and reads a backslash as the end of all replacements.
+            # Slurm ends the text at a quote, and a backslash turns all its replacements off.
             if re.search(r'[\x00-\x1f\x7f"\\]', str(path)):
                 raise UsageError(
                     f"{what}: got {str(path)!r}, allowed for --launcher slurm: a path without control characters, "
@@ -104,7 +104,7 @@ class BatchFiles:
         )
 
     def merge(self) -> str:
-        """Return the script that makes the tables from what the workers left."""
+        """Return the script that merges the workers' rows into the tables."""
         partition = self.config.slurm.partition
         return "\n".join(
             [
@@ -137,7 +137,7 @@ class BatchFiles:
         return ["set -e", *self.config.slurm.setup.splitlines()] if self.config.slurm.setup else []
 
     def _changed_options(self) -> list[str]:
-        """Return the options that differ from the campaign's file and may: how runs are executed."""
+        """Return the options of section ``run`` that differ from the campaign's file; they may differ."""
         if not self.folder.config_file.is_file():
             return []
         begun, now = flat_fields(self.folder.config()), flat_fields(self.config)

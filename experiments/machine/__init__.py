@@ -1,1 +1,1 @@
-"""The machine a campaign runs on: its libraries, Slurm, requests to stop."""
+"""The machine that a campaign runs on: its libraries, Slurm, requests to stop."""

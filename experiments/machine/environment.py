@@ -1,4 +1,4 @@
-"""Where numbers come from: versions, machine, code, and the settings that decide their last bit.
+"""The origin of numbers: versions, machine, code, and the settings that decide their last bit.
 
 Public names: ``environment_facts``, ``set_determinism``.
 """
@@ -24,10 +24,10 @@ _PACKAGES = (
 
 
 def set_determinism(threads: int) -> None:
-    """Fix what decides the last bit of a result: threads, algorithms, TF32, reduced-precision accumulation.
+    """Fix the settings that decide the last bit of a result: threads, algorithms, TF32, reduced-precision accumulation.
 
     Args:
-        threads: threads of one process; the bits of a matrix product can depend on it.
+        threads: the number of threads of this process; the bits of a matrix product can depend on it.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.set_num_threads(threads)

@@ -1,12 +1,12 @@
-"""What this process is to Slurm, what Slurm says of a task, and asking it to begin a task again.
+"""Slurm from inside a task: which task this process is, the state of any task, and requests to start it again.
 
     task = SlurmTask.of(os.environ)          # None outside of Slurm
     task_state(task.job)                     # "RUNNING", "PENDING", ...; UNKNOWN_JOB; None if Slurm does not answer
 
-Jobs are named as ``squeue`` names them: ``812_3`` is task 3 of array job 812. Only ``squeue`` and ``scontrol`` are
-asked, so no accounting database is needed; a finished job is known for ``MinJobAge`` seconds.
+Names of jobs are those of ``squeue``: ``812_3`` is task 3 of array job 812. This module calls only ``squeue`` and
+``scontrol``, so it needs no accounting database; Slurm knows a finished job for ``MinJobAge`` seconds.
 
-    with one_question({"812"}) as states:    # {"812_3": "RUNNING", ...}; in the block nothing more is asked
+    with one_question({"812"}) as states:    # {"812_3": "RUNNING", ...}; the block does not call Slurm again
         ...
 
 Public names: ``SlurmTask``, ``ask``, ``task_state``, ``task_states``, ``one_question``, ``is_gone``, ``requeue``,
@@ -29,21 +29,21 @@ from experiments.errors import MissingResourceError, UsageError
 
 ANSWER_SECONDS = 30.0
 LOOK_SECONDS = 5.0
-"""How long ``one_question`` waits: who only looks can do without."""
+"""How long ``one_question`` waits: ``status`` can do without Slurm's answer."""
 
 UNKNOWN_JOB = "UNKNOWN"
-"""What is said of a job that the controller does not know, or no longer."""
+"""The state of a job that the controller never knew, or has forgotten."""
 
 _ENDED = {
     *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PENDING"),
     *("PREEMPTED", "REVOKED", "TIMEOUT", UNKNOWN_JOB),
 }
-"""States in which no process of the task is left: over, or waiting for its first or next life."""
+"""States in which no process of the task is left: it is over, or waits to start or start again."""
 
 
 @dataclass(frozen=True)
 class _Answers:
-    """The jobs that were asked for at once, and the states of their tasks; None: no answer."""
+    """The jobs of one question, and the states of their tasks; None if Slurm did not answer."""
 
     jobs: frozenset[str]
     states: dict[str, str] | None
@@ -58,8 +58,8 @@ class SlurmTask:
 
     Attributes:
         job: its name, e.g. ``812_3``.
-        restarts: how often Slurm has begun it again.
-        cluster: which cluster's numbers these are.
+        restarts: how often Slurm has started it again.
+        cluster: the name of the cluster whose job numbers these are.
     """
 
     job: str
@@ -69,7 +69,7 @@ class SlurmTask:
     @classmethod
     def of(cls, environment: Mapping[str, str]) -> SlurmTask | None:
         """Return the task that an environment belongs to."""
-        # The last task of an array bears the number of the array as its own, so SLURM_JOB_ID alone says too little.
+        # The job number of an array's last task is the number of the array, so SLURM_JOB_ID alone is ambiguous.
         array, task = environment.get("SLURM_ARRAY_JOB_ID"), environment.get("SLURM_ARRAY_TASK_ID")
         job = f"{array}_{task}" if array and task else environment.get("SLURM_JOB_ID")
         if not job:
@@ -79,10 +79,10 @@ class SlurmTask:
 
 
 def array_place(environment: Mapping[str, str], most: int) -> tuple[int, int] | None:
-    """Return which task of an array this is, from 1, and of how many; None outside of an array.
+    """Return the position of this task in its array (from 1), and the array's size; None outside an array.
 
     Raises:
-        UsageError: variables that make no sense, or more than ``most`` tasks.
+        UsageError: the variables contradict each other, or name more than ``most`` tasks.
     """
     task, count = environment.get("SLURM_ARRAY_TASK_ID"), environment.get("SLURM_ARRAY_TASK_COUNT")
     if task is None or count is None:
@@ -99,10 +99,10 @@ def array_place(environment: Mapping[str, str], most: int) -> tuple[int, int] | 
 
 
 def ask(program: str, *arguments: str, seconds: float = ANSWER_SECONDS) -> subprocess.CompletedProcess[str]:
-    """Run one of Slurm's programs, for so many seconds at most.
+    """Run one of Slurm's programs, for ``seconds`` at most.
 
     Raises:
-        MissingResourceError: it is not installed, or does not answer.
+        MissingResourceError: the program is not installed, or does not answer.
     """
     if shutil.which(program) is None:
         raise MissingResourceError(f"{program}: not found; Slurm's programs are needed on this machine")
@@ -113,7 +113,7 @@ def ask(program: str, *arguments: str, seconds: float = ANSWER_SECONDS) -> subpr
 
 
 def task_state(job: str) -> str | None:
-    """Return the state of one task; None if Slurm is not here or does not answer."""
+    """Return the state of one task; None if Slurm is not installed or does not answer."""
     known = _ANSWERS.get()
     if known is not None:
         asked = known.states is not None and _array_of(job) in known.jobs
@@ -131,9 +131,9 @@ def task_state(job: str) -> str | None:
 
 
 def task_states(*jobs: str, seconds: float = ANSWER_SECONDS) -> dict[str, str] | None:
-    """Return the states of the tasks of array jobs by their names, of those that Slurm knows.
+    """Return the states of the tasks of array jobs, by the name of each task that Slurm knows.
 
-    None if Slurm is not here, does not answer in so many seconds, or answers with an error.
+    Return None if Slurm is not installed, does not answer within ``seconds``, or answers with an error.
     """
     if not jobs:
         return {}
@@ -154,10 +154,10 @@ def task_states(*jobs: str, seconds: float = ANSWER_SECONDS) -> dict[str, str] |
 
 @contextlib.contextmanager
 def one_question(jobs: Collection[str]) -> Iterator[dict[str, str] | None]:
-    """Ask ``squeue`` once for the tasks of all these jobs; ``is_gone`` and ``task_state`` ask nothing in the block.
+    """Ask ``squeue`` once about all these jobs; in the block, ``is_gone`` and ``task_state`` use its answer.
 
     Yields:
-        What ``task_states`` returns. If that is None, no state is known in the block, and nobody is gone.
+        The result of ``task_states``. If it is None, no state is known in the block, and ``is_gone`` is always false.
     """
     arrays = frozenset(map(_array_of, jobs))
     answers = _Answers(arrays, task_states(*sorted(arrays), seconds=LOOK_SECONDS))
@@ -173,7 +173,7 @@ def _array_of(job: str) -> str:
 
 
 def is_gone(job: str, cluster: str) -> bool:
-    """Whether Slurm says that no process of a task is left; False if it cannot be asked or is another cluster."""
+    """Return whether Slurm says that no process of a task is left; False without an answer or for another cluster."""
     known = _ANSWERS.get()
     silent = known is not None and known.states is None
     if silent or not cluster or cluster != cluster_name():
@@ -184,7 +184,7 @@ def is_gone(job: str, cluster: str) -> bool:
 
 @functools.cache
 def cluster_name() -> str | None:
-    """Return the name of the cluster that this machine's Slurm belongs to; None without one."""
+    """Return the name of the cluster that this machine belongs to; None without Slurm."""
     if name := os.environ.get("SLURM_CLUSTER_NAME"):
         return name
     try:
@@ -196,9 +196,9 @@ def cluster_name() -> str | None:
 
 
 def requeue(task: SlurmTask) -> str | None:
-    """Ask Slurm to begin a task again if it still counts it as running; return why not, None if it will.
+    """Ask Slurm to start a task again if it counts as running; return None on success, else the reason for refusal.
 
-    A task that is being cancelled counts as completing; asking then would call it back to life.
+    A task that is being cancelled counts as completing; a request would then revive it.
     """
     state = task_state(task.job)
     if state != "RUNNING":

@@ -1,14 +1,14 @@
-"""A request to stop: SIGTERM or SIGUSR1 is noted, and what is in hand may be finished for so long and no longer.
+"""A request to stop: SIGTERM or SIGUSR1 is noted, and the current pass may take a limited time to finish.
 
     with StopRequest() as stop:
         ...
         if stop.requested():            # between two passes
             return
 
-Slurm announces the end of a job: SIGUSR1 so long before a time limit as ``--signal`` says and at the beginning of a
-preemption's grace time, SIGTERM some seconds (``KillWait``) before SIGKILL. A worker that is asked finishes the run in
-hand, or the pass of many runs, and leaves. If that takes longer than the grace time, ``GraceOverError`` is raised where
-the worker is; rows that are not on disk by then are done again.
+Slurm announces the end of a job. It sends SIGUSR1 before a time limit (``--signal`` sets how long before) and at the
+beginning of a preemption's grace time. It sends SIGTERM some seconds (``KillWait``) before SIGKILL. A worker that gets
+a signal finishes its current run, or its current pass of many runs, and leaves. If that takes longer than the grace
+time, ``GraceOverError`` interrupts the worker; runs whose rows are not on disk by then are done again.
 
 Public names: ``StopRequest``, ``GraceOverError``, ``GRACE_SECONDS``, ``TERM_SECONDS``.
 """
@@ -21,14 +21,14 @@ from types import FrameType, TracebackType
 from typing import Any
 
 GRACE_SECONDS = 90.0
-"""How long the pass in hand may take after SIGUSR1, unless ``--grace`` says otherwise."""
+"""How long the current pass may take after SIGUSR1, unless ``--grace`` says otherwise."""
 
 TERM_SECONDS = 20.0
-"""The same after SIGTERM, which Slurm sends 30 seconds before SIGKILL unless its ``KillWait`` is another."""
+"""The same after SIGTERM, which Slurm sends 30 seconds before SIGKILL unless its ``KillWait`` is different."""
 
 
 class GraceOverError(KeyboardInterrupt):
-    """The grace time is over and the pass in hand is not."""
+    """The grace time ended before the current pass did."""
 
 
 class StopRequest:
@@ -37,7 +37,7 @@ class StopRequest:
     The first request counts; later ones can only shorten the grace time.
 
     Attributes:
-        signal: the first signal; None while there was none.
+        signal: the first signal; None until one comes.
         grace: seconds from SIGUSR1 to ``GraceOverError``.
     """
 
@@ -60,15 +60,15 @@ class StopRequest:
             signal.signal(number, handler)
 
     def requested(self) -> bool:
-        """Whether to begin nothing more."""
+        """Return whether a signal has come, so that nothing new should begin."""
         return self.signal is not None
 
     def finished(self) -> None:
-        """Call off the alarm: what was in hand is done or given up."""
+        """Cancel the alarm: the current pass is done or given up."""
         signal.setitimer(signal.ITIMER_REAL, 0)
 
     def wait_for_the_end(self, seconds: float) -> None:
-        """Wait until SIGTERM has come, but not longer than that."""
+        """Wait until SIGTERM comes, for ``seconds`` at most."""
         end = time.monotonic() + seconds
         while not self._terminated and time.monotonic() < end:
             time.sleep(0.05)

@@ -1,1 +1,1 @@
-"""Which runs there are, who does them, and when enough are done."""
+"""The runs of a campaign, their division into shards, and the rule for stopping early."""

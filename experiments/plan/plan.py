@@ -5,8 +5,8 @@
     plan.config_of(plan.runs[0])            # the configuration of that run alone
 
 A run's identity is the BLAKE2b hash of everything that determines the run: model, data, fault, seed, repeat, and every
-swept value. It does not depend on the order of the grid, on shards, on where results go, or on how many repeats there
-are, so a campaign with more repeats contains the runs of one with fewer. Detectors watch a run and do not determine it:
+swept value. It does not depend on the order of the grid, the shards, the output folder, or the number of repeats. So a
+campaign with more repeats contains the runs of a campaign with fewer. Detectors watch a run and do not determine it:
 two campaigns that differ only in detectors inject the same faults.
 
 Public names: ``PlannedRun``, ``Plan``, ``make_plan``, ``canonical_json``, ``context_values``,
@@ -30,14 +30,14 @@ from experiments.config.building import known_fields, replaced
 from experiments.errors import UsageError
 
 KEPT_CONFIGS = 8192
-"""Most configurations of grid points a plan keeps."""
+"""The largest number of configurations of grid points that a plan keeps in memory."""
 
 DETERMINING = ("model.", "data.", "fault.")
-"""Sections whose every field determines a run (but for where the model is computed: ``model.device``)."""
+"""Sections in which every field determines a run (except the device of the model: ``model.device``)."""
 
 
 def canonical_json(value: Any) -> str:
-    """Return the one JSON text of ``value``: sorted keys, no blanks, floats as ``repr`` writes them."""
+    """Return the unique JSON text of ``value``: sorted keys, no blanks, floats as ``repr`` writes them."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
@@ -48,10 +48,10 @@ class PlannedRun:
     Attributes:
         run_id: 16 hex digits.
         index: position in the plan.
-        repeat: which repeat of its grid point.
+        repeat: the number of the repeat at its grid point.
         values: the value of every axis, in the order of ``Plan.axes``.
-        draw_id: like ``run_id``, but without swept fields of ``detect`` and ``run``: points of the grid that differ in
-            those alone have the same faults.
+        draw_id: like ``run_id``, but without swept fields of ``detect`` and ``run``: points of the grid that differ
+            only in these fields have the same faults.
     """
 
     run_id: str
@@ -61,11 +61,11 @@ class PlannedRun:
     draw_id: str
 
     def generator(self) -> np.random.Generator:
-        """Return the generator that everything random in this run is drawn from."""
+        """Return the generator from which this run draws everything random."""
         return np.random.Generator(np.random.Philox(key=int(self.draw_id, 16)))
 
     def batch_index(self, batches: int) -> int:
-        """Return which of so many batches the run uses: the first thing it draws."""
+        """Return the index of the run's batch, from 0 to ``batches`` - 1. It is the run's first draw."""
         return int(self.generator().integers(batches))
 
 
@@ -83,7 +83,7 @@ class Plan:
 
         Runs of one grid point share one object.
         """
-        # Values may be lists, and 1, 1.0 and True are different ones: their text tells them apart.
+        # Values may be lists, and 1, 1.0 and True are different values: their texts tell them apart.
         key = repr(run.values)
         if key not in self._configs:
             if len(self._configs) >= KEPT_CONFIGS:
@@ -93,7 +93,7 @@ class Plan:
         return self._configs[key]
 
     def by_id(self, run_id: str) -> PlannedRun:
-        """Return the run with this identity; ``UsageError`` if the plan has none."""
+        """Return the run with this identity; raise ``UsageError`` if the plan has none."""
         for run in self.runs:
             if run.run_id == run_id:
                 return run
@@ -104,7 +104,7 @@ def make_plan(config: ExperimentConfig) -> Plan:
     """Return the plan of ``config``.
 
     Raises:
-        UsageError: a combination of axis values that is not allowed, or two points that are the same run.
+        UsageError: a combination of axis values is not allowed, or two points of the grid are the same run.
     """
     axes = tuple(config.sweep)
     _check_combinations(config)
@@ -130,7 +130,7 @@ def _hash_of(point: Mapping[str, Any]) -> hashlib.blake2b:
 
 
 def _identity(point: hashlib.blake2b, repeat: int) -> str:
-    # Points have hundreds of characters and many repeats: the common beginning is hashed once.
+    # A point has hundreds of characters and many repeats: the common beginning is hashed once.
     whole = point.copy()
     whole.update(b"%d" % repeat)
     return whole.hexdigest()[:16]
@@ -156,7 +156,7 @@ _CHECKED_TOGETHER = (
 
 
 def _check_combinations(config: ExperimentConfig) -> None:
-    """Refuse values that are allowed alone but not together (a bit that one of the swept dtypes does not have)."""
+    """Refuse values that are allowed alone but not together (such as a bit that one of the swept dtypes lacks)."""
     for group in _CHECKED_TOGETHER:
         axes = [key for key in group if key in config.sweep]
         for values in itertools.product(*(config.sweep[key] for key in axes)):
@@ -181,7 +181,7 @@ def context_values(plan: Plan, run: PlannedRun) -> str:
 
 @dataclass(frozen=True)
 class Classes:
-    """Runs told apart by some axes only.
+    """Classes of runs that agree on some axes.
 
     Attributes:
         number: the class of every run, numbered in the order of the plan: (runs,) int64.

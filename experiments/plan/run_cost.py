@@ -1,9 +1,9 @@
-"""What a run is expected to cost, from the configuration alone, in units that mean something only beside each other.
+"""The expected cost of a run, from the configuration alone. The unit is arbitrary: only ratios of costs mean something.
 
     run_costs(plan)          # (runs,) int64
 
-Shards are balanced by it, so every worker must find the same number whatever its machine has: neither the model nor a
-clock is asked. The terms are those of "The floor" in docs/performance.md: rows times blocks.
+Shards are balanced by cost, so every worker must compute the same number on any machine. Therefore the cost uses
+neither the model nor a clock. It counts rows times blocks, as "The floor" in docs/performance.md does.
 
 Public names: ``run_costs``.
 """
@@ -17,7 +17,7 @@ from experiments.config import ExperimentConfig
 from experiments.plan.plan import Plan, classes_of
 
 HEAD_BLOCKS = 5
-"""Blocks that cost as much as the head: V / (12 D) = 5.4 in GPT-2; about half of a run there."""
+"""The head costs as much as this many blocks: V / (12 D) = 5.4 in GPT-2, about half of a run."""
 
 
 def run_costs(plan: Plan) -> NDArray[np.int64]:
@@ -34,18 +34,18 @@ def run_costs(plan: Plan) -> NDArray[np.int64]:
 
 
 def _axis_layers(plan: Plan) -> list[int]:
-    """Return all layers that the axis of layers names; a deeper model has more, which nobody can know here."""
+    """Return all layers that the axis of layers names. The model may have more, which the configuration cannot tell."""
     values = plan.config.sweep.get("fault.layers") or []
     return [layer for value in values for layer in ([value] if isinstance(value, int) else value or ())]
 
 
 def _point_costs(config: ExperimentConfig, depth: int) -> tuple[int, int]:
-    """Return the cost of a run of one grid point that stays at its site, and of one that is propagated."""
+    """Return two costs for one grid point: of a run that stays at its site, and of a run that is propagated."""
     length, sequences = config.data.seq_len, config.data.batch_size
     layers = config.fault.layer_list()
     behind = (depth - min(layers)) if layers else (depth + 1) // 2
     if config.run.engine == "plain":
-        # The whole model for every sequence, whichever layer is hit.
+        # The plain engine computes the whole model for every sequence, whichever layer is hit.
         return (2 * sequences * length * (depth + HEAD_BLOCKS),) * 2
     # Many faults at their sites share one pass over one group of heads each.
     return max(1, length // 8), length * (behind + HEAD_BLOCKS)

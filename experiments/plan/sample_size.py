@@ -23,18 +23,18 @@ def sample_size(margin: float, confidence: float, population: int | None = None,
     Args:
         margin: half width of the interval, in (0, 1).
         confidence: its confidence, in (0, 1).
-        population: how many different faults there are; ``None`` for the limit of infinitely many.
+        population: the number of different faults; ``None`` for the limit of infinitely many.
         rate: the expected rate; 0.5 is the worst case.
 
     Raises:
-        ValueError: a number out of range.
+        ValueError: a number is out of range.
     """
     for name, value in (("margin", margin), ("confidence", confidence), ("rate", rate)):
         if not 0 < value < 1:
             raise ValueError(f"{name}: got {value}, allowed a number between 0 and 1")
     if population is not None and population < 1:
         raise ValueError(f"population: got {population}, allowed 1 or more")
-    # Fractions: of a margin of 1e-200 the square is 0 as a float, and the size no float at all.
+    # Fractions: as a float, the square of a margin of 1e-200 would be 0, and the sample size would overflow.
     quantile, share = Fraction(float(norm.isf((1 - confidence) / 2))), Fraction(rate)
     unlimited = quantile**2 * share * (1 - share) / Fraction(margin) ** 2
     if population is None or not unlimited:

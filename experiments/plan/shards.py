@@ -1,16 +1,16 @@
-"""Shards: which runs of a plan one worker does.
+"""Shards: the runs of a plan that one worker does.
 
     shard = parse_shard("3/16", os.environ)
-    shard_of(plan, shard)                    # its runs, in the order in which they are best done
+    shard_of(plan, shard)                    # its runs, in the best order of execution
 
-Who does what follows from the plan and the number of shards alone: every worker finds its part by itself, and finds the
-same one when it is submitted again. What is done already is no part of it: rows are looked for in the files of all
-shards, so a campaign begun with 16 workers can be finished with 4.
+The division depends only on the plan and the number of shards. Every worker finds its part by itself, and finds the
+same part when it is submitted again. The division does not depend on finished runs: workers look for rows in the files
+of all shards, so a campaign begun with 16 workers can be finished with 4.
 
 Runs of one input share its fault-free pass, its recording and the passes of the fast engine, so a shard gets runs of
-few inputs: within a model, runs are put in the order of data set and input, and cut where the expected cost
-(``run_cost``) has reached the next n-th part. How models compare is not known from the configuration, so each is
-cut on its own. With a stopping rule whole cells of the grid are dealt out instead, the dearest first.
+few inputs. Within a model, runs are sorted by data set and input, and cut wherever the expected cost (``run_cost``)
+reaches the next n-th part. The configuration does not tell how the costs of two models compare, so each model is cut
+separately. With a stopping rule whole cells of the grid are assigned instead, the most expensive first.
 
 Public names: ``Shard``, ``parse_shard``, ``shard_of``, ``shard_numbers``, ``MOST_SHARDS``.
 """
@@ -31,7 +31,7 @@ from experiments.plan.plan import Plan, PlannedRun, classes_of
 from experiments.plan.run_cost import run_costs
 
 MOST_SHARDS = 100_000
-"""Most shards that a campaign can be divided into."""
+"""The largest number of shards of a campaign."""
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,10 @@ class Shard:
 
 
 def parse_shard(text: str | None, environment: Mapping[str, str]) -> Shard:
-    """Return the shard of ``--shard i/n``, else of a Slurm array task, else the whole.
+    """Return the shard of ``--shard i/n``, or of the Slurm array task, or the whole campaign.
 
     Raises:
-        UsageError: not of the form ``i/n`` with 1 <= i <= n; array variables that make no sense.
+        UsageError: the text is not ``i/n`` with 1 <= i <= n, or the array variables contradict each other.
     """
     if text is not None:
         match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
@@ -63,7 +63,7 @@ def parse_shard(text: str | None, environment: Mapping[str, str]) -> Shard:
 
 
 def shard_of(plan: Plan, shard: Shard) -> list[PlannedRun]:
-    """Return the runs of ``shard``: those of one model and one data set together, in it those of one input."""
+    """Return the runs of ``shard``, sorted by model and data set, then by input."""
     order = _execution_order(plan)
     mine = _cut(plan, order, shard.count)[order] == shard.number
     return [plan.runs[index] for index in order[mine]]
@@ -75,9 +75,9 @@ def shard_numbers(plan: Plan, count: int) -> NDArray[np.int64]:
 
 
 def _execution_order(plan: Plan) -> NDArray[np.int64]:
-    """Return the indices of all runs by context, input and place in the plan.
+    """Return the indices of all runs, sorted by context, input and place in the plan.
 
-    Where cells of the grid may end early, runs stay in the order of the plan, cell by cell.
+    If cells of the grid may end early, runs stay in the order of the plan, cell by cell.
     """
     if plan.config.stop.margin is not None:
         return np.lexsort((np.arange(len(plan.runs)), classes_of(plan, "seed", "model.", "data.").number))
@@ -88,10 +88,11 @@ def _execution_order(plan: Plan) -> NDArray[np.int64]:
 
 
 def _cut(plan: Plan, order: NDArray[np.int64], count: int) -> NDArray[np.int64]:
-    """Return the shard of every run: where the middle of its cost falls among ``count`` equal parts of its model's.
+    """Return the shard of every run. The cost of each model is divided into ``count`` equal parts.
 
-    The load of a shard is then within the cost of one run (of each model) of an exact part. A cell that may end early
-    is not parted: it ends by its own rows, and one worker must know them all.
+    A run belongs to the part that contains the middle of its cost. The load of a shard then differs from an exact part
+    by at most the cost of one run of each model. A cell that may end early is not divided: its own rows decide when it
+    ends, so one worker must know them all.
     """
     if plan.config.stop.margin is not None:
         return np.repeat(_dealt(plan, count), plan.config.num_runs)
@@ -100,17 +101,18 @@ def _cut(plan: Plan, order: NDArray[np.int64], count: int) -> NDArray[np.int64]:
     for number in np.unique(model):
         chosen = model == number
         ends = np.cumsum(costs[chosen])
-        # Whole numbers: the same on every machine.
+        # Integers give the same result on every machine.
         numbers[order[chosen]] = 1 + (2 * ends - costs[chosen]) * count // (2 * ends[-1])
     return numbers
 
 
 def _dealt(plan: Plan, count: int) -> NDArray[np.int64]:
-    """Return the shard of every cell: the dearest first, to the shard with the least of its model, then of all.
+    """Return the shard of every cell. The most expensive cell is assigned first.
 
-    Costs are those of all repeats: how many a cell will need is not known. A cell is one piece of work, so shards
-    beyond the number of cells stay empty. (R. L. Graham, Bounds on multiprocessing timing anomalies, 1969: the load of
-    a shard is at most 4/3 of the best possible.)
+    Each cell goes to the shard with the least load of its model; ties go to the shard with the least total load. The
+    cost of a cell is that of all its repeats, because nobody knows yet how many it will need. A cell is not divided, so
+    shards beyond the number of cells stay empty. (R. L. Graham, Bounds on multiprocessing timing anomalies, 1969: the
+    load of a shard is at most 4/3 of the best possible.)
     """
     costs = run_costs(plan).reshape(-1, plan.config.num_runs).sum(axis=1)
     model = classes_of(plan, "model.").number[:: plan.config.num_runs]

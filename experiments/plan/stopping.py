@@ -1,16 +1,16 @@
-"""When enough runs of a cell are done: a confidence sequence for its rate, looked at after fixed numbers of repeats.
+"""When a cell has enough runs: a confidence sequence for its rate, checked after fixed numbers of repeats.
 
     rule = StopRule(margin=0.02, confidence=0.95, minimum=64, growth=1.5)
     rule.looks(1000)                        # (64, 96, 144, ..., 1000)
     rule.interval(3, 96)                    # Interval(low=0.002, high=0.128), rounded
 
-An ordinary 95 % interval is right at one n chosen beforehand. Looking again and again, and stopping when it is narrow,
-excludes the truth more often. A *confidence sequence* holds at all n at once, so one may stop whenever one likes. With
-a Beta(1/2, 1/2) mixture over the alternatives, s successes in n runs give the likelihood ratio
+An ordinary 95 % interval is valid at one n chosen beforehand. If you check it again and again, and stop when it is
+narrow, it excludes the true rate more often. A *confidence sequence* is valid at all n at once, so you may stop at any
+time. With a Beta(1/2, 1/2) mixture over the alternatives, s successes in n runs give the likelihood ratio
 
     M_n(p) = B(1/2 + s, 1/2 + n - s) / B(1/2, 1/2) / (p^s (1 - p)^(n - s)),
 
-which for the true p is a non-negative martingale that starts at 1. It ever reaches 1 / alpha with probability of at
+which for the true p is a non-negative martingale that starts at 1. The probability that it ever reaches 1 / alpha is at
 most alpha (Ville), so {p: M_n(p) < 1 / alpha} covers p for all n with probability 1 - alpha.
 
 Sources: H. Robbins, Ann. Math. Stat. 41, 1970; T. L. Lai, Ann. Stat. 4, 1976; S. R. Howard, A. Ramdas, J. McAuliffe,
@@ -41,15 +41,15 @@ class Interval(NamedTuple):
 
     @property
     def margin(self) -> float:
-        """Half its width."""
+        """Half the width of the interval."""
         return (self.high - self.low) / 2
 
 
 def confidence_sequence(successes: int, trials: int, confidence: float) -> Interval:
-    """Return the limits after ``trials`` runs, right at all numbers of runs at once.
+    """Return the limits after ``trials`` runs; they are valid at all numbers of runs at once.
 
     Raises:
-        ValueError: numbers out of range.
+        ValueError: a number is out of range.
 
     >>> [round(limit, 4) for limit in confidence_sequence(0, 100, 0.95)]
     [0.0, 0.057]
@@ -79,13 +79,13 @@ def _lower(successes: int, failures: int, confidence: float) -> float:
 
 @dataclass(frozen=True)
 class StopRule:
-    """When a cell of the grid ends.
+    """The rule that ends a cell of the grid.
 
     Attributes:
-        margin: half the width of the interval at which it ends.
-        confidence: of all its intervals together.
-        minimum: runs at the first look.
-        growth: how many times more there are at the next one.
+        margin: the cell ends when half the width of its interval is at most this.
+        confidence: the confidence of all its intervals together.
+        minimum: the number of runs at the first look.
+        growth: the factor from one look to the next.
     """
 
     margin: float
@@ -94,7 +94,7 @@ class StopRule:
     growth: float = 1.5
 
     def looks(self, repeats: int) -> tuple[int, ...]:
-        """Return after how many runs of a cell it is looked at; the last look is after all of its ``repeats``.
+        """Return the numbers of runs at which a cell is checked; the last is all its ``repeats``.
 
         >>> StopRule(0.1).looks(200)
         (64, 96, 144, 200)
