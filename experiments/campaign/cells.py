@@ -53,7 +53,7 @@ class Cell:
             self.counted[repeat] = counts
 
     def due(self) -> list[PlannedRun]:
-        """Take every look that the finished runs allow; return the unfailed runs that the next look needs."""
+        """Take every look that the finished runs allow; return the runs that the next look needs (no failed ones)."""
         for size in self._sizes[self.looks :]:
             counted = [counts for counts in self.counted[:size] if counts is not None]
             if self.stopped:

@@ -1,4 +1,4 @@
-"""The configuration of a campaign: made in Python, read from YAML, given as dotted options, or all of these.
+"""The configuration of a campaign, from Python, from YAML, from dotted options, or from all of these.
 
 config = ExperimentConfig(name="bits", seed=1, fault=FaultConfig(location="scores", bit=30))
 config = ExperimentConfig(exp_name="bits", injection_location="scores", injection_bit=30)   # flat spelling

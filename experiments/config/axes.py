@@ -1,4 +1,4 @@
-"""The values of one axis of a grid, as they are written on the command line or in YAML.
+"""Read the values of one axis of a grid from the command line or from YAML.
 
 Public names: ``axis_values``.
 
@@ -29,10 +29,10 @@ def axis_values(key: str, values: Any, *, text: bool = False) -> list[Any]:
     Args:
         key: the dotted field, for messages.
         values: a comma list or a ``start:stop[:step]`` range as text, or a list (whose texts may be ranges).
-        text: the field holds texts: what looks like a number, a range or YAML is taken as it is.
+        text: whether the field holds texts: then numbers, ranges and YAML are not interpreted.
 
     Raises:
-        UsageError: an empty axis or range, text that is no YAML, or a value that is given twice.
+        UsageError: an axis or range is empty, a text is not valid YAML, or a value is given twice.
     """
     written = isinstance(values, str)
     if isinstance(values, str):

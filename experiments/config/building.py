@@ -1,9 +1,9 @@
-"""All sections of a configuration as one typed value, and how it is built from dotted fields and axes.
+"""Build all sections of a configuration, as one typed value, from dotted fields and axes.
 
     sections = build_sections({"fault.location": "q", "seed": 3}, {"fault.bit": "0:32"})
 
-jsonargparse knows the types. What it would read into a text ("12" as a number, "#" as nothing) is undone, and any other
-conversion is refused: a configuration means what was written.
+jsonargparse checks the types. It also converts some texts ("12" to a number, "#" to nothing); this module undoes that
+and refuses any other conversion, so that a configuration means what was written.
 
 Public names: ``Sections``, ``build_sections``, ``replaced``, ``known_fields``, ``flatten``, ``flat_fields``, ``plain``,
 ``is_text``, ``is_optional``.
@@ -39,7 +39,7 @@ class Sections:
 
     Attributes:
         name: the campaign's folder below ``output_dir``.
-        seed: decides the data windows and, with the rest of the run, every fault.
+        seed: determines the data windows and, with the rest of the run, every fault.
         num_runs: repeats of every point of the grid.
         output_dir: where campaigns are written.
         sweep: axes of the grid: dotted field name -> values.
@@ -71,9 +71,9 @@ FIELDS = dataclasses.fields(Sections)
 
 
 def replaced(config: Any, changes: Mapping[str, Any]) -> Any:
-    """Return a copy of (nested) sections with dotted fields changed at once; what is allowed together is checked.
+    """Return a copy of (nested) sections with dotted fields changed at once; check that the values fit together.
 
-    For values whose types were checked before; a plan calls this for every run.
+    The types of the values must have been checked before. A plan calls this for every run.
     """
     fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     below: dict[str, dict[str, Any]] = {}
@@ -94,7 +94,7 @@ def known_fields() -> tuple[str, ...]:
 
 
 def flatten(mapping: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested mappings by dotted names; the axes below ``sweep`` stay together."""
+    """Return nested mappings as one mapping with dotted names; the axes under ``sweep`` stay together."""
     flat: dict[str, Any] = {}
     for key, value in mapping.items():
         if isinstance(value, Mapping) and value and f"{prefix}{key}" != "sweep":
@@ -126,7 +126,7 @@ def build_sections(given: Mapping[str, Any], sweep: Any) -> Sections:
     """Return checked sections from dotted fields and axes.
 
     Raises:
-        UsageError: an unknown field (with the nearest name), a wrong type, or a value that is not allowed.
+        UsageError: a field is unknown (the message has the nearest name), or a value or its type is not allowed.
     """
     flat = copy.deepcopy(dict(given))
     for key in flat:
@@ -158,13 +158,13 @@ def _axis(key: str, values: Any) -> list[Any]:
             typed.append(_typed({key: value}, f"sweep.{key}")[key])
             kinds[type(value)] = type(typed[-1])
         else:
-            # A long axis of one type is checked once; a whole number may stand where a float is wanted.
+            # A long axis of one type is checked once; an integer may be given for a float.
             typed.append(value if kinds[type(value)] is type(value) else kinds[type(value)](value))
     return _canonical_locations(typed) if key == "fault.location" else typed
 
 
 def _canonical_locations(values: list[Any]) -> list[Any]:
-    """Return locations by their names: runs are told apart by these, whatever alias was written."""
+    """Return the canonical names of locations: the identity of a run uses these, whatever alias was written."""
     try:
         names = [LOCATION_TABLE[value].name for value in values]
     except ValueError as error:
@@ -190,17 +190,17 @@ def _types() -> dict[str, Any]:
 
 
 def is_text(key: str) -> bool:
-    """Whether a field holds a text and nothing else (but for ``null``)."""
+    """Return whether a field holds only a text (or ``null``)."""
     return _types()[key] in (str, str | None)
 
 
 def is_optional(key: str) -> bool:
-    """Whether a field may be ``null``."""
+    """Return whether a field may be ``null``."""
     return type(None) in typing.get_args(_types()[key])
 
 
 def _typed(flat: Mapping[str, Any], shown_key: str | None = None) -> dict[str, Any]:
-    """Return the values as their fields' types have them; ``UsageError`` for another type."""
+    """Return the values with the types of their fields; raise ``UsageError`` if a type is wrong."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -211,7 +211,7 @@ def _typed(flat: Mapping[str, Any], shown_key: str | None = None) -> dict[str, A
 
 
 def _unconverted(shown_key: str, key: str, given: Any, parsed: Any) -> Any:
-    """Undo what the parser reads into a text ("12" as a number, "#" as nothing); refuse any other conversion."""
+    """Undo the parser's conversion of texts ("12" to a number, "#" to nothing); refuse any other conversion."""
     hint = _types()[key]
     whole_to_float = type(given) is int and type(parsed) is float
     missing = given is None and type(None) not in typing.get_args(hint)
@@ -253,7 +253,7 @@ def _one_line(message: str, shown_key: str | None) -> str:
 
 
 def plain(value: Any) -> Any:
-    """Return a section as nested mappings, anything else as it is."""
+    """Return a section as nested mappings, and any other value unchanged."""
     return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
 
 

@@ -1,4 +1,4 @@
-"""What a field of a configuration is allowed to be, said when it is not.
+"""Checks of a field's value; the error says what is allowed.
 
     check_choice("run.engine", engine, ("auto", "plain", "fast"))
     check_at_least("run.threads", threads, 1)

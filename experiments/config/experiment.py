@@ -1,4 +1,4 @@
-"""The configuration of a campaign: made in Python, read from YAML, given as dotted options, or all of these.
+"""The configuration of a campaign, from Python, from YAML, from dotted options, or from all of these.
 
     config = ExperimentConfig(name="bits", seed=1, fault=FaultConfig(location="scores", bit=30))
     config = ExperimentConfig(exp_name="bits", injection_location="scores", injection_bit=30)   # flat spelling
@@ -60,10 +60,10 @@ _FLAT = {
 
 
 class ExperimentConfig(Sections):
-    """A campaign's configuration, immutable.
+    """The immutable configuration of a campaign.
 
-    Takes the sections by name (``fault=FaultConfig(...)``), their fields in the flat spelling
-    (``injection_location="scores"``), or both; a flat spelling counts more than its section.
+    It takes the sections by name (``fault=FaultConfig(...)``), their fields in the flat spelling
+    (``injection_location="scores"``), or both; a flat spelling overrides its section.
 
     Raises:
         UsageError: an unknown keyword (with the nearest name), a wrong type, or a value that is not allowed.
@@ -90,7 +90,7 @@ class ExperimentConfig(Sections):
 
     @classmethod
     def of(cls, sections: Sections) -> ExperimentConfig:
-        """Return sections that were checked as a configuration."""
+        """Return a configuration from sections that were checked before."""
         config = object.__new__(cls)
         config._take(sections)
         return config
@@ -115,7 +115,7 @@ class ExperimentConfig(Sections):
 
 
 def config_from_mapping(mapping: Mapping[str, Any]) -> ExperimentConfig:
-    """Return the configuration that a nested mapping describes, over the defaults.
+    """Return the configuration that a nested mapping describes; missing fields have their defaults.
 
     Raises:
         UsageError: an unknown key (with the nearest name), a wrong type, or a value that is not allowed.
@@ -132,7 +132,7 @@ def load_config(arguments: Sequence[str]) -> ExperimentConfig:
             Without ``--config`` the embedded default campaign is the base.
 
     Raises:
-        UsageError: anything that cannot be meant.
+        UsageError: an option or a value makes no sense.
         MissingResourceError: the configuration file does not exist.
     """
     options, sweeps, path = _split(arguments)
@@ -197,5 +197,5 @@ def _value(key: str, text: str) -> Any:
 
 
 def dump_config(config: Sections) -> str:
-    """Return the configuration as YAML text that ``--config`` reads back to an equal configuration."""
+    """Return the configuration as YAML text; ``--config`` reads it back as an equal configuration."""
     return dump_yaml({f.name: plain(getattr(config, f.name)) for f in dataclasses.fields(Sections)})

@@ -21,7 +21,7 @@ AIMS = ("uniform", "bits", "effect")
 
 @dataclass(frozen=True)
 class IndexConfig:
-    """The element a fault hits, in full or in part; what is ``null`` is drawn for each run."""
+    """The element that a fault hits. A coordinate that is ``null`` is drawn for each run."""
 
     batch: int | None = None
     head: int | None = None
@@ -33,7 +33,7 @@ class IndexConfig:
             check_at_least(f"fault.index.{key}", getattr(self, key), 0)
 
     def element(self) -> ElementIndex:
-        """Return the index as ``fault_injection`` takes it."""
+        """Return the index as an ``ElementIndex`` of ``fault_injection``."""
         return ElementIndex(self.batch, self.head, self.row, self.col)
 
 
@@ -42,8 +42,8 @@ class FaultConfig:
     """The fault of a run.
 
     Attributes:
-        location: ``q k v scores weights out``, or ``logits mass``; other names that are used for them (``query``,
-            ``attention_weights``) are read as these.
+        location: ``q k v scores weights out``, or ``logits mass``; aliases (``query``, ``attention_weights``) are
+            accepted.
         bit: a bit number, a list of them (all at once), ``sign``, ``exponent``, ``mantissa``, or ``null`` for any.
         kind: ``bitflip stuck_at_0 stuck_at_1 zero random_value bit_error_rate``.
         rate: the bit error rate.
@@ -52,8 +52,8 @@ class FaultConfig:
         layer_pattern: a regular expression searched in the names of the attention modules.
         index: the element.
         include_masked: draw hidden keys of scores and weights as well.
-        aim: how what is open is drawn: ``uniform``; ``bits`` (sign and exponent more often than mantissa); ``effect``
-            (faults more often that are predicted to move their layer's output). Rows have a ``sampling_weight``.
+        aim: how open fields are drawn: ``uniform``; ``bits`` (sign and exponent more often than mantissa); ``effect``
+            (faults with a large predicted effect more often). Rows then have a ``sampling_weight``.
     """
 
     location: str = "scores"
@@ -120,7 +120,7 @@ class FaultConfig:
         return FaultSpec(self.location, self.kind, bits, self.index.element(), self.include_masked, self.rate)
 
     def check_bits_of(self, dtype: str) -> None:
-        """Refuse bits that no tensor of a model of this dtype has; some tensors may be wider than the model."""
+        """Refuse bits that no tensor of a model of this dtype has. Some tensors may be wider than the model's dtype."""
         native, single = FORMATS[dtype], FORMATS["float32"]
         widened = LOCATION_TABLE[self.location].widened and native.bits < single.bits
         bits = self.spec().bits

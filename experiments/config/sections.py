@@ -1,7 +1,7 @@
-"""The sections of a campaign's configuration: names, types, defaults and what is allowed.
+"""The sections of a campaign's configuration: names, types, defaults and allowed values.
 
-Each section refuses values that cannot be meant when it is made, so a configuration that exists is a valid one as far
-as can be known without the model and the data. ``fault`` and ``slurm`` have files of their own.
+Each section refuses invalid values when it is made. So a configuration that exists is valid, as far as can be known
+without the model and the data. ``fault`` and ``slurm`` have files of their own.
 
 Public names: ``ModelConfig``, ``DataConfig``, ``DetectConfig``, ``RunConfig``, ``StopConfig``, ``ENGINES``.
 """
@@ -84,23 +84,24 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class DetectConfig:
-    """What looks for violations, and when a run counts as critical.
+    """The detectors, and when a run counts as critical.
 
     Attributes:
         detectors: names of detectors and of suites (``lite``, ``full``, ``full-g4``, ``full-g1``, ``epsilon``,
-            ``oracles``, ``competitors``), or ``module:Class`` and ``file.py:Class`` for your own; those
-            named ``oracle_*`` read the fault-free pass and are reported apart.
+            ``oracles``, ``competitors``), or ``module:Class`` and ``file.py:Class`` for your own; detectors
+            named ``oracle_*`` read the fault-free pass and are reported separately.
         tolerance: added to the proved rounding tolerance of every detector, in the detector's own unit.
         critical_loss: the change of the loss (nats) above which a run is critical.
-        certificate: bound what an undetected fault can have done to the output (a column of the runs).
-        correct: repair single errors of scores, weights and outputs in the pass; outcome and loss are those after it.
-        layers: ``injected``: detectors look at the layers that faults hit; behind them only those that can fire there.
-            A proved detector is silent on a correct evaluation of finite inputs, whatever they are (that is what its
-            proof says), so there only ``finite`` and detectors without a proof look. ``all``: every detector looks at
-            every layer from the first injected one on.
-        record: what ``detections.csv`` holds: ``all`` that detectors said, or only the rows in which one ``fired``.
-            Who looked, and what was seen without a fault, stands in ``clean.csv`` all the same. It changes no run, but
-            belongs to the campaign: a table of which nobody knows what it leaves out is worth nothing.
+        certificate: bound how far an undetected fault can have moved the output (a column of the runs).
+        correct: repair single errors of scores, weights and outputs in the pass; outcome and loss are measured after
+            the repair.
+        layers: ``injected``: all detectors check the layers that faults hit; later layers are checked only by detectors
+            that can fire there. By its proof, a proved detector is silent on a correct evaluation of any finite inputs,
+            so only ``finite`` and detectors without a proof check later layers. ``all``: every detector checks every
+            layer from the first injected one on.
+        record: the rows of ``detections.csv``: ``all``, or only those in which a detector ``fired``. ``clean.csv``
+            always lists which detectors checked which layers, and their verdicts without a fault. The field changes no
+            run, but belongs to the campaign: readers must know which rows the table leaves out.
     """
 
     detectors: list[str] = field(default_factory=lambda: ["full", "epsilon", "oracles"])
@@ -112,7 +113,7 @@ class DetectConfig:
     record: str = "all"
 
     def names(self) -> tuple[str, ...]:
-        """Return the names of the detectors, suites replaced by their members and your own classes registered."""
+        """Return the names of the detectors; replace suites by their members and register your own classes."""
         return expand(load_detector(name).name if is_detector_path(name) else name for name in self.detectors)
 
     def __post_init__(self) -> None:
@@ -175,7 +176,7 @@ class RunConfig:
             raise UsageError("run.engine: got 'fast', allowed auto or plain if run.reuse_baseline is false")
 
     def propagates(self, repeat: int) -> bool:
-        """Whether this repeat of a grid point is propagated to the loss."""
+        """Return whether this repeat of a grid point is propagated to the loss."""
         return self.scope == "full" or (self.full_every is not None and repeat % self.full_every == 0)
 
 
@@ -184,14 +185,14 @@ STOP_RATES = ("harmful", "critical", "nonfinite", "masked", "detected")
 
 @dataclass(frozen=True)
 class StopConfig:
-    """When a cell of the grid ends before its ``num_runs`` repeats: when a rate is known well enough.
+    """The rule that ends a cell of the grid before its ``num_runs`` repeats: a rate is known well enough.
 
     Attributes:
-        margin: half the width of the rate's interval at which the cell ends (``null``: never before its end).
-        confidence: that the intervals of all looks together hold the rate.
+        margin: the cell ends when half the width of the rate's interval is at most this (``null``: never early).
+        confidence: the probability that the intervals of all looks together contain the rate.
         rate: ``harmful`` (critical or nonfinite), ``critical``, ``nonfinite``, ``masked``, or ``detected``.
         minimum: repeats before the first look.
-        growth: how many times more repeats there are at each next look.
+        growth: the factor by which the repeats grow from one look to the next.
     """
 
     margin: float | None = None
@@ -211,7 +212,7 @@ class StopConfig:
             raise UsageError(f"stop.growth: got {self.growth}, allowed a number above 1, at most 10")
 
     def check_with(self, fault: FaultConfig, run: RunConfig) -> None:
-        """Refuse a margin where the rule does not hold, or no run has an outcome."""
+        """Refuse a margin if the rule is not valid, or if no run has an outcome."""
         if self.margin is None:
             return
         if fault.aim != "uniform":

@@ -20,10 +20,10 @@ _SLURM_TIME = re.compile(
 
 
 def slurm_seconds(time: str) -> int | None:
-    """Return the seconds of a time limit as ``sbatch --time`` reads it; None if it sets no limit (0 sets none, too).
+    """Return the seconds of a time limit in the notation of ``sbatch --time``; None for no limit (0 means that, too).
 
     Raises:
-        UsageError: not of a form that Slurm knows.
+        UsageError: Slurm does not know this notation.
 
     >>> slurm_seconds("90"), slurm_seconds("1:30:00"), slurm_seconds("2-0"), slurm_seconds("UNLIMITED")
     (5400, 5400, 172800, None)
@@ -41,13 +41,13 @@ def slurm_seconds(time: str) -> int | None:
 
 @dataclass(frozen=True)
 class SlurmConfig:
-    """Options of ``--launcher slurm``; what else a cluster asks for can be given as ``SBATCH_...`` variables.
+    """Options of ``--launcher slurm``; give other options of a cluster as ``SBATCH_...`` variables.
 
     Attributes:
         partition: where the tasks run.
-        time: limit of one task; a task that needs longer is begun again and goes on.
+        time: the limit of one task; a task that needs longer is requeued and continues.
         gres: generic resources of one task, e.g. ``gpu:1``.
-        array_limit: most tasks at one time.
+        array_limit: the largest number of tasks at one time.
         setup: lines of shell before Python starts, e.g. ``module load cuda``.
     """
 

@@ -1,4 +1,4 @@
-"""The table of what ``data.source`` can be: one word, or one ``kind:where``.
+"""The table of data sources: ``data.source`` is one word, or one ``kind:where``.
 
 A source is a row of ``SOURCES`` and a function that reads it, named as ``module:function`` and imported when it is
 needed. A function of ``documents`` gets the parsed ``Source``, ``data.field`` and ``data.split``, and returns texts. A
@@ -27,8 +27,8 @@ class SourceForm:
     """One kind of source.
 
     Attributes:
-        form: how it is written; ``PATH`` and the like stand for what the user gives.
-        meaning: for lists.
+        form: its notation; ``PATH`` and similar words are placeholders.
+        meaning: what it reads, for lists.
         documents: the function that reads its texts.
         windows: the function that makes its token ids, if it has no texts.
     """
@@ -86,10 +86,10 @@ class Source:
 
 
 def parse_source(source: str) -> Source:
-    """Take ``data.source`` apart; touches no file.
+    """Parse ``data.source``, without reading any file.
 
     Raises:
-        UsageError: Unknown kind, or a path where none belongs, or none where one belongs.
+        UsageError: The kind is unknown, or a path is missing or not allowed.
     """
     kind, colon, target = source.partition(":")
     if kind not in SOURCES:

@@ -1,6 +1,6 @@
-"""YAML as users expect it: ``1e-6`` is a number, ``1:32`` and ``2024-01-01`` are texts, no key counts twice.
+"""YAML as users expect it: ``1e-6`` is a number, ``1:32`` and ``2024-01-01`` are texts, no key may occur twice.
 
-YAML 1.1, which PyYAML reads, takes ``1e-6`` for a text and ``1:32`` for 92 (base 60); both would be silent traps here.
+PyYAML follows YAML 1.1, which reads ``1e-6`` as a text and ``1:32`` as 92 (base 60). Both would be silent traps here.
 
 Public names: ``load_yaml``, ``dump_yaml``.
 
@@ -18,7 +18,7 @@ import yaml
 
 
 class _Loader(yaml.SafeLoader):
-    """The safe loader with JSON's idea of a number, without dates, and with every key once."""
+    """The safe loader with JSON's numbers, without dates, and with every key once."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -48,17 +48,17 @@ _Loader.add_implicit_resolver(
 
 
 class _Dumper(yaml.SafeDumper):
-    """The safe dumper; texts that our loader would take for numbers are quoted."""
+    """The safe dumper; it quotes texts that our loader would read as numbers."""
 
 
 _Dumper.yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
 
 
 def load_yaml(text: str) -> Any:
-    """Read one YAML document; ``yaml.YAMLError`` if it is none."""
+    """Read one YAML document; raise ``yaml.YAMLError`` if it is not valid."""
     return yaml.load(text, Loader=_Loader)
 
 
 def dump_yaml(value: Any) -> str:
-    """Write ``value`` as YAML in the order it has; ``load_yaml`` reads it back."""
+    """Return ``value`` as YAML, with its keys in their order; ``load_yaml`` reads it back."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, default_flow_style=None, width=120)

@@ -1,1 +1,1 @@
-"""How two answers of a model differ."""
+"""The difference between the faulty and the fault-free output of a model."""

@@ -1,7 +1,7 @@
-"""The rows of a fault-free output, and how far rows of a faulty one are from them.
+"""The rows of a fault-free output, and the distance of a faulty output's rows from them.
 
-A fault changes some rows (b, t) of the logits (B, T, V); all others are bitwise the baseline's, and contribute to no
-difference. What the baseline's rows answer is computed once, and the logits themselves are only referred to.
+A fault changes some rows (b, t) of the logits (B, T, V). All other rows equal the baseline bitwise and contribute to no
+difference. The answers of the baseline's rows are computed once; the logits themselves are not copied.
 
     rows = BaselineRows.of("causal", logits, batch)
     measured = measure_rows(rows, numbers, faulty)
@@ -45,14 +45,14 @@ from experiments.inputs.batches import IGNORED, real_positions
 
 
 class RowDifferences(NamedTuple):
-    """How far N rows are from the baseline's; the last three are None for an encoder.
+    """The differences of N rows from the baseline's; the last three are None for an encoder.
 
     Attributes:
-        finite: (N,) bool, no NaN and no infinity.
+        finite: (N,) bool, whether the row has no NaN and no infinity.
         norms: (N,) float64, the Euclidean norm of the change.
         losses: (N,) float64, nats; 0 without a target.
         divergences: (N,) float64, KL(baseline || row), nats.
-        moved: (N,) bool, another most likely token, or one where there was none, or none where there was one.
+        moved: (N,) bool, whether the most likely token changed (a row may also gain or lose one).
     """
 
     finite: Tensor
@@ -71,10 +71,10 @@ class BaselineRows:
         shape: (B, T).
         values: (B * T, V), the output itself, not a copy if it is contiguous.
         real: (B * T,) bool, False at padding.
-        targets: (B * T,) int64, -100 where there is none, and everywhere for an encoder.
+        targets: (B * T,) int64, -100 without a target, and everywhere for an encoder.
         finite: (B * T,) bool.
         norms: (B * T,) float64, Euclidean.
-        answers: What the rows answer; None for an encoder.
+        answers: The answers of the rows; None for an encoder.
         loss: ``Evaluation.loss`` of the output, nats; None for an encoder.
     """
 
@@ -91,16 +91,16 @@ class BaselineRows:
     @classmethod
     @quiet
     def of(cls, family: str, output: Tensor, batch: Mapping[str, Tensor]) -> BaselineRows:
-        """Compute what there is to know of a baseline's rows.
+        """Return the rows of a fault-free output, with everything that comparisons need.
 
         Args:
-            family: Of the model, as for ``loss_and_logits``.
+            family: The family of the model, as for ``loss_and_logits``.
             output: Logits (B, T, V), or the hidden state (B, T, D) of an encoder.
-            batch: What ``validate_batch`` returned.
+            batch: A batch from ``validate_batch``.
 
         Raises:
-            UsageError: Unknown family, or a sequence without a single target.
-            ValueError: A mask of another shape than the output's.
+            UsageError: The family is unknown, or a sequence has no target.
+            ValueError: The shape of the mask is not that of the output.
         """
         targets = checked_targets(family, output, batch)
         real = _real(output, batch)
@@ -141,14 +141,14 @@ def _real(output: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
 
 @quiet
 def measure_rows(baseline: BaselineRows, rows: Tensor, values: Tensor) -> RowDifferences:
-    """Compare rows with the baseline's of the same numbers; the numbers of a row depend on no other row.
+    """Compare rows with the baseline's rows of the same numbers; a row's result does not depend on other rows.
 
     Args:
         baseline: The rows of the fault-free output.
-        rows: (N,) int64 numbers of rows, in any order, as often as there are values for one.
+        rows: (N,) int64 numbers of rows, in any order; a number may occur several times.
         values: (N, V), logits or hidden states of the faulty passes.
     """
-    # in the order of their numbers, so that rows of many passes share one softmax of the baseline's
+    # sorted by number, so that rows of many passes share one softmax of the baseline
     order = rows.argsort(stable=True)
     rows, back = rows[order], order.argsort()
     chosen = list(pieces(*values.shape))
@@ -161,12 +161,12 @@ def measure_rows(baseline: BaselineRows, rows: Tensor, values: Tensor) -> RowDif
 
 
 class _Comparison:
-    """Compares pieces of at most ``most`` rows with a baseline; remembers the baseline's rows of the last piece."""
+    """Compares pieces of at most ``most`` rows with a baseline; keeps the baseline's rows of the last piece."""
 
     def __init__(self, baseline: BaselineRows, values: Tensor, most: int) -> None:
         self.baseline, self.values = baseline, values
         self.targets = as_array(baseline.targets)
-        # without these, more than half of the time of simple arithmetic goes into new memory
+        # without these buffers, allocating memory takes more than half of the time of simple arithmetic
         shape = most, values.shape[1]
         self.gathered = values.new_empty(shape)
         self.after, self.scratch, self.before, self.softmax = (baseline.norms.new_empty(shape) for _ in range(4))
@@ -200,7 +200,7 @@ class _Comparison:
     def _far(
         self, injected: Tensor, change: Array, chances: Array, targets: Array, before: RowAnswers
     ) -> tuple[Array, Array]:
-        """Return losses and divergences of rows that a fault moved far."""
+        """Return the losses and divergences of rows that a fault moved far."""
         after = as_array(self.scratch[: len(injected)].copy_(injected))
         answers = answers_of(after, targets, scratch=after)
         return answers.losses, divergences(change, chances, before, answers)
@@ -216,7 +216,7 @@ class _Comparison:
         return losses, apart
 
     def _originals(self, rows: Tensor) -> tuple[Array, Array]:
-        """Return the baseline's rows and their softmax, (N, V) or (1, V) if all are one; None for an encoder's."""
+        """Return the baseline's rows and their softmax, (N, V), or (1, V) if all are one row; None for an encoder."""
         numbers = rows.tolist()
         distinct = list(dict.fromkeys(numbers))
         if distinct != self.numbers:
@@ -233,13 +233,13 @@ class _Comparison:
         return self.original, self.chances
 
     def _selected(self, values: Tensor, rows: Tensor) -> Tensor:
-        """Return some rows; they are overwritten by the next call."""
+        """Return some rows; the next call overwrites them."""
         if len(rows) == 1:
             return values.narrow(0, int(rows), 1)
         return torch.index_select(values, 0, rows, out=self.gathered[: len(rows)])
 
 
 def _moved(before: RowAnswers, top: Array, largest: Array) -> Array:
-    # x - x is 0 for finite numbers alone
+    # x - x is 0 only for finite numbers
     existed, exists = before.largest - before.largest == 0.0, largest - largest == 0.0
     return (existed ^ exists) | (existed & exists & (before.top != top))

@@ -1,10 +1,10 @@
-"""How far faults move what the blocks of a model return: the residual stream behind each of them.
+"""How far faults move the outputs of a model's blocks: the residual stream after each block.
 
     outputs = BlockOutputs.of(hidden, real)                      # of the fault-free pass, once for each input
-    outputs.changes(3, rows, values, runs, num_runs=8)           # behind block 3, of 8 runs together
+    outputs.changes(3, rows, values, runs, num_runs=8)           # after block 3, of 8 runs together
 
-Rows (b, t) that a fault leaves bitwise as they are contribute nothing, so the rows alone that differ are computed with.
-A number has the same bits whichever runs are measured with it (``experiments.effects.row_kernels``).
+Rows (b, t) that a fault leaves bitwise unchanged contribute nothing, so only the rows that differ enter the
+computation. The bits of a run's result do not depend on the other runs (``experiments.effects.row_kernels``).
 
 Public name: ``BlockOutputs``.
 
@@ -27,12 +27,12 @@ from experiments.effects.row_kernels import Array, as_array, as_tensor, joined, 
 
 @dataclass(frozen=True, eq=False)
 class BlockOutputs:
-    """What the blocks return in one fault-free pass of B sequences of T tokens; rows are numbered ``b * T + t``.
+    """The outputs of the blocks in one fault-free pass of B sequences of T tokens; rows are numbered ``b * T + t``.
 
     Attributes:
-        rows: by block, (B * T, D), of the model's dtype.
+        rows: for each block, (B * T, D), of the model's dtype.
         real: (B * T,) bool, False at padding, which does not count.
-        sizes: by block, the L2 norm of all rows that count; NaN where they are not finite.
+        sizes: for each block, the L2 norm of all rows that count; NaN if they are not finite.
     """
 
     rows: tuple[Tensor, ...]
@@ -42,10 +42,10 @@ class BlockOutputs:
     @classmethod
     @quiet
     def of(cls, hidden: Sequence[Tensor], real: Tensor) -> BlockOutputs:
-        """Keep (references to) what blocks returned.
+        """Return the outputs of blocks; keep references, not copies.
 
         Args:
-            hidden: by block, (B, T, D).
+            hidden: for each block, (B, T, D).
             real: (B * T,) bool.
         """
         rows = tuple(each.flatten(0, 1) for each in hidden)
@@ -53,20 +53,20 @@ class BlockOutputs:
 
     @quiet
     def changes(self, number: int, rows: Tensor, values: Tensor, runs: Tensor, num_runs: int) -> list[float]:
-        """Return the L2 change of what a block returns, relative to the L2 norm of the fault-free one.
+        """Return the L2 change of a block's output, relative to the L2 norm of the fault-free output.
 
-        Both norms are those of the whole batch without padding, as ``Effect.relative_change`` takes them.
+        Both norms are taken over the whole batch without padding, as in ``Effect.relative_change``.
 
         Args:
-            number: Of the block.
-            rows: (N,) int64, the rows that are not bitwise the fault-free ones; each at most once a run.
-            values: (N, D), what they are.
-            runs: (N,) int64, whose they are, ``0 .. num_runs - 1``, in any order.
+            number: The number of the block.
+            rows: (N,) int64, the rows that differ bitwise from the fault-free ones; each at most once per run.
+            values: (N, D), the values of these rows.
+            runs: (N,) int64, the run of each row, ``0 .. num_runs - 1``, in any order.
             num_runs: R.
 
         Returns:
-            One for each run; exactly 0 without a change, infinite or NaN where the run is not finite or there was
-            nothing but zeros, and NaN where the fault-free pass is not finite.
+            One number for each run: exactly 0 without a change, infinite or NaN if the run is not finite or the
+            fault-free output is all zeros, and NaN if the fault-free pass is not finite.
         """
         table = torch.zeros((num_runs, len(self.real)), dtype=torch.float64, device=values.device)
         table[runs, rows] = as_tensor(_norms(values, self.rows[number], rows))

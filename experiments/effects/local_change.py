@@ -1,4 +1,4 @@
-"""How far a fault moved the attention output of its own layer, before anything behind it.
+"""How far a fault moved the attention output of its own layer.
 
 >>> import torch
 >>> clean = torch.ones(1, 2, 1, 4)
@@ -21,8 +21,8 @@ class LocalChange:
     """The change of the attention output of one sequence.
 
     Attributes:
-        relative: L2 norm of the change, divided by that of the fault-free output of all heads.
-        largest: largest absolute change of an element.
+        relative: L2 norm of the change, divided by the L2 norm of the fault-free output of all heads.
+        largest: the largest absolute change of an element.
     """
 
     relative: float
@@ -38,8 +38,8 @@ def local_changes(out: Tensor, expected: Tensor, lengths: Tensor) -> list[LocalC
     """Return the change of each of F outputs.
 
     Args:
-        out: (F, T, G, d_v), of the group of heads that a fault hit.
-        expected: the same of the fault-free pass.
+        out: (F, T, G, d_v), the output of the group of heads that each fault hit.
+        expected: the same output in the fault-free pass.
         lengths: (F,) float64, L2 norm of the fault-free output of all heads of the sequence.
     """
     change = (out.contiguous().double() - expected.contiguous().double()).flatten(2)

@@ -1,9 +1,10 @@
-"""What a fault did to the model's answer: loss, KL divergence, changed predictions, change of hidden states.
+"""Measures of a fault's effect on the output: loss, KL divergence, changed predictions, change of hidden states.
 
-The losses are computed here, from the logits, in float64 and in the same way for every model, so they do not depend
-on how a model class reduces its own. Logits are converted in small pieces, so that peak memory grows by megabytes only.
-A NaN or infinity is never replaced: it comes out as a NaN or infinite loss. The arithmetic on rows is that of
-``experiments.effects.row_kernels``.
+This module computes losses from the logits, in float64 and in the same way for every model, so they do not depend on
+how a model class reduces its own loss. It converts logits in small pieces, so peak memory grows only by megabytes. It
+never
+replaces a NaN or infinity: they give a NaN or infinite loss. ``experiments.effects.row_kernels`` has the arithmetic on
+rows.
 
     outputs = model(**model_inputs(batch))
     evaluation = loss_and_logits("causal", outputs, batch)     # .loss, .sequence_losses, .output
@@ -46,7 +47,7 @@ class Evaluation:
     """The answer of one forward pass.
 
     Attributes:
-        loss: Mean cross-entropy over all targets of the batch in nats a token; None for an encoder.
+        loss: Mean cross-entropy over all targets of the batch, in nats per token; None for an encoder.
         sequence_losses: The mean over the targets of each sequence, (B,) float64; None for an encoder.
         output: The logits (B, T, V), or the last hidden state (B, T, D) of an encoder, as the model gave them.
     """
@@ -57,7 +58,7 @@ class Evaluation:
 
 
 class RelativeChange(NamedTuple):
-    """How far one tensor is from another.
+    """The distance of one tensor from another.
 
     Attributes:
         l2_relative: ``||injected - baseline|| / ||baseline||``.
@@ -69,15 +70,15 @@ class RelativeChange(NamedTuple):
 
 
 def loss_and_logits(family: str, outputs: Any, batch: Mapping[str, Tensor]) -> Evaluation:
-    """Take the logits (or hidden state) out of a model's outputs and compute the loss against the batch.
+    """Return the logits (or hidden state) of a model's outputs, and their loss against the batch.
 
     Args:
         family: A name of ``FAMILIES``.
-        outputs: What the model returned, or the bare tensor.
-        batch: What ``validate_batch`` returned, on any device.
+        outputs: The model's outputs, or the bare tensor.
+        batch: A batch from ``validate_batch``, on any device.
 
     Raises:
-        UsageError: Unknown family, outputs without logits, or a sequence without a single target.
+        UsageError: The family is unknown, the outputs have no logits, or a sequence has no target.
     """
     output = output_of(family, outputs)
     targets = checked_targets(family, output, batch)
@@ -96,10 +97,10 @@ def output_of(family: str, outputs: Any) -> Tensor:
 
 
 def checked_targets(family: str, output: Tensor, batch: Mapping[str, Tensor]) -> Tensor | None:
-    """Return the targets (B, T) of an output (B, T, V) on its device, at least one a sequence; None for an encoder.
+    """Return the targets (B, T) of an output (B, T, V), on its device; None for an encoder.
 
     Raises:
-        UsageError: Unknown family, labels of another shape, or a sequence without a single target.
+        UsageError: The family is unknown, the labels have another shape, or a sequence has no target.
     """
     if not FAMILIES.find(family).targets:
         return None
@@ -122,12 +123,12 @@ def mean_losses(losses: Tensor, targets: Tensor) -> tuple[list[float], Tensor]:
     """Return the mean losses of passes, and of their sequences.
 
     Args:
-        losses: (R, B * T) float64, one row for each pass, 0 where there is no target.
+        losses: (R, B * T) float64, one row for each pass, 0 at positions without a target.
         targets: (B, T), the targets of each pass.
 
     Returns:
-        R floats, the means over all targets; and (R, B) float64, those over the targets of each sequence, which do not
-        depend on what else is in a batch.
+        R floats, the means over all targets; and (R, B) float64, the means over the targets of each sequence, which do
+        not depend on the other sequences of the batch.
     """
     B, T = targets.shape
     counts = (targets != IGNORED).sum(dim=1)
@@ -137,10 +138,10 @@ def mean_losses(losses: Tensor, targets: Tensor) -> tuple[list[float], Tensor]:
 
 
 def aligned_targets(family: str, batch: Mapping[str, Tensor]) -> Tensor:
-    """Return for every position of the logits the token it should predict.
+    """Return the token that each position of the logits should predict.
 
     Returns:
-        (B, T) int64 on the device of the batch, ``IGNORED`` (-100) where there is no target.
+        (B, T) int64 on the device of the batch, ``IGNORED`` (-100) at positions without a target.
     """
     known = FAMILIES.find(family)
     if known.needs_labels and "labels" not in batch:
@@ -178,7 +179,7 @@ def kl_per_position(baseline: Tensor, injected: Tensor) -> Tensor:
         injected: Logits (N, V).
 
     Returns:
-        (N,) float64; 0 for equal rows, never negative, NaN or infinite where logits are not finite.
+        (N,) float64; 0 for equal rows, never negative, and NaN or infinite if logits are not finite.
     """
     _same_shape(baseline, injected)
     found = torch.empty(len(baseline), dtype=torch.float64, device=baseline.device)
@@ -206,10 +207,10 @@ def kl_mean(baseline: Tensor, injected: Tensor, mask: Tensor | None = None) -> f
 
 
 def top1_changed(baseline: Tensor, injected: Tensor, mask: Tensor | None = None) -> int:
-    """Count the positions whose most likely token changes.
+    """Return the number of positions whose most likely token changes.
 
-    Of equal logits the first one wins. Where the largest logit is not finite (a NaN or +infinity anywhere, or nothing
-    but -infinity) softmax is NaN and there is no most likely token: such a position counts as changed, unless the
+    Of equal logits the first one wins. If the largest logit is not finite (a NaN or +infinity anywhere, or only
+    -infinity), softmax is NaN and the position has no most likely token. Such a position counts as changed, unless the
     baseline has none there either.
 
     Args:
@@ -236,10 +237,10 @@ def relative_change(baseline: Tensor, injected: Tensor, mask: Tensor | None = No
         mask: Bool (B, T), True where a position counts; None for all.
 
     Returns:
-        0 and 0 exactly for equal tensors; NaN or infinite where ``injected`` is.
+        Exactly 0 and 0 for equal tensors; NaN or infinite if ``injected`` is.
 
     Raises:
-        ValueError: Different shapes, no position counts, or a baseline of zeros.
+        ValueError: The shapes differ, no position counts, or the baseline is all zeros.
     """
     before, after = (rows.double() for rows in _counted(baseline, injected, mask))
     size = _norm(before)
@@ -260,7 +261,7 @@ def _answer(outputs: Any, name: str) -> Tensor:
 
 
 def _counted(baseline: Tensor, injected: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return both as rows (N, V); the positions that do not count are left out."""
+    """Return both tensors as rows (N, V), without the positions that do not count."""
     _same_shape(baseline, injected)
     if mask is None:
         before, after = baseline.flatten(0, -2), injected.flatten(0, -2)

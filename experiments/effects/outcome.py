@@ -1,10 +1,10 @@
-"""What a fault did to the model: the effect, in numbers, and the outcome, in one word.
+"""The effect of a fault on the model in numbers, and its outcome in one word.
 
     masked     the output is bitwise that of the fault-free pass
-    nonfinite  NaN or Inf in the output or the loss
-    critical   a top-1 prediction changes, or the loss moves by more than ``critical_loss``; for a bare encoder, which
-               predicts nothing, its output moves by more than that, relatively
-    benign     the rest
+    nonfinite  the output or the loss has a NaN or Inf
+    critical   a top-1 prediction changes, or the loss moves by more than ``critical_loss``; a bare encoder predicts
+               nothing, so for it the relative change of the output must be larger than ``critical_loss``
+    benign     everything else
 
 Public names: ``Effect``, ``effect_of``, ``effects_of_differences``, ``losses_of_differences``.
 """
@@ -29,8 +29,8 @@ class Effect:
     Attributes:
         outcome: ``masked``, ``benign``, ``critical`` or ``nonfinite``.
         injected_loss: loss of the injected pass, nats; ``None`` without a loss.
-        loss_diff: that minus the baseline's, nats; ``None`` without a loss.
-        relative_change: L2 change of the output, relative.
+        loss_diff: injected loss minus baseline loss, nats; ``None`` without a loss.
+        relative_change: relative L2 change of the output.
         kl_mean: mean KL divergence of the predictions, nats; ``None`` for bare encoders.
         top1_changed: positions whose most likely token changed; ``None`` for bare encoders.
         nonfinite_rows: positions of the output that hold NaN or Inf.
@@ -53,24 +53,24 @@ def effect_of(
     critical_loss: float,
     baseline_rows: BaselineRows | None = None,
 ) -> Effect:
-    """Compare an injected pass with its baseline.
+    """Return the effect of a fault: compare an injected pass with its baseline.
 
-    The loss is that of the baseline's rows but for those that changed, so that its change keeps its digits; it can
-    differ from ``injected.loss`` in the last ones.
+    Unchanged rows keep the loss of the baseline, so the change of the loss keeps its digits; ``injected.loss`` can
+    differ in the last digits.
 
-    Padding does not count, but every bit of the output does for ``masked``, and every NaN or Inf for ``nonfinite``.
-    Only the rows that are not bitwise the baseline's are computed with.
+    Padding does not count, except that ``masked`` compares every bit of the output, and every NaN or Inf makes it
+    ``nonfinite``. Only rows that differ bitwise from the baseline enter the computation.
 
     Args:
         baseline: The fault-free pass.
-        injected: The faulty one.
-        batch: The input of both.
-        family: Of the model.
-        critical_loss: The loss may move by so much, nats.
-        baseline_rows: ``BaselineRows.of(family, baseline.output, batch)``, if it is there already.
+        injected: The faulty pass.
+        batch: The input of both passes.
+        family: The family of the model.
+        critical_loss: A larger change of the loss is critical, nats.
+        baseline_rows: ``BaselineRows.of(family, baseline.output, batch)``, if it exists already.
 
     Raises:
-        ValueError: Outputs of different shapes, no position counts, or a baseline of zeros.
+        ValueError: The outputs have different shapes, no position counts, or the baseline is all zeros.
     """
     before, after = baseline.output, injected.output
     if before.shape != after.shape or before.dtype != after.dtype:
@@ -91,13 +91,15 @@ def effect_of(
 def losses_of_differences(
     baseline: BaselineRows, rows: Tensor, runs: Tensor, differences: RowDifferences, num_runs: int
 ) -> list[tuple[float | None, Tensor | None]]:
-    """Return, for each of R runs, the mean loss (nats) and those of its sequences, (B,) float64; None for an encoder.
+    """Return, for each of R runs, the mean loss and the mean losses of its sequences, (B,) float64, in nats.
+
+    Return None for an encoder.
 
     Args:
         baseline: The fault-free rows.
-        rows: (N,) int64, the numbers of the rows that are not bitwise the baseline's; each at most once a run.
+        rows: (N,) int64, the numbers of the rows that differ bitwise from the baseline; each at most once per run.
         runs: (N,) int64, their runs, ``0 .. R - 1``.
-        differences: Of the N rows.
+        differences: The differences of the N rows.
         num_runs: R.
     """
     if baseline.answers is None or differences.losses is None:
@@ -117,26 +119,26 @@ def effects_of_differences(
     losses: Sequence[float | None],
     critical_loss: float,
 ) -> list[Effect]:
-    """Put together, for each of R runs, what its rows that are not bitwise the baseline's differ in.
+    """Return the effects of R runs from the differences of their changed rows.
 
     Args:
         baseline: The fault-free rows.
-        rows: (N,) int64, their numbers; each at most once a run.
+        rows: (N,) int64, the numbers of the rows that differ bitwise from the baseline; each at most once per run.
         runs: (N,) int64, their runs, ``0 .. R - 1``.
-        differences: Of the N rows.
-        losses: Those of the R runs, nats; None without a loss.
-        critical_loss: Losses may move by so much, nats.
+        differences: The differences of the N rows.
+        losses: The losses of the R runs, nats; None without a loss.
+        critical_loss: A larger change of the loss is critical, nats.
     """
     num_runs = len(losses)
 
     def spread(values: Tensor, elsewhere: Tensor) -> Tensor:
-        """Return (R, B * T): the values in their runs and rows, the baseline's elsewhere."""
+        """Return (R, B * T): the values at their runs and rows, ``elsewhere`` at all others."""
         table = elsewhere.expand(num_runs, -1).clone()
         table[runs, rows] = values
         return table
 
     def spread_real(values: Tensor) -> Tensor:
-        # no change is nothing, but of a NaN there is no saying
+        # an unchanged row contributes 0, but the change of a NaN is unknown
         nothing = torch.zeros_like(baseline.norms).masked_fill_(~baseline.finite, torch.nan)
         return spread(values, nothing).masked_fill_(~baseline.real, 0.0)
 

@@ -1,8 +1,8 @@
-"""The effects of many faults from the rows alone that they changed.
+"""The effects of many faults, computed only from the rows that they changed.
 
-A fast engine runs faults together and knows, for each, the rows (b, t) of the output that may differ from the
-baseline's; all others are bitwise equal. The effects are those that ``effect_of`` finds in the whole output, to the
-last bit (on the CPU), because both use the same arithmetic on rows.
+The fast engine runs faults together and knows, for each, the rows (b, t) of the output that may differ from the
+baseline; all others are bitwise equal. The effects equal those of ``effect_of`` on the whole output, to the last bit
+(on the CPU), because both use the same arithmetic on rows.
 
     baseline_rows = BaselineRows.of("causal", evaluation.output, batch)        # once
     found = effects_of_rows(baseline_rows, rows, logits, runs, num_runs, critical_loss=1e-3)
@@ -36,7 +36,7 @@ class RowEffect:
     """The effect of one run.
 
     Attributes:
-        effect: What ``effect_of`` gives.
+        effect: The same as ``effect_of`` returns.
         sequence_losses: The mean losses of the sequences, (B,) float64, nats; None for an encoder.
     """
 
@@ -47,22 +47,22 @@ class RowEffect:
 def effects_of_rows(
     baseline_rows: BaselineRows, rows: Tensor, logits: Tensor, runs: Tensor, num_runs: int, critical_loss: float
 ) -> list[RowEffect]:
-    """Compare the rows of R runs with their baseline.
+    """Return the effects of R runs: compare their rows with the baseline.
 
     Args:
         baseline_rows: The rows of the fault-free output.
-        rows: (N,) int64, numbers ``b * T + t``; each at most once a run. Every row that is not bitwise the baseline's
-            must be there; equal ones may be, and are left out after a comparison.
+        rows: (N,) int64, numbers ``b * T + t``; each at most once per run. All rows that differ bitwise from the
+            baseline must be given; equal rows may be given, and are left out after a comparison.
         logits: (N, V) of the baseline's dtype: the logits of these rows, or hidden states of an encoder.
         runs: (N,) int64, the run of each row, sorted, ``0 .. num_runs - 1``.
         num_runs: R. A run without rows is masked.
-        critical_loss: Losses may move by so much, nats.
+        critical_loss: A larger change of the loss is critical, nats.
 
     Returns:
-        One for each run, in order.
+        One effect for each run, in order.
 
     Raises:
-        ValueError: Arguments that do not fit together, or a baseline of zeros.
+        ValueError: The arguments do not fit together, or the baseline is all zeros.
     """
     _check(baseline_rows, rows, logits, runs, num_runs)
     chosen = changed_rows(baseline_rows.values, rows, logits).nonzero().flatten()

@@ -1,10 +1,10 @@
 """Arithmetic on rows of logits in float64: losses, likeliest tokens, divergences, norms.
 
-Every function takes rows (N, V) and gives one number for each. On the CPU the number of a row has the same bits
-whichever rows are computed with it, how many and on how many threads, so that effects may be computed on the rows alone
-that a fault changed. The arithmetic there is NumPy's: its exp takes half the time of torch's and its argmax a sixth,
-and the exp of an element and the sum of a row do not depend on where they stand. On other devices it is torch's, under
-the same names.
+Every function takes rows (N, V) and returns one number for each. On the CPU the bits of a row's number do not depend on
+the other rows, their count or the number of threads. So effects may be computed on only the rows that a fault changed.
+On the CPU the arithmetic is NumPy's: its exp takes half the time of torch's and its argmax a sixth, and the exp of an
+element and the sum of a row do not depend on their position. On other devices the arithmetic is torch's, under the same
+names.
 
 Public names: ``Array``, ``as_array``, ``as_tensor``, ``joined``, ``quiet``, ``pieces``, ``RowAnswers``,
 ``answers_of``, ``likeliest_of``, ``chances_of``, ``nearby``, ``is_near``, ``divergences``, ``changed_rows``,
@@ -37,22 +37,22 @@ Array = Any
 """``np.ndarray`` for tensors on the CPU, ``Tensor`` for those elsewhere."""
 
 _CHUNK_ELEMENTS = 1 << 17  # 1 MiB of float64, so that the few copies of a piece stay in a cache
-_BLOCK = 1 << 13  # a dot product of so many is not split among the threads of a BLAS
-_START = 64  # columns that tell most changed rows
+_BLOCK = 1 << 13  # a BLAS does not split a dot product of this length among its threads
+_START = 64  # the first columns are enough to recognise most changed rows
 _PLAIN = 2.0**-24
 _NEAR = 1.0
 
 
 def quiet(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Decorate what computes with rows of faults: NumPy's warnings of overflow and NaN are nothing new there."""
+    """Return the function without NumPy's warnings of overflow and NaN: faults cause both all the time."""
     return np.errstate(all="ignore")(function)
 
 
 class RowAnswers(NamedTuple):
-    """What rows of logits answer, each for itself.
+    """The answers of rows of logits.
 
     Attributes:
-        largest: (N,) float64, the largest logit; where it is not finite, there is no most likely token.
+        largest: (N,) float64, the largest logit; if it is not finite, the row has no most likely token.
         top: (N,) int64, the first of the largest logits.
         log_sum: (N,) float64, ``log sum exp(logits - largest)``.
         losses: (N,) float64, ``-log softmax(logits)[target]`` in nats; 0 without a target.
@@ -69,7 +69,7 @@ class RowAnswers(NamedTuple):
 
 
 def as_array(values: Tensor) -> Array:
-    """Return the same memory for the functions here."""
+    """Return the tensor as an array for the functions here, in the same memory."""
     return values.detach().numpy() if values.device.type == "cpu" else values
 
 
@@ -79,42 +79,42 @@ def as_tensor(values: Array) -> Tensor:
 
 
 def joined(parts: Sequence[Array]) -> Array:
-    """Return arrays one after the other."""
+    """Return the concatenated arrays."""
     return _names(parts[0]).concatenate(parts)
 
 
 def pieces(rows: int, width: int) -> Iterator[slice]:
-    """Cut ``rows`` rows of ``width`` numbers into pieces that stay in a cache; there is at least one, maybe empty."""
+    """Yield pieces of ``rows`` rows of ``width`` numbers that fit a cache; at least one piece, which may be empty."""
     step = max(1, _CHUNK_ELEMENTS // max(1, width))
     return (slice(start, start + step) for start in range(0, max(1, rows), step))
 
 
 def answers_of(logits: Array, targets: Array, scratch: Array | None = None) -> RowAnswers:
-    """Return what rows answer.
+    """Return the answers of rows.
 
     Args:
         logits: (N, V) float64.
         targets: (N,) int64 in ``0 .. V - 1``, or -100 for none.
-        scratch: Like the logits, or the logits themselves; overwritten.
+        scratch: An array like the logits, or the logits themselves; overwritten.
     """
     use = _names(logits)
     top, largest = likeliest_of(logits)
     wanted = logits[use.arange(len(logits)), targets.clip(min=0)]
     shifted = use.subtract(logits, largest[:, None], out=scratch)
     log_sum = use.log(use.exp(shifted, out=shifted).sum(axis=-1))
-    # not logsumexp minus the target: for logits of 1e20, as faults make them, that difference has no digit left
+    # not logsumexp minus the target: for logits of 1e20, which faults can cause, that difference would lose every digit
     losses = use.where(targets == IGNORED, 0.0, (largest - wanted) + log_sum)
     return RowAnswers(largest, top, log_sum, losses)
 
 
 def likeliest_of(logits: Array) -> tuple[Array, Array]:
-    """Return the first of the largest logits of rows (N, V), and that logit: (N,) each."""
+    """Return the position of the (first) largest logit of each row (N, V), and that logit: (N,) each."""
     top = logits.argmax(axis=-1)
     return top, logits[_names(logits).arange(len(logits)), top]
 
 
 def chances_of(logits: Array, answers: RowAnswers, scratch: Array | None = None) -> Array:
-    """Return ``softmax(logits)`` of rows (N, V) float64 from what they answer, in ``scratch`` if there is one."""
+    """Return ``softmax(logits)`` of rows (N, V) float64 from their answers; it is written to ``scratch`` if given."""
     use = _names(logits)
     rows = use.subtract(logits, answers.largest[:, None], out=scratch)
     rows -= answers.log_sum[:, None]
@@ -122,15 +122,15 @@ def chances_of(logits: Array, answers: RowAnswers, scratch: Array | None = None)
 
 
 def nearby(change: Array, chances: Array, targets: Array, before: RowAnswers) -> tuple[Array, Array]:
-    """Return losses and divergences of rows ``a = b + change`` that are near b, with one exp an element and not two.
+    """Return losses and divergences of rows ``a = b + change`` near b, with one exp per element instead of two.
 
     With ``p = softmax(b)``, ``d`` the change, ``m = sum p d`` and ``g = log(1 + sum p expm1(d - m))``, logsumexp grows
     by ``m + g``. So the loss of a target t is that of b, plus ``m + g - d[t]``, and ``KL(softmax(b) || softmax(a))``
-    is ``g - sum p (d - m)``: all of them sums of terms as small as the change, which keeps the digits of what they
-    differ by (of a divergence about ``2**-52 / d``: 1e-9 for changes in the last bit of a float32).
+    is ``g - sum p (d - m)``. All of these are sums of terms as small as the change, so the differences keep their
+    digits (the relative error of a divergence is about ``2**-52 / d``: 1e-9 for changes in the last bit of a float32).
 
     Args:
-        change: (N, V) float64, ``a - b``, of a norm that ``is_near``; overwritten.
+        change: (N, V) float64, ``a - b``, with a norm for which ``is_near`` is true; overwritten.
         chances: p, (N, V) float64, or (1, V) if all rows have one b.
         targets: (N,) int64 in ``0 .. V - 1``, or -100 for none.
         before: The answers of b.
@@ -150,7 +150,7 @@ def nearby(change: Array, chances: Array, targets: Array, before: RowAnswers) ->
 
 
 def is_near(norms: Array) -> Array:
-    """Return (N,) bool, for which Euclidean norms (N,) of changes ``nearby`` is right: no exp of them can overflow."""
+    """Return (N,) bool: for which norms (N,) of changes ``nearby`` is valid, because no exp of them can overflow."""
     return norms <= _NEAR
 
 
@@ -158,10 +158,10 @@ def divergences(change: Array, chances: Array, before: RowAnswers, after: RowAns
     """Return ``KL(softmax(b) || softmax(a))`` in nats of rows ``a = b + change``.
 
     With ``p = softmax(b)``, ``d`` the change and ``m = sum p d``, the divergence is ``log sum p exp(d) - m``. The first
-    term is the difference of two logsumexp; the error of that is a few ``2**-52``, which leaves nothing of a divergence
-    of 1e-15, as changes of 1e-7 give. So one that comes out below ``2**-24`` is computed again as
-    ``log(1 + sum p expm1(d - m)) - sum p (d - m)``, both sums of terms as small as ``d - m``: its relative error is
-    about ``2**-52 / d``, 1e-9 for changes in the last bit of a float32.
+    term is the difference of two logsumexp. Its error is a few ``2**-52``, which would hide a divergence of 1e-15, as
+    changes of 1e-7 cause. So a divergence below ``2**-24`` is computed again as
+    ``log(1 + sum p expm1(d - m)) - sum p (d - m)``. Both are sums of terms as small as ``d - m``, and the relative
+    error is about ``2**-52 / d``: 1e-9 for changes in the last bit of a float32.
 
     Args:
         change: (N, V) float64, ``a - b``; overwritten.
@@ -170,7 +170,7 @@ def divergences(change: Array, chances: Array, before: RowAnswers, after: RowAns
         after: The answers of a.
 
     Returns:
-        (N,) float64; 0 without a change, never negative, NaN or infinite where logits are not finite.
+        (N,) float64; 0 without a change, never negative, and NaN or infinite if logits are not finite.
     """
     use, mean = _names(change), _dots(chances, change)
     found = (after.largest - before.largest) + (after.log_sum - before.log_sum) - mean
@@ -184,12 +184,12 @@ def divergences(change: Array, chances: Array, before: RowAnswers, after: RowAns
         again = use.log1p(_dots(chances, use.expm1(change, out=change))) - rest
         # expm1 overflows where an unlikely token becomes likely
         found[small] = use.where(use.isfinite(again), again, found[small])
-    # a divergence is >= 0; what rounding leaves below is 0, and clip keeps a NaN
+    # a divergence is >= 0; rounding can make it negative, and clip keeps a NaN
     return found.clip(min=0.0)
 
 
 def changed_rows(baseline: Tensor, rows: Tensor, logits: Tensor) -> Tensor:
-    """Return which rows are not bitwise those of the baseline (NaN equals the same NaN, 0.0 is not -0.0).
+    """Return which rows differ bitwise from the baseline (NaN equals the same NaN, 0.0 is not -0.0).
 
     Args:
         baseline: (M, V), any floating dtype.
@@ -228,7 +228,7 @@ def row_norms(rows: Array) -> Array:
 
 
 def finite_rows(values: Tensor, norms: Array) -> Array:
-    """Return (N,) bool, which rows (N, V) hold no NaN and no infinity; ``norms`` (N,) are not finite where they do."""
+    """Return (N,) bool: which rows (N, V) have no NaN and no infinity; ``norms`` (N,) of all others are not finite."""
     finite = _names(norms).isfinite(norms)
     if not finite.all():
         doubtful = as_tensor(~finite).nonzero().flatten()

@@ -1,1 +1,1 @@
-"""What comes in: models, texts, windows, batches."""
+"""The inputs of a campaign: models, texts, windows, batches."""

@@ -1,8 +1,8 @@
-"""One batch of token ids: made plain and checked, handed to the model, and known by its fingerprint.
+"""One batch of token ids: check it, pass it to the model, and compute its fingerprint.
 
 A batch inside the harness is a dict of tensors: ``input_ids`` (B, T) int64, ``attention_mask`` where there is padding,
-``labels`` where there is a loss, and whatever else the model takes. Dataloaders of users give many other things;
-``validate_batch`` turns them into that dict or says what is wrong with them.
+``labels`` where there is a loss, and any other inputs of the model. Dataloaders of users return many other forms;
+``validate_batch`` converts them to this dict or says what is wrong with them.
 
     batch = validate_batch(next(iter(dataloader)), family="causal", vocab_size=50257)
     outputs = model(**model_inputs(batch, device))
@@ -39,16 +39,16 @@ def validate_batch(
 
     Args:
         batch: A dict or ``BatchEncoding`` with ``input_ids``, a bare tensor (B, T), or a tuple or list of one tensor.
-        family: A name of ``FAMILIES``; decides which labels it needs.
-        vocab_size: Token ids must be below it; None to leave that unchecked.
-        max_positions: Longest sequence the model takes; None for no limit.
+        family: A name of ``FAMILIES``; decides which labels the batch needs.
+        vocab_size: Token ids must be below it; None skips this check.
+        max_positions: The longest sequence that the model accepts; None for no limit.
 
     Returns:
         ``input_ids`` int64 (B, T); ``attention_mask`` int64 (B, T) of 0 and 1, or additive float (B or 1, heads or 1,
-        T, T); ``labels`` int64 if there are any; other tensors as they came.
+        T, T); ``labels`` int64 if the batch has them; other tensors unchanged.
 
     Raises:
-        UsageError: What is wrong, with the key.
+        UsageError: A tensor is missing or wrong; the message names its key.
     """
     wanted, tensors = FAMILIES.find(family), _as_dict(batch)
     tokens = _token_ids("input_ids", tensors["input_ids"])
@@ -70,7 +70,7 @@ def validate_batch(
 
 
 def next_tokens(batch: Mapping[str, Tensor]) -> Tensor:
-    """Return for every position the token behind it, if both are real (not padding); a label of -100 takes one out.
+    """Return, for every position, the next token if both are real (not padding); a label of -100 removes a target.
 
     Returns:
         (B, T) int64, ``IGNORED`` where there is no target.
@@ -91,7 +91,7 @@ def given_labels(batch: Mapping[str, Tensor]) -> Tensor:
 def real_positions(batch: Mapping[str, Tensor]) -> Tensor:
     """Return (B, T) bool: True at tokens, False at padding.
 
-    Taken from a 2-D ``attention_mask``; from a 4-D one, a position is a token if it may see itself in some head.
+    A 2-D ``attention_mask`` says it directly; with a 4-D mask, a position is a token if it may see itself in some head.
     """
     tokens, mask = batch["input_ids"], batch.get("attention_mask")
     if mask is None:
@@ -103,7 +103,7 @@ def real_positions(batch: Mapping[str, Tensor]) -> Tensor:
 
 
 def model_inputs(batch: Mapping[str, Tensor], device: torch.device | str | None = None) -> dict[str, Tensor]:
-    """Return what the model is called with: all but the labels, on the device."""
+    """Return the model's arguments: the batch without its labels, on the device."""
     return {name: tensor.to(device) for name, tensor in batch.items() if name != "labels"}
 
 

@@ -1,8 +1,8 @@
-"""The blocks of a model: a chain in which each reads what the one before returned.
+"""The blocks of a model: a chain in which each block reads the output of the block before.
 
-    chain = block_chain(model, cores)              # Chain, or the reason why there is none
+    chain = block_chain(model, cores)              # Chain, or the reason why the blocks form no chain
     with chain.replaced(lambda number, block, hidden, args, kwargs: ...):
-        model(**batch)                             # the model's own code around the blocks, ours in them
+        model(**batch)                             # the model's own code around the blocks, ours inside them
 
 Public names: ``Chain``, ``block_chain``, ``hidden_of``.
 """
@@ -20,7 +20,7 @@ from fault_injection import AttentionCore
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 Replacement = Callable[[int, Tensor, Arguments], Any]
-"""Called with the number of the block, the hidden state it was given, and its arguments (hidden state included)."""
+"""A function that is called with the number of the block, its hidden state, and its arguments (with hidden state)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +29,7 @@ class Chain:
 
     Attributes:
         blocks: the modules.
-        block_of: by attention layer, the number of the block it lies in.
+        block_of: for each attention layer, the number of its block.
     """
 
     blocks: tuple[nn.Module, ...]
@@ -37,7 +37,7 @@ class Chain:
 
     @contextmanager
     def replaced(self, replacement: Replacement) -> Iterator[None]:
-        """Let ``replacement`` stand for the forward of every block, for the duration of the block."""
+        """Replace the forward of every block by ``replacement``, until the ``with`` block ends."""
         own = [block.__dict__.get("forward") for block in self.blocks]
         for number, block in enumerate(self.blocks):
             block.__dict__["forward"] = _stand_in(number, replacement)
@@ -71,7 +71,7 @@ def with_hidden(hidden: Tensor, arguments: Arguments) -> Arguments:
 
 
 def hidden_of(output: Any) -> Tensor:
-    """Return the hidden state in what a block returned: the tensor itself, or the first of a tuple."""
+    """Return the hidden state in a block's output: the tensor itself, or the first element of a tuple."""
     hidden = output[0] if isinstance(output, tuple) else output
     if not isinstance(hidden, Tensor):
         raise TypeError(f"a block returned {type(output).__name__}, allowed a tensor or a tuple that begins with one")
@@ -79,10 +79,10 @@ def hidden_of(output: Any) -> Tensor:
 
 
 def block_chain(model: nn.Module, cores: Sequence[AttentionCore]) -> Chain | str:
-    """Return the chain of blocks that the attention cores of a model lie in, or why there is none.
+    """Return the chain of blocks that contain a model's attention cores, or the reason why they form no chain.
 
-    The blocks are the members of the outermost ``ModuleList`` around the cores. That they really follow each other is
-    not said here: a recorded pass shows it (``experiments.engine.fast.recording``).
+    The blocks are the members of the outermost ``ModuleList`` around the cores. This function does not check that they
+    really follow each other; a recorded pass does (``experiments.engine.fast.recording``).
     """
     lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
     around = {_outermost(core.name, lists) for core in cores}

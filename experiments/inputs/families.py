@@ -1,11 +1,11 @@
-"""The table of task families: what a model of each is loaded with, reads and answers.
+"""The table of task families: how a model of each family is loaded, what it reads, and what it predicts.
 
     family = FAMILIES.find("masked")
     family.auto_class                      # "AutoModelForMaskedLM"
-    loaded(family.targets)(batch)          # what each position should answer
+    loaded(family.targets)(batch)          # the target of each position
 
 A family is a row here and its functions, named as ``module:function`` and imported when they are needed. The family of
-a model decides what a fault is measured by: ``experiments.inputs.model_facts`` finds it out.
+a model decides how the effect of a fault is measured; ``experiments.inputs.model_facts`` determines the family.
 
 >>> [name for name, family in FAMILIES.items() if not family.targets]
 ['encoder']
@@ -25,18 +25,18 @@ class Family:
     """One task family.
 
     Attributes:
-        meaning: what a fault is measured by, for lists.
-        auto_class: the class of transformers that loads it.
-        heads: the table of transformers that names its classes; without one it is what no other family is.
-        decoder: whether it is the one to take where ``config.is_decoder`` is set and several families fit.
-        two_stacks: whether an encoder hands on to a decoder. The command does not run these; the Python API does.
-        answer: the attribute of the model's outputs that holds what is compared.
-        targets: the function of a batch that says what each position should answer; without one there is no loss.
-        needs_labels: whether a user's batch must carry ``labels``.
-        inputs: the function that makes a batch's tensors of windows of tokens.
-        closes: whether windows end with what the tokenizer puts behind a text.
-        shortest: tokens that a window needs.
-        spare_weights: parts of names of weights that may be missing, since nothing measured depends on them.
+        meaning: how the effect of a fault is measured, for lists.
+        auto_class: the class of transformers that loads the model.
+        heads: the table of transformers that names its classes; None for the family of all other models.
+        decoder: whether to choose this family if ``config.is_decoder`` is set and several families fit.
+        two_stacks: whether an encoder feeds a decoder. The command does not run these models; the Python API does.
+        answer: the attribute of the model's outputs that is compared.
+        targets: the function that returns the target of each position of a batch; without one there is no loss.
+        needs_labels: whether a user's batch must have ``labels``.
+        inputs: the function that makes a batch's tensors from windows of tokens.
+        closes: whether windows end with the special tokens that the tokenizer puts after a text.
+        shortest: the smallest number of tokens in a window.
+        spare_weights: parts of names of weights that may be missing, because no measurement depends on them.
     """
 
     meaning: str
@@ -78,7 +78,7 @@ FAMILIES: Registry[Family] = Registry(
             "AutoModel",
             answer="last_hidden_state",
             inputs=f"{_WINDOWS}:tokens_alone",
-            # The pooler is behind the last hidden state.
+            # The pooler comes after the last hidden state.
             spare_weights=("pooler.",),
         ),
         "encoder-decoder": Family(

@@ -1,7 +1,7 @@
-"""Is a name on the Hugging Face Hub: asked once, with a short timeout.
+"""Ask the Hugging Face Hub about a name: once, with a short timeout.
 
-The libraries retry for half a minute and more when the hub does not answer, which is the normal state of a compute
-node. So whoever needs a hub name asks here first and fails, or turns to the local cache, within seconds.
+The libraries retry for half a minute or more when the hub does not answer, which is normal on a compute node. So code
+that needs a hub name asks here first; it fails, or uses the local cache, within seconds.
 
     hub_files("openai-community/gpt2", "model")             # frozenset({"config.json", "model.safetensors", ...})
     pinned_commit("openai-community/gpt2", None)            # "607a30d783dfa663caf39e06633721c8d4cfcd7e"
@@ -32,7 +32,7 @@ TIMEOUT_SECONDS = 5.0
 
 
 class HubUnreachableError(MissingResourceError):
-    """The hub did not answer, or offline mode forbids to ask; a cached copy may still serve."""
+    """The hub did not answer, or offline mode forbids asking it; a cached copy may still exist."""
 
 
 def hub_files(name: str, kind: Literal["model", "dataset"], revision: str | None = None) -> frozenset[str]:
@@ -44,9 +44,9 @@ def hub_files(name: str, kind: Literal["model", "dataset"], revision: str | None
         revision: Branch, tag or commit; None for the main branch.
 
     Raises:
-        UsageError: The name cannot be the name of a repository.
-        MissingResourceError: There is no such repository or revision, or it may not be read.
-        HubUnreachableError: No answer within ``TIMEOUT_SECONDS`` each to connect and to read, or offline mode.
+        UsageError: No repository can have this name.
+        MissingResourceError: The repository or revision does not exist, or reading it is not allowed.
+        HubUnreachableError: Connecting or reading took more than ``TIMEOUT_SECONDS``, or offline mode is on.
     """
     api = huggingface_hub.HfApi()
     try:
@@ -69,9 +69,9 @@ def hub_files(name: str, kind: Literal["model", "dataset"], revision: str | None
 
 
 def pinned_commit(name: str, revision: str | None) -> str:
-    """Fetch a model's ``config.json`` by the name of the revision and return the commit it came from.
+    """Fetch a model's ``config.json`` by the name of the revision; return its commit.
 
-    The cache remembers then which commit the revision names, which ``cached_model_folder`` needs without the network.
+    The cache then remembers the commit of the revision, and ``cached_model_folder`` needs no network to find it.
 
     Raises:
         MissingResourceError: The file cannot be fetched.
@@ -83,7 +83,7 @@ def pinned_commit(name: str, revision: str | None) -> str:
 
 
 def cached_model_folder(name: str, revision: str | None) -> Path | None:
-    """Return the folder of the cached snapshot of a hub model, named by its commit, or None if there is none."""
+    """Return the folder of a hub model's cached snapshot (its name is the commit), or None without a snapshot."""
     try:
         config = huggingface_hub.try_to_load_from_cache(name, "config.json", revision=revision)
     except HFValidationError as error:
@@ -92,6 +92,6 @@ def cached_model_folder(name: str, revision: str | None) -> Path | None:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the class of an error and the first line of its message, which for the libraries used here is enough."""
+    """Return the class of an error and the first line of its message: enough for the libraries used here."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0].strip()}" if lines else type(error).__name__

@@ -1,6 +1,6 @@
-"""What a model's ``config.json`` says: its family, layers, heads, positions and vocabulary.
+"""The facts in a model's ``config.json``: its family, layers, heads, positions and vocabulary.
 
-Enough to refuse a layer, a head or a sequence length that is out of range before any weight is read. The families are
+They are enough to refuse a layer, a head or a sequence length out of range before any weight is read. The families are
 rows of ``experiments.inputs.families``.
 
 >>> from transformers import RobertaConfig
@@ -30,15 +30,15 @@ _LAYERS_WITHOUT_ATTENTION = {"linear_attention", "mamba", "recurrent", "conv", "
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What ``config.json`` says about a model.
+    """The facts about a model in its ``config.json``.
 
     Attributes:
         family: A name of ``FAMILIES``.
-        architecture: Name of the class that was saved; the model type when the file does not say.
-        num_layers: Number of layers with attention (of one stack, for an encoder-decoder), or None if not said.
-        num_heads: Query heads a layer, or None if not said or not the same in all layers.
-        max_positions: Longest sequence in tokens, or None where the architecture sets no limit.
-        vocab_size: Size of the embedding: token ids are ``0 .. vocab_size - 1``; None if there are no token ids.
+        architecture: Name of the class that was saved, or the model type if the file does not name the class.
+        num_layers: Number of layers with attention (of one stack, for an encoder-decoder), or None if unknown.
+        num_heads: Query heads per layer, or None if unknown or not the same in all layers.
+        max_positions: The longest sequence in tokens, or None if the architecture sets no limit.
+        vocab_size: Size of the embedding: token ids are ``0 .. vocab_size - 1``; None if the model reads no token ids.
     """
 
     family: str
@@ -50,10 +50,10 @@ class ModelFacts:
 
 
 def facts_from_config(config: Any) -> ModelFacts:
-    """Read the facts from a ``PreTrainedConfig``; of several parts, those of the part that reads text.
+    """Return the facts of a ``PreTrainedConfig``; if it has several parts, the facts of the part that reads text.
 
     Raises:
-        ValueError: A configuration with several text parts, of which none is the main one.
+        ValueError: The configuration has several text parts, and none is the main one.
     """
     text = config.get_text_config()
     return ModelFacts(
@@ -81,13 +81,13 @@ def _family(classes: Iterable[str], config: Any) -> str:
     found = [name for name, family in alike.items() if family.heads and _has_head(family, names, config)]
     if not found:
         return next(name for name, family in alike.items() if not family.heads)
-    # BERT and its kin stand in both lists, and are decoders only where the configuration says so
+    # BERT and similar models are in both lists; they are decoders only if the configuration says so
     is_decoder = bool(getattr(config, "is_decoder", False))
     return next((name for name in found if alike[name].decoder == is_decoder), found[0])
 
 
 def _has_head(family: Family, classes: Set[str], config: Any) -> bool:
-    """Whether transformers lists one of the classes (without any: the model's type) for a family, or its own code."""
+    """Return whether transformers, or the model's own code, lists one of the classes (or the type) for a family."""
     listed = getattr(modeling_auto, family.heads)
     own_code = getattr(config, "auto_map", None) or {}
     known = not classes.isdisjoint(listed.values()) if classes else config.model_type in listed

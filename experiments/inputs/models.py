@@ -1,7 +1,7 @@
-"""The model a campaign breaks: where it is, what kind it is, and loaded ready for measurement.
+"""The model under test: find it, read its facts, and load it ready for measurement.
 
-A model is a built-in name, a local folder or a name on the hub. It is loaded by ``from_pretrained`` with safetensors
-weights and its own eager attention, in evaluation mode, without gradients. A checkpoint that lacks weights is refused:
+A model is a built-in name, a local folder or a name on the hub. ``from_pretrained`` loads it with safetensors weights
+and its own eager attention, in evaluation mode, without gradients. A checkpoint that lacks weights is refused, because
 the library would fill the gap with random numbers and only warn.
 
     loaded = load_model(config.model)       # LoadedModel(model=..., tokenizer=..., family="causal", ...)
@@ -55,14 +55,14 @@ class LoadedModel:
 
     Attributes:
         model: The ``PreTrainedModel``.
-        tokenizer: Its tokenizer, or None if none was saved with it (then only ``synthetic`` data can be used).
+        tokenizer: Its tokenizer, or None if it has none (then only ``synthetic`` data can be used).
         family: A key of ``FAMILIES``.
         device: Where the parameters are.
-        dtype: What was asked for; a few architectures keep some parameters in float32.
+        dtype: The requested dtype; a few architectures keep some parameters in float32.
         path: The name as the user gave it.
-        resolved: The folder, or the hub name, that was loaded.
+        resolved: The folder or hub name that was loaded.
         revision: Commit on the hub; None for a local folder.
-        facts: What its configuration says.
+        facts: The facts in its configuration.
     """
 
     model: Any
@@ -77,7 +77,7 @@ class LoadedModel:
 
     @property
     def vocabulary(self) -> int:
-        """Number of token ids; ``UsageError`` for a model that reads none."""
+        """The number of token ids; raises ``UsageError`` for a model that reads none."""
         if self.facts.vocab_size is None:
             raise UsageError(f"model.path: {self.path} reads no token ids; campaigns need a text model")
         return self.facts.vocab_size
@@ -85,7 +85,7 @@ class LoadedModel:
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a model was found: what ``from_pretrained`` gets, and the names of the files there."""
+    """Where a model was found: the argument of ``from_pretrained``, and the names of the files there."""
 
     source: str
     commit: str | None
@@ -104,8 +104,9 @@ def load_model(config: ModelConfig) -> LoadedModel:
     ``config.force_kv_equal`` is not applied here: it is a property of the patched model.
 
     Raises:
-        UsageError: Unknown dtype or device, pickle weights, an encoder-decoder, a model that takes no token ids.
-        MissingResourceError: Model, weights, hub or GPU are not there.
+        UsageError: The dtype or device is unknown, the weights are pickle, or the model is an encoder-decoder or takes
+            no token ids.
+        MissingResourceError: The model, its weights, the hub or the GPU is missing.
     """
     dtype = resolve_dtype(config.dtype)
     device = resolve_device(config.device)
@@ -128,14 +129,14 @@ def load_model(config: ModelConfig) -> LoadedModel:
 
 
 def read_model_facts(config: ModelConfig) -> ModelFacts | None:
-    """Read what ``config.json`` says, without weights and without the network.
+    """Read the facts in ``config.json``, without weights and without the network.
 
     Returns:
-        The facts; None for a name that is neither built in nor a folder here nor in the local hub cache.
+        The facts; None for a name that is not built in, not a local folder, and not in the local hub cache.
 
     Raises:
-        MissingResourceError: A local folder that is not there or has no readable ``config.json``.
-        UsageError: A configuration of unknown type.
+        MissingResourceError: A local folder is missing or has no readable ``config.json``.
+        UsageError: The configuration has an unknown type.
     """
     folder = _local_folder(config)
     place = _folder_place(folder) if folder is not None else _cached_place(config)
@@ -153,8 +154,8 @@ def resolve_device(name: str) -> torch.device:
     """Return the device of this name: ``auto`` (the GPU if there is one), ``cpu``, ``cuda`` or ``cuda:<i>``.
 
     Raises:
-        UsageError: Another name.
-        MissingResourceError: A GPU that is not there.
+        UsageError: The name is none of these.
+        MissingResourceError: The GPU does not exist.
     """
     allowed = ("auto", "cpu", "cuda", "cuda:0")
     if name in ("auto", "cpu"):
@@ -315,7 +316,7 @@ def _load_weights(place: _Place, config: ModelConfig, family: str, dtype: torch.
 
 
 def _load_tokenizer(place: _Place, config: ModelConfig) -> Any | None:
-    # without its files AutoTokenizer returns a tokenizer that knows no words, and says nothing
+    # without its files AutoTokenizer silently returns a tokenizer that knows no words
     if not any(_TOKENIZER.fullmatch(name) for name in place.files):
         return transformers.ByT5Tokenizer() if config.path in BUILT_IN_MODELS else None
     try:

@@ -1,8 +1,9 @@
-"""English text that every Python carries: the topics of CPython's own ``pydoc_data``, split for training and testing.
+"""English text that ships with every Python: the topics of CPython's ``pydoc_data``, split for training and testing.
 
-The language reference that ``help("topics")`` shows is some 450 kB of prose and code, needs no download and no
-licence but Python's. The reference models are trained on nine tenths of it and campaigns measure on the rest. A
-topic's side is a hash of its name, so the split means the same on every Python, whose texts differ a little.
+The language reference that ``help("topics")`` shows is some 450 kB of prose and code. It needs no download and no
+licence except Python's. The reference models are trained on nine tenths of it, and campaigns measure on the rest. A
+hash of a topic's name decides its side, so the split is the same on every Python, even though the texts differ a
+little.
 
 Public names: ``training_topics``, ``held_out_topics``, ``is_held_out``, ``text_bytes``.
 
@@ -17,13 +18,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping
 
-# Of the ten classes of names this one shares the least text with the other nine among those of about a tenth.
+# Of the classes of names with about a tenth of the text, this one shares the least text with the other nine.
 _HELD_OUT_CLASS = 8
 _CLASSES = 10
 
 
 def is_held_out(topic: str) -> bool:
-    """Say whether the topic of this name belongs to the held-out tenth; decided by the name alone."""
+    """Return whether the topic of this name belongs to the held-out tenth; only the name decides."""
     digest = hashlib.sha256(topic.encode("utf-8")).digest()
     return int.from_bytes(digest[:8], "big") % _CLASSES == _HELD_OUT_CLASS
 
@@ -38,10 +39,10 @@ def held_out_topics() -> dict[str, str]:
 
 
 def training_topics() -> dict[str, str]:
-    """Return the training topics, name to text, in the order of their names, cleaned of held-out text.
+    """Return the training topics, name to text, in the order of their names, without held-out text.
 
-    Topics quote each other (``specialnames`` holds all of ``customization``), so a split by name alone would show
-    the model what it is tested on: paragraphs that also stand in a held-out topic are left out.
+    Topics quote each other (``specialnames`` contains all of ``customization``), so a split by name alone would train
+    the model on its test text. Therefore paragraphs that also occur in a held-out topic are left out.
 
     Raises:
         MissingResourceError: This Python was installed without ``pydoc_data``.
@@ -51,9 +52,9 @@ def training_topics() -> dict[str, str]:
 
 
 def without_shared_paragraphs(documents: Mapping[str, str], others: Iterable[str]) -> dict[str, str]:
-    r"""Return ``documents`` without the paragraphs that, white space aside, also stand in ``others``.
+    r"""Return ``documents`` without the paragraphs that also occur in ``others``, apart from white space.
 
-    Paragraphs end at a blank line. A document of which nothing is left is dropped.
+    Paragraphs end at a blank line. A document without any paragraph left is dropped.
 
     >>> without_shared_paragraphs({"a": "one\n\n  two\nthree\n\nfour", "b": "four"}, ["two three\n\nfour"])
     {'a': 'one'}
@@ -79,7 +80,7 @@ def _all_topics() -> dict[str, str]:
     try:
         from pydoc_data.topics import topics
     except ImportError as error:
-        # Late, because that module brings in all of torch, which nobody needs to read a text.
+        # Imported late, because that module imports torch, which reading a text does not need.
         from experiments.errors import MissingResourceError
 
         raise MissingResourceError(

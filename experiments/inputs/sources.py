@@ -1,4 +1,4 @@
-"""The texts a campaign reads, from one word or one ``kind:where`` of the configuration to a list of documents.
+"""Read the documents of a campaign from its ``data.source``: one word, or one ``kind:where``.
 
     read_documents("pydoc")                                # held-out topics of Python's own documentation
     read_documents("text:notes.txt")                       # one document; a folder: one for each *.txt in it
@@ -6,8 +6,9 @@
     read_documents("csv:reviews.csv", field="body")
     read_documents("hf:Salesforce/wikitext:wikitext-2-raw-v1", split="test")    # hub dataset or a local folder
 
-``experiments.config.source_names`` has the table of sources, which names the function here that reads each.
-``synthetic`` is the one without documents: ``experiments.inputs.windows`` draws its tokens from the vocabulary.
+``experiments.config.source_names`` has the table of sources, which names the function that reads each. Only
+``synthetic``
+has no documents: ``experiments.inputs.windows`` draws its tokens from the vocabulary.
 """
 
 from __future__ import annotations
@@ -28,23 +29,23 @@ from experiments.registry import loaded
 
 
 class _Record(NamedTuple):
-    """One entry of a file and where it stands, for the message if it is wrong."""
+    """One entry of a file and its place, which an error message names."""
 
     where: str
     value: Any
 
 
 def read_documents(source: str, field: str | None = None, split: str = "test") -> list[str]:
-    """Read the documents of a source, in their order, without those that hold only white space.
+    """Return the documents of a source, in their order, without documents of only white space.
 
     Args:
         source: One of the forms of ``SOURCES``.
-        field: Key or column with the text (json, csv, hf); by default ``text``, else the only one that holds text.
+        field: Key or column with the text (json, csv, hf); by default ``text``, or else the only one with text.
         split: Split of a dataset (hf).
 
     Raises:
-        UsageError: The source is malformed, empty, or has no such field; the text is not text.
-        MissingResourceError: The file, the dataset, or the network is not there.
+        UsageError: The source is malformed or empty, lacks the field, or holds something other than text.
+        MissingResourceError: The file, the dataset, or the network is missing.
     """
     parsed = parse_source(source)
     reader = SOURCES[parsed.kind].documents
@@ -62,7 +63,7 @@ def read_pydoc(source: Source, field: str | None, split: str) -> list[str]:
 
 
 def existing_path(source: Source) -> Path:
-    """Return the path that a source names; ``MissingResourceError`` if nothing is there."""
+    """Return the path that a source names; raise ``MissingResourceError`` if it does not exist."""
     path = Path(source.target or "").expanduser()
     if not path.exists():
         got = f"{source.kind}:{source.target}"
@@ -97,7 +98,7 @@ def _decode(path: Path) -> str:
 
 
 def read_json(source: Source, field: str | None, split: str) -> list[str]:
-    """Return the strings of an array or of JSON lines, or what their objects hold under ``field``."""
+    """Return the strings of an array or of JSON lines, or the values of their objects at ``field``."""
     path = existing_path(source)
     records = _json_records(path, _decode(path))
     name = field
@@ -152,7 +153,7 @@ def _text(where: str, value: Any) -> str:
 
 
 def _choose_field(source: str, field: str | None, columns: Mapping[str, bool]) -> str:
-    """Return the field with the text; ``columns`` says of each name whether all it holds is text."""
+    """Return the field with the text; ``columns`` says for each name whether all its values are text."""
     available = ", ".join(map(repr, columns)) or "none"
     if field is not None:
         if field not in columns:
@@ -247,7 +248,7 @@ def _require_on_hub(name: str, offline: bool) -> None:
             f"data.source: got 'hf:{name}', but there is no folder {Path(name).expanduser().absolute()}"
         )
     if offline:
-        return  # then load_dataset looks into its cache, at once
+        return  # then load_dataset reads its cache at once
     try:
         hub_files(name, "dataset")
     except UsageError as error:
@@ -258,7 +259,7 @@ def _require_on_hub(name: str, offline: bool) -> None:
 
 
 def _saved_split(saved: Any, name: str, split: str) -> Any:
-    """Return the split of what ``save_to_disk`` wrote: several splits, or one that may know its name."""
+    """Return a split of a dataset that ``save_to_disk`` wrote: it has several splits, or one that may know its name."""
     splits = saved if isinstance(saved, Mapping) else {str(saved.split or split): saved}
     if split not in splits:
         raise UsageError(

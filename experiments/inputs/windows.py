@@ -1,8 +1,8 @@
 """The input of a campaign: windows of exactly ``seq_len`` tokens, drawn by the seed, in batches.
 
-The documents are tokenised, joined with an end-of-text token between them and cut into windows without overlap or
-padding; ``num_samples`` of the windows are drawn without replacement. So two seeds read different text, and the same
-seed reads the same text however it is batched.
+The documents are tokenised, joined with an end-of-text token between them, and cut into windows without overlap or
+padding. Then ``num_samples`` windows are drawn without replacement. So two seeds read different text, and one seed
+reads the same text for every batch size.
 
     batches = make_batches(config.data, loaded.tokenizer, config.seed, loaded.family, loaded.facts.vocab_size)
 
@@ -68,17 +68,17 @@ def make_batches(
     Args:
         data: The section ``data`` of the configuration.
         tokenizer: Of the model; None is enough for ``synthetic``.
-        seed: Decides which windows are drawn, in which order, and what is masked.
+        seed: Determines which windows are drawn, in which order, and which tokens are masked.
         family: A name of ``FAMILIES``.
         vocab_size: Token ids are below it.
 
     Returns:
-        ``num_samples / batch_size`` dicts of ``input_ids`` and, but for an encoder, ``labels``, both (B, T) int64;
-        -100 in the labels where there is no target.
+        ``num_samples / batch_size`` dicts of ``input_ids`` and, except for an encoder, ``labels``, both (B, T) int64; a
+        label of -100 means no target.
 
     Raises:
         UsageError: Too little text, a batch size that does not divide the number of samples, ids beyond the vocabulary.
-        MissingResourceError: The source is not there.
+        MissingResourceError: The source does not exist.
     """
     _check_sizes(data, family)
     drawn = SOURCES[parse_source(data.source).kind].windows
@@ -97,7 +97,7 @@ def make_batches(
 def make_calibration_batches(
     data: DataConfig, tokenizer: Any | None, seed: int, family: str, vocab_size: int
 ) -> list[dict[str, Tensor]]:
-    """Return as many batches as ``make_batches`` does, of windows that it does not draw; none if there are too few.
+    """Return as many batches as ``make_batches``, from windows that it does not draw; no batch if these are too few.
 
     The arguments are those of ``make_batches``.
     """
@@ -110,7 +110,7 @@ def make_calibration_batches(
 
 
 def pack_windows(tokens: Tensor, seq_len: int, prefix: Sequence[int] = (), suffix: Sequence[int] = ()) -> Tensor:
-    """Cut a stream of tokens into windows without overlap; what is left at the end is dropped.
+    """Cut a stream of tokens into windows without overlap; drop the rest at the end.
 
     Args:
         tokens: (N,) int64.
@@ -130,7 +130,7 @@ def pack_windows(tokens: Tensor, seq_len: int, prefix: Sequence[int] = (), suffi
 
 
 def draw_windows(available: int, wanted: int, seed: int) -> list[int]:
-    """Draw ``wanted`` different window numbers from ``0 .. available - 1``; their order is drawn too."""
+    """Draw ``wanted`` different window numbers from ``0 .. available - 1``, in random order."""
     return torch.randperm(available, generator=_generator("windows", seed))[:wanted].tolist()
 
 
@@ -181,9 +181,9 @@ def masked_tokens_and_labels(windows: Tensor, numbers: Sequence[int], tokenizer:
 
     Args:
         windows: (N, T), changed in place.
-        numbers: Of the windows in their source, which with the seed decide what is hidden.
-        tokenizer: Has the mask token.
-        seed: Of the campaign.
+        numbers: The numbers of the windows in their source; with the seed they decide which tokens are hidden.
+        tokenizer: The tokenizer; it has the mask token.
+        seed: The seed of the campaign.
     """
     labels = windows.clone()
     for row, number in enumerate(numbers):
@@ -202,7 +202,7 @@ def _tokenise(documents: Sequence[str], tokenizer: Any) -> Tensor:
 
 
 def _special_edges(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """Return what the tokenizer puts before and after a text by itself."""
+    """Return the special tokens that the tokenizer itself puts before and after a text."""
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     whole = tokenizer("a")["input_ids"]
     for start in range(len(whole) - len(bare) + 1):
@@ -212,7 +212,7 @@ def _special_edges(tokenizer: Any) -> tuple[list[int], list[int]]:
 
 
 def synthetic_windows(data: DataConfig, tokenizer: Any | None, seed: int, vocab_size: int) -> Tensor:
-    """Return ``data.num_samples`` windows of token ids that are drawn evenly; special tokens are left out."""
+    """Return ``data.num_samples`` windows of uniformly drawn token ids, without special tokens."""
     known = vocab_size if tokenizer is None else min(vocab_size, len(tokenizer))
     special = set() if tokenizer is None else set(tokenizer.all_special_ids)
     ordinary = torch.tensor([token for token in range(known) if token not in special], dtype=torch.int64)

@@ -1,1 +1,1 @@
-"""One run: its fault drawn, its measurements made into a row."""
+"""One run: draw its fault, and make a row from its measurements."""

@@ -1,12 +1,13 @@
-"""How the open part of a fault is drawn (``fault.aim``), and the weight that undoes it.
+"""Draw the open part of a fault (``fault.aim``), and compute the weight that corrects for unequal probabilities.
 
     faults, weight = draw_by_bits(spec, sites, random)
     faults, weight = EffectAim(subject, batches).draw(spec, sites, layers, baseline, batch_index, random)
 
-A run's ``sampling_weight`` is the probability of its fault under uniform drawing, divided by the one it was drawn with.
+A run's ``sampling_weight`` is the probability of its fault under uniform drawing, divided by its probability under this
+aim.
 Input and layers are always drawn uniformly.
 
-``bits``: the element is uniform; a bit of sign or exponent is drawn 8 times as often as one of the mantissa.
+``bits``: the element is uniform; a bit of sign or exponent is drawn 8 times as often as a bit of the mantissa.
 
 ``effect``: m candidates are drawn uniformly, and one of them, J, with probability g_J / (g_1 + ... + g_m), where g
 grows with the predicted change of the layer's output (``bounds.effects.fault_severity``).
@@ -40,26 +41,27 @@ from fault_injection.faults.candidates import ElementPool, draw_candidates
 from fault_injection.faults.fault import bit_choices
 
 OFTEN = 8.0
-"""How much more often a bit of sign or exponent is drawn than one of the mantissa; no weight is then above 3. Variance
-would be smallest at the root of the ratio of their shares of harmful flips, 10 to 20 for float32 (docs/sampling.md)."""
+"""How many times as often a bit of sign or exponent is drawn as a bit of the mantissa; no weight then exceeds 3. The
+variance would be smallest at the root of the ratio of their rates of harmful flips, 10 to 20 for float32
+(docs/sampling.md)."""
 
 CANDIDATES = 128
 FLOOR = 0.05
-"""Preference for a fault without a predicted effect; so no weight is above 1 / FLOOR."""
+"""The preference for a fault without a predicted effect. It limits weights to 1 / FLOOR."""
 HALF = 0.5
-"""Relative change of a row of the layer's output at which about half of the flips are critical (docs/sampling.md)."""
+"""At this relative change of a row of the layer's output about half of the flips are critical (docs/sampling.md)."""
 KEPT_POOLS = 16
 
 
 def draw_by_bits(
     spec: FaultSpec, sites: Sequence[Site], random: np.random.Generator
 ) -> tuple[tuple[Fault, ...], float]:
-    """Draw a fault at each site, bits of sign and exponent more often; return them and their weight.
+    """Draw a fault at each site, bits of sign and exponent more often; return the faults and their weight.
 
     Args:
-        spec: of a kind that has bits, which it leaves open.
-        sites: one in each chosen layer.
-        random: what everything is drawn from.
+        spec: a specification with open bits.
+        sites: one site in each chosen layer.
+        random: the generator of the run.
     """
     faults, weight = [], 1.0
     for site in sites:
@@ -74,10 +76,10 @@ def draw_by_bits(
 
 
 def preference(severity: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return g of predicted severities: from FLOOR to 1; what cannot be predicted (NaN) counts as severe.
+    """Return g of predicted severities, from FLOOR to 1; a severity that cannot be predicted (NaN) counts as severe.
 
     The best g is the root of the probability of harm. A logistic curve in the logarithm of the severity s describes
-    that, 1 / (1 + (HALF / s)^2), and the floor makes it a defensive mixture.
+    this probability, 1 / (1 + (HALF / s)^2), and the floor makes g a defensive mixture.
     """
     with np.errstate(divide="ignore", over="ignore"):
         harm = 1 / (1 + np.square(HALF / severity))
@@ -85,11 +87,11 @@ def preference(severity: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 class EffectAim:
-    """Draws faults by what they are predicted to do.
+    """Draws faults by their predicted effect.
 
     Args:
         subject: the patched model.
-        batches: on its device.
+        batches: batches on its device.
     """
 
     def __init__(self, subject: Subject, batches: Sequence[Mapping[str, Tensor]]) -> None:
@@ -105,15 +107,15 @@ class EffectAim:
         batch_index: int,
         random: np.random.Generator,
     ) -> tuple[tuple[Fault, ...], float]:
-        """Draw a fault at each site, those with a large predicted effect more often; return them and their weight.
+        """Draw a fault at each site, large predicted effects more often; return the faults and their weight.
 
         Args:
-            spec: of a kind that hits one element.
-            sites: one in each chosen layer.
-            layers: all that may be chosen; their clean tensors are computed together.
-            baseline: of the input.
-            batch_index: its number.
-            random: what everything is drawn from.
+            spec: a specification whose faults hit one element.
+            sites: one site in each chosen layer.
+            layers: all layers that may be chosen; their clean tensors are computed together.
+            baseline: the fault-free pass of the input.
+            batch_index: the number of the input.
+            random: the generator of the run.
         """
         clean = self._clean.get(batch_index, spec.location, tuple(layers), baseline.situation)
         drawn, severities = [], []
@@ -125,7 +127,7 @@ class EffectAim:
             found = clean[site.layer].terms.severity(*(part.to(device) for part in (indices, before, after)))
             drawn.append(candidates)
             severities.append(found.cpu().numpy())
-        # Of faults in several layers the most severe one counts.
+        # If a run has faults in several layers, the most severe one counts.
         preferred = preference(np.max(severities, axis=0))
         chosen = _choose(preferred, random)
         weight = float(preferred.mean() / preferred[chosen])

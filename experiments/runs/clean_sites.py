@@ -1,7 +1,7 @@
-"""What ``fault.aim: effect`` knows of an input before a run: its clean tensors at a location, and what faults there do.
+"""The clean tensors of an input at a location, and the predicted effects of faults there (``fault.aim: effect``).
 
     sites = CleanSites(subject, batches)
-    clean = sites.get(batch_index, "scores", layers, situation)     # by layer; one fault-free pass the first time
+    clean = sites.get(batch_index, "scores", layers, situation)     # by layer; the first call makes a fault-free pass
     clean[3].elements, clean[3].terms
 
 Public names: ``CleanSite``, ``CleanSites``.
@@ -23,28 +23,28 @@ from fault_injection import AttentionCall
 from fault_injection.attention.call_tensors import CallTensors
 
 KEPT_BYTES = 1 << 30
-"""Most bytes that are kept of inputs other than the last one."""
+"""The largest number of bytes kept for inputs other than the last one."""
 
 
 @dataclass(frozen=True, eq=False)
 class CleanSite:
-    """One location of one layer in a fault-free pass: its tensor, and what severities of its faults have in common."""
+    """One location of one layer in a fault-free pass: its tensor, and the terms that all its severities share."""
 
     elements: Tensor
     terms: SeverityTerms
 
     @property
     def nbytes(self) -> int:
-        """Bytes that are kept."""
+        """The number of bytes of its tensors."""
         return self.elements.nbytes + self.terms.nbytes
 
 
 class CleanSites:
-    """The clean sites of inputs, the latest of them kept.
+    """The clean sites of inputs; it keeps the latest ones.
 
     Args:
         subject: the patched model.
-        batches: on its device.
+        batches: batches on its device.
     """
 
     def __init__(self, subject: Subject, batches: Sequence[Mapping[str, Tensor]]) -> None:
@@ -54,7 +54,7 @@ class CleanSites:
     def get(
         self, batch_index: int, location: str, layers: tuple[int, ...], situation: Situation
     ) -> Mapping[int, CleanSite]:
-        """Return the sites of ``layers`` by layer; ``situation`` is that of the input."""
+        """Return the sites of ``layers``, by layer; ``situation`` belongs to the input."""
         key = batch_index, location, layers
         if key not in self._kept:
             recorder = _Recorder(location, frozenset(layers), situation)
@@ -70,7 +70,7 @@ class CleanSites:
 
 
 class _Recorder:
-    """A tap that makes the clean sites of the first evaluation of each core."""
+    """A tap that makes clean sites from the first evaluation of each core."""
 
     locations = COMPLETE
 
@@ -81,7 +81,7 @@ class _Recorder:
         self._kept = CallTensors()
 
     def on(self, location: str, tensor: Tensor, call: AttentionCall) -> None:
-        """Keep the tensors of the call; at its end, what is needed of them."""
+        """Keep the tensors of the call; at its end, keep only the needed parts."""
         if call.number > 0:
             return
         keep_tensor(self._kept, location, tensor, call, self._situation)

@@ -1,10 +1,10 @@
-"""Drawing: which input a run uses and which faults it has.
+"""Draw the input and the faults of a run.
 
     drawing = FaultDrawing(subject, batches, baselines)
-    drawing.check(config)                                   # refuses what cannot be drawn on this model
+    drawing.check(config)                                   # refuses faults that this model cannot have
     drawn = drawing.draw(planned, config)                   # a DrawnRun: input, faults, their weight
 
-Everything random in a run is drawn from the run's own generator, in this order: batch, layers, element, bits.
+The run's own generator draws everything random, in this order: batch, layers, element, bits.
 
 Public name: ``FaultDrawing``.
 """
@@ -43,7 +43,7 @@ class FaultDrawing:
         self._first_sites: Mapping[tuple[int, str], Site] | None = None
 
     def layers(self, config: ExperimentConfig) -> list[int]:
-        """Return the candidate layers of a run; ``ValueError`` if the configuration names layers that do not exist."""
+        """Return the candidate layers of a run; raise ``ValueError`` if the configuration names a missing layer."""
         fault = config.fault
         allowed = instrumentation_of(self._subject.model).injection_layers
         layers = fault.layer_list()
@@ -55,9 +55,9 @@ class FaultDrawing:
         return candidate_layers(self._subject.layer_names, layers or list(allowed), fault.layer_pattern)
 
     def check(self, config: ExperimentConfig) -> None:
-        """Raise ``ValueError`` or ``IndexError`` if such a fault cannot be drawn on the first batch."""
+        """Raise ``ValueError`` or ``IndexError`` if this fault cannot be drawn on the first batch."""
         spec = config.fault.spec()
-        # A look into the cache costs a copy of the baseline.
+        # Reading the cache costs a copy of the baseline.
         if self._first_sites is None:
             self._first_sites = self._baselines.get(0, config).sites
         sites = self._first_sites
@@ -73,12 +73,12 @@ class FaultDrawing:
         """Draw everything random in a run.
 
         Args:
-            planned: its identity.
+            planned: the run's identity.
             config: the configuration of this run alone.
-            known: fingerprint of the model, and baseline of the input, if they are at hand: they cost milliseconds.
+            known: fingerprint of the model and baseline of the input, if the caller has them: they cost milliseconds.
 
         Raises:
-            ValueError, IndexError: layers, bits or an index that the model does not have.
+            ValueError, IndexError: the model does not have the layers, the bits or the index.
         """
         model_id = known[0] if known else model_fingerprint(self._subject.model)
         random = planned.generator()

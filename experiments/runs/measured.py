@@ -1,4 +1,4 @@
-"""What the execution of a run measured, whichever engine did it; ``experiments.runs.rows`` makes the row of it.
+"""The measurements of a run, from either engine; ``experiments.runs.rows`` makes a row from them.
 
     setting = Setting(model="reference", source="pydoc", dtype="float32", device="cpu", depth=6)
     measured = Measured(batch_index=0, faults=faults, ..., effect=effect)
@@ -21,12 +21,12 @@ from monitoring import PerformanceMetrics
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What runs on one model and one data set have in common.
+    """The facts that all runs on one model and one data set share.
 
     Attributes:
-        model, source: what the rows call the model and its text.
-        dtype, device: of the model, in words (``float32``, ``cpu``).
-        depth: number of attention layers.
+        model, source: the names of the model and of its text in the rows.
+        dtype, device: dtype and device of the model, in words (``float32``, ``cpu``).
+        depth: the number of attention layers.
     """
 
     model: str
@@ -38,25 +38,26 @@ class Setting:
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """What the execution of one run measured.
+    """The measurements of one run.
 
     Attributes:
-        batch_index: which batch it used.
-        faults, fault_id: what was injected, first layer first, and its identity.
+        batch_index: the number of its batch.
+        faults, fault_id: the injected faults, first layer first, and their identity.
         records: what the faults hit.
-        baseline_loss: nats; None without a loss.
-        effect: on the model's output; None if it was not propagated and may have had one.
-        local: on the output of the first injected layer; None exactly if the fault was propagated (``scope`` full).
+        baseline_loss: the loss of the fault-free pass, nats; None without a loss.
+        effect: the effect on the model's output; None if the fault was not propagated and may have had one.
+        local: the effect on the output of the first injected layer; None if and only if the fault was propagated
+            (``scope`` full).
         detections: the run's rows of ``detections.csv``.
-        metrics, injection_seconds: what it took.
-        block_changes: by number of the block, how far what it returns moved, relatively; empty unless it was recorded.
-        tightest: epsilon (s@w) and its bounds in the row of the first injected layer that is closest to them, as
+        metrics, injection_seconds: time, memory and operations.
+        block_changes: for each number of a block, the relative change of its output; empty unless recorded.
+        tightest: epsilon (s@w) and its bounds in the row of the first injected layer that is closest to them, as in
             ``Verdict.tightest``.
-        certificate, corrector: None where they were not asked for.
-        execution: engine and shortcuts that computed it.
+        certificate, corrector: None if the configuration does not request them.
+        execution: the engine and shortcuts that computed the run.
 
     Raises:
-        ValueError: neither an effect nor a local one.
+        ValueError: the run has neither an effect nor a local effect.
     """
 
     batch_index: int

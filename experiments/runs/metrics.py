@@ -1,4 +1,4 @@
-"""What a run cost: times as they were measured, sizes and operations as formulas say them.
+"""The cost of a run: measured times, and sizes and operations from formulas.
 
     monitor.reset()
     ...
@@ -32,7 +32,7 @@ SIZES = (
     "forward_flops",
     "total_flops",
 )
-"""What ``PerformanceMetrics`` says of the model and the pass, and not of the execution."""
+"""The fields of ``PerformanceMetrics`` that depend on the model and the input, not on the execution."""
 
 
 class RunMetrics:
@@ -41,7 +41,7 @@ class RunMetrics:
     Args:
         subject: the model.
         batches: batches on its device.
-        monitor: what times are added to.
+        monitor: the monitor that sums up the times.
     """
 
     def __init__(self, subject: Subject, batches: Sequence[Mapping[str, Tensor]], monitor: PerformanceMonitor) -> None:
@@ -50,9 +50,9 @@ class RunMetrics:
         self._has_formulas = attention_formula_gap(subject.model) is None
 
     def of(self, drawn: DrawnRun, detections: Sequence[DetectionRow]) -> PerformanceMetrics:
-        """Return what the monitor measured, with sizes and operations where formulas hold for the architecture.
+        """Return the monitor's measurements, with sizes and operations if formulas exist for the architecture.
 
-        The operations of bounds are those of the layers that all detectors looked at.
+        The operations of bounds are those of the layers that all detectors checked.
         """
         if not self._has_formulas:
             return self._monitor.metrics

@@ -1,4 +1,4 @@
-"""A run once its fault is drawn, and all it yields once it is executed.
+"""A run after its fault is drawn, and its record after it is executed.
 
 Public names: ``DrawnRun``, ``RunRecord``.
 """
@@ -17,7 +17,7 @@ from monitoring import PerformanceMetrics
 
 @dataclass(frozen=True)
 class RunRecord:
-    """Everything one run yields; ``clean`` are the rows of fault-free passes that were made for it."""
+    """All rows of one run; ``clean`` are the rows of fault-free passes that were made for it."""
 
     result: ExperimentResult
     detections: tuple[DetectionRow, ...]
@@ -29,15 +29,16 @@ class RunRecord:
 
 @dataclass(frozen=True)
 class DrawnRun:
-    """A run whose fault is known.
+    """A run whose faults are drawn.
 
     Attributes:
-        planned, config: the run, and the configuration of it alone.
-        batch_index, baseline: its input, and the fault-free pass of that.
-        faults, fault_id: what is injected, and its identity.
-        baseline_first: which pass of an uncached pair comes first.
-        model_id: fingerprint of the model.
-        sampling_weight: probability of the faults under uniform drawing, divided by the one they were drawn with.
+        planned, config: the planned run, and the configuration of this run alone.
+        batch_index, baseline: its input, and the fault-free pass of that input.
+        faults, fault_id: the faults, and their identity.
+        baseline_first: whether the fault-free pass of an uncached pair comes first.
+        model_id: the fingerprint of the model.
+        sampling_weight: the probability of the faults under uniform drawing, divided by the probability with which they
+            were drawn.
     """
 
     planned: PlannedRun
@@ -52,5 +53,5 @@ class DrawnRun:
 
     @property
     def propagates(self) -> bool:
-        """Whether the fault is followed to the output of the model."""
+        """Return whether the fault is propagated to the output of the model."""
         return self.config.run.propagates(self.planned.repeat)

@@ -1,4 +1,4 @@
-"""Turn what a run measured into the rows of the result files.
+"""Make the rows of the result files from the measurements of a run.
 
 detections = detection_rows(planned.run_id, watcher, effect, batch, config)
 row = run_row(planned, config, Setting(model=..., ...), Measured(effect=effect, detections=detections, ...))
@@ -27,11 +27,11 @@ from fault_injection.locations import LOCATION_TABLE
 from fault_injection.numbers.bits import float_format
 
 OUTPUT = "output"
-"""The module name of the check of the model's own output."""
+"""The module name in the row of the check of the model's output."""
 
 
 class Seen(Protocol):
-    """What detectors said of a pass: verdicts by ``(detector, layer)``, and the modules' names by layer."""
+    """The verdicts of detectors on a pass, by ``(detector, layer)``, and the names of the modules, by layer."""
 
     @property
     def verdicts(self) -> Mapping[tuple[str, int], Verdict]: ...  # noqa: D102
@@ -45,7 +45,7 @@ def detection_rows(
 ) -> list[DetectionRow]:
     """Return one row for every detector and layer that was checked.
 
-    The ``finite`` check also looks at the model's output, where there is one (``effect``): a fault may overflow behind
+    The ``finite`` detector also checks the model's output, if the run has one (``effect``): a fault may overflow after
     the last attention layer.
     """
     looks = [
@@ -59,13 +59,13 @@ def detection_rows(
 
 
 def tightest(seen: Seen, layer: int) -> tuple[float, float, float] | None:
-    """Return epsilon (s@w) and its bounds in the row of a layer that is closest to them; None if nobody looked."""
+    """Return epsilon (s@w) and its bounds in the layer's row that is closest to them; None without such a row."""
     verdict = seen.verdicts.get(("s@w", layer))
     return None if verdict is None else verdict.tightest
 
 
 def propagation_rows(run_id: str, changes: Mapping[int, float]) -> tuple[PropagationRow, ...]:
-    """Return one row for every block, given by number how far what it returns moved."""
+    """Return one row for every block; ``changes`` has the relative change of each block's output, by its number."""
     pairs = sorted(changes.items())
     return tuple(PropagationRow(run_id=run_id, layer=number, relative_change=change) for number, change in pairs)
 
@@ -83,9 +83,9 @@ def run_row(
 
 @dataclass(frozen=True)
 class RunFacts:
-    """All that is known of a run: the columns of ``runs.csv`` say which attribute of it they hold.
+    """All facts about a run; each column of ``runs.csv`` names the attribute that it holds.
 
-    What nothing else has computed is a property here.
+    Facts that no other object has are properties here.
     """
 
     planned: PlannedRun
@@ -118,12 +118,12 @@ class RunFacts:
 
     @property
     def layer_depth(self) -> str:
-        """The third of the model that the first injected layer lies in."""
+        """The third of the model that contains the first injected layer."""
         return layer_depth(self.first.layer, self.setting.depth)
 
     @property
     def bit(self) -> int | None:
-        """The bit, where there is exactly one."""
+        """The bit, if the fault has exactly one."""
         return self.first.bits[0] if len(self.first.bits) == 1 else None
 
     @property
@@ -133,7 +133,7 @@ class RunFacts:
 
     @property
     def bit_field(self) -> str | None:
-        """The field that all bits lie in, or ``mixed``."""
+        """The field of all bits, or ``mixed`` if they lie in several."""
         fields = {bit_field(self.hit.dtype, bit) for bit in self.first.bits} if self.hit is not None else set()
         return None if not fields else fields.pop() if len(fields) == 1 else "mixed"
 
@@ -162,7 +162,7 @@ class RunFacts:
 
     @property
     def scope(self) -> str:
-        """How far the fault was followed."""
+        """How far the fault was propagated."""
         return "full" if self.measured.local is None else "site"
 
     @property
@@ -172,17 +172,17 @@ class RunFacts:
 
     @cached_property
     def alarms(self) -> Alarms:
-        """What the detectors said."""
+        """The verdicts of the detectors, in the words of the columns."""
         return Alarms.of(self.measured.detections, self.first.layer)
 
     @property
     def epsilon(self) -> Epsilon | None:
-        """Epsilon in its tightest row; None if nobody looked."""
+        """Epsilon in its tightest row; None if no detector computed it."""
         return None if self.measured.tightest is None else Epsilon(*self.measured.tightest)
 
     @property
     def certificate(self) -> float | None:
-        """The certificate, where it holds: no alarm, and one element of a tensor that has a check (T26)."""
+        """The certificate, if it is valid: no alarm, and one hit element in a tensor that has a check (T26)."""
         here = [fault for fault in self.measured.faults if fault.layer == self.first.layer]
         several = sum(len(fault.elements) for fault in here) > 1
         covered = all(LOCATION_TABLE[fault.location].closed_form for fault in here)
@@ -190,7 +190,7 @@ class RunFacts:
 
     @cached_property
     def correction(self) -> Correction | None:
-        """What correction did; None if it was not asked for."""
+        """The result of correction; None if the configuration does not request it."""
         corrector = self.measured.corrector
         return None if corrector is None else Correction.of(self.measured.faults, corrector)
 
@@ -228,7 +228,7 @@ def layer_depth(layer: int, depth: int) -> str:
 
 @dataclass(frozen=True)
 class Alarms:
-    """What the detectors said of a run, in the words of the columns."""
+    """The verdicts of the detectors on a run, in the words of the columns."""
 
     violation_detected: bool
     detectors: str
@@ -240,7 +240,7 @@ class Alarms:
 
     @classmethod
     def of(cls, detections: Sequence[DetectionRow], layer: int) -> Alarms:
-        """Put together the rows of a run; the margin is that of the first injected layer."""
+        """Return the alarms in the rows of a run; the margin is that of the first injected layer."""
         fired = [row for row in detections if row.violations > 0]
         proved = [row for row in fired if row.online and row.proved]
         oracle = [row for row in fired if not row.online]
@@ -262,13 +262,13 @@ def _names(rows: Sequence[DetectionRow]) -> str:
 
 @dataclass(frozen=True)
 class Correction:
-    """What correction did in a pass.
+    """The result of correction in a pass.
 
     Attributes:
-        repairs: elements that it replaced.
-        miscorrections: those of them that no fault had hit.
-        unrepaired: errors that it saw and left.
-        seconds: what it took.
+        repairs: the number of elements that it replaced.
+        miscorrections: how many of them no fault had hit.
+        unrepaired: the number of errors that it saw and left.
+        seconds: the time it took.
     """
 
     repairs: int
@@ -278,7 +278,7 @@ class Correction:
 
     @classmethod
     def of(cls, faults: Sequence[Fault], corrector: Corrector) -> Correction:
-        """Compare the repairs of a pass with its faults."""
+        """Return the result of a pass: compare its repairs with its faults."""
         hit = {
             (fault.layer, fault.call, fault.location, *map(int, np.unravel_index(element.flat, fault.shape)))
             for fault in faults

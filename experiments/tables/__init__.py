@@ -1,1 +1,1 @@
-"""Files and columns: what a row holds, and how rows are written and read."""
+"""Files and columns: the contents of a row, and how to write and read rows."""

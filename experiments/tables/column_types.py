@@ -34,7 +34,7 @@ def column_types(row_type: type[Any]) -> dict[str, ColumnType]:
     (False, True)
 
     Raises:
-        TypeError: a column is of none of ``KINDS``, alone or beside ``None``.
+        TypeError: a column's type is none of ``KINDS``, alone or with ``None``.
     """
     found = {}
     for name, hint in typing.get_type_hints(in_use(row_type)).items():
@@ -49,8 +49,8 @@ def column_types(row_type: type[Any]) -> dict[str, ColumnType]:
 def arrow_schema(row_type: type[Any]) -> Any:
     """Return the ``pyarrow.Schema`` of a row type: ``string``, ``bool``, ``int64`` and ``double``.
 
-    Text that always exists cannot be null; any other value may be: a number can be missing in files of runs that a
-    version before did.
+    Text that always exists cannot be null. Any other value can be, because an earlier version may have written the file
+    without it.
     """
     import pyarrow
 

@@ -1,4 +1,4 @@
-"""What a column is, and how a row is made, named and written from the declarations of its columns.
+"""Declare columns, and make, name and write rows from their declarations.
 
 A row type is a frozen dataclass. Its fields are the columns of a file, in order, each declared once by ``column``: the
 meaning, the unit, and where the value comes from. Name and type are those of the field.
@@ -40,10 +40,10 @@ def column(
     """Declare a column of a row type.
 
     Args:
-        meaning: what it says, in one line.
-        source: where ``row_of`` finds the value: the attribute of the facts of a row, or a path of attributes joined
-            by dots. If something on the path is ``None``, so is the value. Left out: the name of the column.
-        unit: of its numbers.
+        meaning: its meaning, in one line.
+        source: where ``row_of`` finds the value: an attribute of the facts of a row, or a path of attributes joined
+            by dots. If an attribute on the path is ``None``, so is the value. Default: the name of the column.
+        unit: the unit of its numbers.
         timing: whether it measures the execution.
         reproducible: whether it is the same in every execution.
         repeats: whether many rows have the same value; texts that do are categories in analysis.
@@ -72,7 +72,7 @@ def columns(row_type: type[Any]) -> list[str]:
 
 
 def row_of(row_type: type[Row], facts: object) -> Row:
-    """Return the row of these facts: each value is read where the declaration of its column says.
+    """Return the row of these facts; the declaration of each column says where its value is.
 
     Raises:
         AttributeError: the facts have no such attribute.
@@ -109,7 +109,7 @@ def cell(value: Any) -> str:
     if value is None:
         return ""
     if isinstance(value, float):
-        # NumPy's floats are floats, but write themselves otherwise.
+        # NumPy's floats are floats, but their repr differs.
         return repr(float(value))
     text = str(value)
     return re.sub(r"\s*[\r\n]+\s*", " ", text) if "\n" in text or "\r" in text else text
@@ -122,16 +122,16 @@ def cells(row: Any) -> list[str]:
 
 
 def in_use(row_type: type[Any]) -> type[Any]:
-    """Return the row type that stands for another: itself, but in a block of ``widened``."""
+    """Return the row type in use for another: the wider type in a block of ``widened``, otherwise itself."""
     return _WIDER.get(row_type, row_type)
 
 
 @contextmanager
 def widened(row_type: type[Any], wider: type[Any]) -> Iterator[None]:
-    """Let a subclass with more columns stand for a row type in all tables, for the duration of the block.
+    """Use a subclass with more columns for a row type in all tables, until the block ends.
 
     Raises:
-        ValueError: it is not a subclass of it.
+        ValueError: ``wider`` is not a subclass of ``row_type``.
     """
     if not issubclass(wider, row_type):
         raise ValueError(f"{wider.__name__}: allowed only a subclass of {row_type.__name__}")

@@ -1,10 +1,10 @@
-"""A CSV file that one writer appends to, row by row, and that survives being killed at any moment.
+"""A CSV file to which one writer appends rows, and which stays valid if the writer is killed at any moment.
 
     with CsvFile(path, columns) as file:     # a torn last line is cut off first
-        file.append(cells)                   # with the system in one write when this returns
+        file.append(cells)                   # passed to the system in one write
 
-A killed process loses nothing that it appended. Against a machine that loses power, files are forced to disk when they
-are closed or put in place, not row by row; what is lost then are the last rows, which are repeated.
+A killed process loses no row that it appended. To survive a loss of power, files are synced to disk when they are
+closed or put in place, but not after each row. A loss of power then costs the last rows, and their runs are done again.
 
 Public names: ``CsvFile``, ``read_rows``, ``read_keys``, ``write_rows``, ``write_lines``, ``write_text``, ``replacing``.
 """
@@ -29,11 +29,11 @@ logger = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def replacing(path: Path, *, sync: bool = True) -> Iterator[BinaryIO]:
-    """Open a file that appears under its name, whole, when the block ends; not at all if the block raises.
+    """Open a file that appears whole under its name when the block ends, and not at all if the block raises.
 
     Args:
-        path: its folder is made if it is not there.
-        sync: force it to disk first, so that no loss of power leaves an empty file under the name.
+        path: the file; its folder is made if it does not exist.
+        sync: sync it to disk first, so that no loss of power leaves an empty file under the name.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
@@ -65,18 +65,18 @@ def write_rows(path: Path, columns: Sequence[str], rows: Iterable[Sequence[str]]
 
 
 def write_lines(path: Path, columns: Sequence[str], lines: Iterable[bytes]) -> None:
-    """Like ``write_rows``, of rows that are bytes already (one or several rows each, newlines included)."""
+    """Write a whole CSV file, as ``write_rows`` does, from bytes that are one or several rows with their newlines."""
     with replacing(path) as stream:
         stream.write(encoded([columns]))
         stream.writelines(lines)
 
 
 def read_rows(path: Path, columns: Sequence[str]) -> list[list[str]]:
-    """Return the complete rows of a file; a torn last line is left out.
+    """Return the complete rows of a file, without a torn last line.
 
     Raises:
-        CheckRefusedError: another header, or a damaged row that is not the last: the file was not written by this
-            version, or not by us.
+        CheckRefusedError: the header is different, or a row before the last is damaged: another version or another
+            program wrote the file.
     """
     return [cells_of(line) for _, line in row_lines(path, columns)]
 
@@ -92,8 +92,8 @@ class CsvFile:
     Args:
         path: created with its header if it does not exist.
         columns: the header.
-        keep: first cells of the rows that stay when the file is opened; the others (of runs that were not finished)
-            are removed. By default all stay.
+        keep: when the file is opened, only rows whose first cell is in here stay; the others (of unfinished runs) are
+            removed. By default all rows stay.
     """
 
     def __init__(self, path: Path, columns: Sequence[str], keep: Container[str] | None = None) -> None:
@@ -121,7 +121,7 @@ class CsvFile:
             raise OSError(f"{self.path}: wrote {written} of {len(data)} bytes; is the disk full?")
 
     def close(self) -> None:
-        """Force the file to disk and close it."""
+        """Sync the file to disk and close it."""
         try:
             os.fsync(self._descriptor)
         finally:

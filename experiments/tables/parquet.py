@@ -2,8 +2,8 @@
 
     export_parquet(Path("results/default/runs.csv"), ExperimentResult, Path("runs.parquet"))     # 768
 
-The file is read and written in pieces, so its size does not matter. The types are those of the schema in
-``experiments.tables.schema``; numbers keep every bit.
+The file is read and written in pieces, so its size does not matter. The types come from ``experiments.tables.schema``;
+numbers keep every bit.
 
 Public names: ``export_parquet``, ``ROWS_IN_GROUP``.
 """
@@ -26,7 +26,7 @@ from experiments.tables.csv_file import replacing
 from experiments.tables.schema import columns
 
 ROWS_IN_GROUP = 1 << 16
-"""Rows of a row group, the unit that readers skip or load."""
+"""The number of rows in a row group, the unit that readers skip or load."""
 
 _BLOCK_BYTES = 1 << 23
 
@@ -35,7 +35,7 @@ def export_parquet(source: Path, row_type: type[Any], target: Path) -> int:
     """Write the CSV file ``source`` as the Parquet file ``target``, whole or not at all; return the number of rows.
 
     Raises:
-        CheckRefusedError: the file is cut off or is no text, has other columns, or a cell that is not of its column's
+        CheckRefusedError: the file is cut off, is no text or has other columns, or a cell does not have its column's
             type.
     """
     schema = arrow_schema(row_type)
@@ -82,7 +82,7 @@ def _batches(source: Path, row_type: type[Any]) -> Iterator[Any]:
     with pyarrow.csv.open_csv(source, reading, parsing, convert) as reader:
         for batch in reader:
             columns_of_batch = [
-                # To the reader every empty cell is a missing one.
+                # The reader treats every empty cell as missing.
                 pyarrow.compute.fill_null(column, "")
                 if types[name].kind is str and not types[name].optional
                 else column

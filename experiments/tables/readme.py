@@ -1,4 +1,4 @@
-"""The readme of ``results/``: what lies in the folder of a campaign, and every column of every table.
+"""The readme of ``results/``: the files in a campaign's folder, and every column of every table.
 
     lines_of({"runs.csv": (ExperimentResult, "one row per run")}, {"runs": ExperimentResult})
 
@@ -29,23 +29,23 @@ PROVENANCE = {
     "cpu_capability": "instruction set that torch chose its kernels for",
     "cuda": "the GPU, if there is one",
     "threads": "threads of one process",
-    "deterministic_algorithms": "whether torch was told to use no others",
+    "deterministic_algorithms": "whether torch was told to use only deterministic algorithms",
     "git_commit": "commit of the program",
     "git_changes": "whether files differed from that commit",
     "arguments": "the command's arguments",
     "environment": "variables of Slurm and of the mathematical libraries",
     "contexts": "by model, data and seed: path and revision, fingerprints of weights and data, results of the checks",
 }
-"""What each shard notes in ``shards/NNNN.json``."""
+"""The facts that each shard records in ``shards/NNNN.json``."""
 
 _INTRODUCTION = """\
 Campaigns are folders here: `config.yaml`, `provenance.json`, `plan.csv`, `shards/`, `trace/`, `logs/`, and after the
-merge the tables below. An empty cell means that the number does not exist; pandas reads it as NaN. Where the value
-itself is NaN the cell says `nan`, which pandas also reads as NaN: use the `nonfinite` columns to tell them apart, or
+merge the tables below. An empty cell means that the number does not exist; pandas reads it as NaN. If the value itself
+is NaN, the cell says `nan`, which pandas also reads as NaN: use the `nonfinite` columns to tell them apart, or
 `pandas.read_csv(path, keep_default_na=False)`. Columns marked *timing* or *execution* differ between executions; all
-others are reproducible bit for bit. What was swept and has no column of its own stands in `plan.csv`:
+others are reproducible bit for bit. `plan.csv` has the values of swept fields without a column of their own:
 `runs.merge(pandas.read_csv("plan.csv"), on=["run_id", "repeat"])`. `run_sweep.py export results/NAME --table TABLE`
-writes a table as Parquet, where both are told apart and every column has its type.""".splitlines()
+writes a table as Parquet, which tells both apart and gives every column its type.""".splitlines()
 
 
 def _described(name: str, meaning: str, rows: dict[str, str], first: str = "column") -> Iterable[str]:
@@ -71,8 +71,8 @@ def _shard_rows(tables: Iterable[str]) -> dict[str, str]:
     shards = {"NNNN.csv" if name == "runs" else f"NNNN.{name}.csv": f"its part of `{name}.csv`" for name in tables}
     return {
         **shards,
-        "NNNN.json": "where its numbers come from, see `provenance.json`",
-        "NNNN.lock": "process and machine that write it, as long as they do",
+        "NNNN.json": "the origin of its numbers, see `provenance.json`",
+        "NNNN.lock": "the process and machine that write the shard; exists only while they do",
     }
 
 
@@ -80,8 +80,8 @@ def lines_of(files: Mapping[str, tuple[type[Any], str]], tables: Iterable[str]) 
     """Yield the lines of the readme.
 
     Args:
-        files: by file, the type of its rows and what a row is.
-        tables: the tables that every shard has a part of.
+        files: for each file, the type of its rows and the meaning of a row.
+        tables: the tables of which every shard has a part.
     """
     yield "# Result files"
     yield ""
@@ -92,9 +92,9 @@ def lines_of(files: Mapping[str, tuple[type[Any], str]], tables: Iterable[str]) 
         yield from _described_columns(name, f"{meaning[0].upper()}{meaning[1:]}.", row_type)
     yield from _described("plan.csv", "One row per run of the grid, in its order; written before the first run.", _PLAN)
     meaning = (
-        "JSON, made by the merge from what each shard noted: the facts of the first shard, the contexts of all, and "
-        "under `shards`, by number, in what others differ from the first."
+        "JSON, which the merge makes from the facts of each shard: the facts of the first shard, the contexts of all, "
+        "and under `shards`, by number, the facts in which other shards differ from the first."
     )
     yield from _described("provenance.json", meaning, PROVENANCE, first="key")
-    meaning = "What each worker wrote, row by row; `NNNN` is the number of the shard. The merge only reads it."
+    meaning = "The rows that each worker wrote; `NNNN` is the number of the shard. The merge only reads them."
     yield from _described("shards/", meaning, _shard_rows(tables), first="file")

@@ -1,11 +1,11 @@
-"""The rows of a CSV file as bytes, one after the other and without taking them apart.
+"""Read the rows of a CSV file as bytes, one after the other, without parsing them.
 
     for offset, line in row_lines(path, columns):
         first_cell(line)                 # "686d24c4f44e4f15"
         cells_of(line)                   # ["686d24c4f44e4f15", "0", ...]
 
-Almost no cell is quoted, and a line without a quote is a row with as many cells as it has commas, plus one. Such lines
-are checked and passed on as they are. A million rows of 65 cells are read in seconds, and one row is in memory.
+Almost no cell is quoted, and the number of cells in a line without quotes is the number of its commas plus one. Such
+lines are checked and passed on as they are. A million rows of 65 cells are read in seconds, with one row in memory.
 
 Public names: ``row_lines``, ``cells_of``, ``first_cell``, ``encoded``, ``ELSEWHERE``.
 """
@@ -23,7 +23,7 @@ from typing import BinaryIO
 from experiments.errors import CheckRefusedError
 
 ELSEWHERE = -1
-"""The offset of a row that does not stand in the file in the form in which we write it."""
+"""The offset of a row that the file has in another form than the one we write."""
 
 _BUFFER_BYTES = 1 << 20
 
@@ -36,7 +36,7 @@ def encoded(rows: Iterable[Sequence[str]]) -> bytes:
 
 
 def cells_of(line: bytes) -> list[str]:
-    """Return the cells of one row that ``row_lines`` gave."""
+    """Return the cells of a row from ``row_lines``."""
     text = line.decode("utf-8")
     if '"' not in text:
         return text[:-1].split(",")
@@ -44,19 +44,19 @@ def cells_of(line: bytes) -> list[str]:
 
 
 def first_cell(line: bytes) -> str:
-    """Return the first cell of one row that ``row_lines`` gave."""
+    """Return the first cell of a row from ``row_lines``."""
     return cells_of(line)[0] if line.startswith(b'"') else line[: line.index(b",")].decode("utf-8")
 
 
 def row_lines(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, bytes]]:
-    """Yield the complete rows of a file, each with the offset of its first byte; a torn last line is left out.
+    """Yield the complete rows of a file, each with the offset of its first byte, without a torn last line.
 
-    A row that we would have written otherwise (needless quotes, other line ends) comes as we would have written it,
-    with the offset ``ELSEWHERE``. A file that is not there has no rows.
+    A row in another form than ours (needless quotes, other line ends) is yielded in our form, with the offset
+    ``ELSEWHERE``. A file that does not exist has no rows.
 
     Raises:
-        CheckRefusedError: another header, or a damaged row that is not the last: the file was not written by this
-            version, or not by us.
+        CheckRefusedError: the header is different, or a row before the last is damaged: another version or another
+            program wrote the file.
     """
     if not path.is_file():
         return
@@ -80,7 +80,7 @@ def row_lines(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, bytes]]
 
 
 def _whole_record(stream: BinaryIO, line: bytes) -> bytes:
-    """Return a line and those after it up to the next newline outside quotes; nothing if that never comes."""
+    """Return a line and the lines after it up to the next newline outside quotes; nothing if no such newline comes."""
     if line.count(b'"') % 2:
         lines, quotes = [line], 1
         while quotes % 2 and lines[-1]:
@@ -91,7 +91,7 @@ def _whole_record(stream: BinaryIO, line: bytes) -> bytes:
 
 
 _OUR_CELL = rb'(?:[^",\r\n]*+|"[^",\r\n]*+(?:,|""|\n)(?:[^"\r]|"")*+")'
-"""A cell as we write it: in quotes only if it has a comma, a quote or a line end in it."""
+"""A cell as we write it: in quotes only if it contains a comma, a quote or a line end."""
 
 
 @functools.cache
@@ -100,7 +100,7 @@ def _our_row(cells: int) -> re.Pattern[bytes]:
 
 
 def _is_ours(record: bytes, columns: Sequence[str] | None, header: bytes) -> bool:
-    """Whether a record is one row in the form in which we write it; without columns: whether it is our header."""
+    """Return whether a record is one row in our form; without ``columns``, whether it is our header."""
     if columns is None:
         return record == header
     try:
@@ -111,7 +111,7 @@ def _is_ours(record: bytes, columns: Sequence[str] | None, header: bytes) -> boo
 
 
 def _careful_rows(path: Path, content: bytes, columns: Sequence[str], lines_before: int) -> Iterator[list[str]]:
-    """Yield the rows of (the rest of) a file that has others than ours, or say what is wrong with it."""
+    """Yield the rows of (the rest of) a file with rows in another form, or raise an error that says what is wrong."""
     reader = csv.reader(io.StringIO(_complete_text(path, content, lines_before), newline=""))
     header_read = lines_before > 0
     while True:

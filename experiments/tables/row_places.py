@@ -1,11 +1,11 @@
-"""Where the rows of a table lie in the files of the shards, so that they can be copied in the order of the plan.
+"""The positions of a table's rows in the files of the shards, to copy them in the order of the plan.
 
     places = RowPlaces()
     places.begin_file(path)
     places.add(run, offset, line)                # for every row found in it, in the order of the file
     write_lines(target, columns, places.in_order())
 
-Kept are four numbers for each run, not its rows: a million runs take tens of megabytes.
+Memory holds four numbers for each run, not its rows: a million runs take tens of megabytes.
 
 Public names: ``RowPlaces``.
 """
@@ -25,11 +25,11 @@ from experiments.errors import CheckRefusedError
 from experiments.tables.row_lines import ELSEWHERE
 
 BLOCK_BYTES = 1 << 25
-"""How much is read, put in order and passed on together."""
+"""How much is read, sorted and passed on together."""
 
 
 class RowPlaces:
-    """Rows by the number of their run; of one run they stay in the order in which they were added."""
+    """Rows by the number of their run; the rows of one run stay in the order in which they were added."""
 
     def __init__(self) -> None:
         self._files: list[Path] = []
@@ -39,12 +39,12 @@ class RowPlaces:
         self._elsewhere: list[bytes] = []
 
     def begin_file(self, path: Path) -> None:
-        """Say which file the rows that follow are from."""
+        """Begin a file: all rows added from now on are in it."""
         self._files.append(path)
         self._inodes.append(path.stat().st_ino)
 
     def add(self, run: int, offset: int, line: bytes) -> int:
-        """Note a row of ``row_lines``; return the number of the stretch that it is in."""
+        """Note a row of ``row_lines``; return the number of its stretch."""
         if offset == ELSEWHERE:
             self._elsewhere.append(line)
             return self._begin(run, ELSEWHERE, len(self._elsewhere) - 1, len(line))

@@ -1,8 +1,8 @@
 """The columns of every result file.
 
 A column is declared once, as a field of a dataclass here: name, type, unit, meaning, and where its value comes from
-(``experiments.tables.columns``). All else is read from these declarations: the rows of a run, the headers of files, the
-types of analysis and Parquet, ``--list columns``, and the readme in ``results/``, which
+(``experiments.tables.columns``). Everything else is read from these declarations: the rows of a run, the headers of
+files, the types of analysis and Parquet, ``--list columns``, and the readme in ``results/``, which
 ``python -m experiments.tables.schema`` prints.
 
     columns(ExperimentResult)[:2]          # ["run_id", "repeat"]
@@ -44,7 +44,7 @@ __all__ = [
 
 OUTCOMES = ("masked", "benign", "critical", "nonfinite")
 HARMFUL = ("critical", "nonfinite")
-"""The outcomes that a detector is for."""
+"""The outcomes that detectors should catch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,9 +58,9 @@ class ExperimentResult:
     seed: int = column("seed of the campaign (or of this point, where it is swept)", "config.seed")
     model: str = column("model.path", "setting.model")
     dtype: str = column("dtype of the model", "setting.dtype")
-    device: str = column("where the model was computed", "setting.device")
+    device: str = column("device that computed the model", "setting.device")
     source: str = column("data.source; dataloader for batches given from Python", "setting.source")
-    batch_index: int = column("which batch of the data the run used", "measured.batch_index")
+    batch_index: int = column("number of the batch that the run used", "measured.batch_index")
     layer: int = column("first injected attention layer, in the order of evaluation", "first.layer")
     layers: str = column("all injected layers, joined by ';'")
     module: str = column("qualified name of the first injected attention module", "first.module")
@@ -70,7 +70,7 @@ class ExperimentResult:
     kind: str = column("kind of the fault", "config.fault.kind")
     bit: int | None = column("the bit, where the fault has exactly one; 0 is the least significant")
     bits: str | None = column("all bits of the fault, joined by ';'")
-    bit_field: str | None = column("sign, exponent or mantissa; mixed where the bits differ in it")
+    bit_field: str | None = column("sign, exponent or mantissa; mixed if the bits lie in several fields")
     index_batch: int | None = column("sequence in the batch of the (first) hit element", "index.batch")
     index_head: int | None = column("head of the hit element; of keys and values: the key/value head", "index.head")
     index_row: int | None = column(
@@ -89,22 +89,22 @@ class ExperimentResult:
     bits_before: str | None = column("its bit pattern before, hexadecimal", repeats=False)
     bits_after: str | None = column("its bit pattern after, hexadecimal", repeats=False)
     fault_id: str = column(
-        "hash of model, input and fault: equal for runs that are the same experiment; count distinct ones",
+        "hash of model, input and fault: equal for runs that are the same experiment; statistics count distinct ones",
         "measured.fault_id",
         repeats=False,
     )
     sampling_weight: float | None = column(
-        "probability of this fault under uniform drawing, divided by the one it was drawn with (fault.aim); 1 if they "
-        "are the same; what estimates weight by"
+        "probability of this fault under uniform drawing, divided by the probability with which it was drawn "
+        "(fault.aim); 1 if they are the same; estimates weight runs by it"
     )
     scope: str = column(
-        "full: the fault was propagated to the model's output; site: to that of its attention layer alone (run.scope); "
-        "the columns from injected_loss to outcome are then empty, unless nothing changed there: nothing behind it can "
-        "differ then, and the run is masked"
+        "full: the fault was propagated to the model's output; site: only to the output of its attention layer "
+        "(run.scope); then the columns from injected_loss to outcome are empty, unless nothing changed there: in that "
+        "case nothing after it can differ, and the run is masked"
     )
     local_change: float | None = column(
         "with scope site: L2 change of the output of the (first) injected attention layer, relative to the L2 norm "
-        "of that of the same sequence in the fault-free pass",
+        "of this output in the fault-free pass of the same sequence",
         "measured.local.relative",
     )
     local_max: float | None = column(
@@ -127,7 +127,7 @@ class ExperimentResult:
     nonfinite: bool | None = column("whether the output or the loss holds NaN or Inf")
     outcome: str | None = column("masked, benign, critical or nonfinite", "measured.effect.outcome")
     violation_detected: bool = column(
-        "whether a detector fired that sees the faulty pass only and whose false positives a theorem rules out",
+        "whether a detector fired that sees only the faulty pass and whose false positives a theorem rules out",
         "alarms.violation_detected",
     )
     detectors: str = column("names of those detectors, joined by ';'", "alarms.detectors")
@@ -149,14 +149,15 @@ class ExperimentResult:
     epsilon_lower: float | None = column("lower bound of epsilon in that row, its tolerance included", "epsilon.lower")
     epsilon_upper: float | None = column("upper bound of epsilon in that row, its tolerance included", "epsilon.upper")
     certificate: float | None = column(
-        "with detect.certificate: largest share of its length by which a single fault in the first injected layer can "
-        "have moved a row of its output (T26); empty if one of the campaign's proved detectors fired, if the fault "
-        "hits several elements there, or if a location has no check"
+        "with detect.certificate: bound on how far a single fault in the first injected layer can have moved a row of "
+        "its output, relative to the row's length (T26); empty if one of the campaign's proved detectors fired, if the "
+        "fault hits several elements there, or if a location has no check"
     )
     repairs: int | None = column("elements that detect.correct replaced; empty without it", "correction.repairs")
-    miscorrections: int | None = column("those of them that no fault had hit", "correction.miscorrections")
+    miscorrections: int | None = column("repaired elements that no fault had hit", "correction.miscorrections")
     unrepaired: int | None = column(
-        "errors it saw and could not repair: heads of scores and out, rows of weights", "correction.unrepaired"
+        "errors that correction saw and could not repair: heads of scores and out, rows of weights",
+        "correction.unrepaired",
     )
     baseline_seconds: float | None = column(
         "fault-free forward pass without detectors; measured once for each shape of input and repeated here, unless "
@@ -198,11 +199,11 @@ class ExperimentResult:
 
 @dataclass(frozen=True, kw_only=True)
 class DetectionRow:
-    """What one detector said of one layer of one run. The fields are the columns of ``detections.csv``."""
+    """One detector's verdict on one layer of one run. The fields are the columns of ``detections.csv``."""
 
     run_id: str = column("the run", "pass_id", repeats=False)
     detector: str = column("name of the detector", "name")
-    online: bool = column("whether it sees the faulty pass only")
+    online: bool = column("whether it sees only the faulty pass")
     proved: bool = column("whether a theorem rules out its false positives")
     layer: int | None = column("attention layer; empty for the model's output")
     module: str = column("its module, or output")
@@ -224,15 +225,15 @@ class PropagationRow:
     run_id: str = column("the run", repeats=False)
     layer: int = column("number of the block, in the order of evaluation; the first is that of the injected layer")
     relative_change: float = column(
-        "L2 change of the block's output (the residual stream behind it), relative to the L2 norm of the fault-free "
-        "one, both of the whole batch without padding; 0.0 where it is bitwise the same, inf or nan where the injected "
-        "one is not finite"
+        "L2 change of the block's output (the residual stream after it), relative to the L2 norm of the fault-free "
+        "output, both over the whole batch without padding; 0.0 if it is bitwise the same, inf or nan if the injected "
+        "output is not finite"
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class CleanRow:
-    """What one detector said of one layer of one fault-free pass. The fields are the columns of ``clean.csv``."""
+    """One detector's verdict on one layer of one fault-free pass. The fields are the columns of ``clean.csv``."""
 
     baseline: str = column("hash of model and input", "pass_id")
     detector: str = column("name of the detector", "name")
@@ -252,30 +253,30 @@ class CleanRow:
 
 @dataclass(frozen=True, kw_only=True)
 class FailureRow:
-    """A run that raised. The fields are the columns of ``failures.csv``."""
+    """A run that raised an error. The fields are the columns of ``failures.csv``."""
 
     run_id: str = column("the run", repeats=False)
     exception: str = column("type and message, on one line")
-    traceback: str = column("file with the traceback, behind `run` and the run's id; below the campaign's folder")
+    traceback: str = column("file with the traceback, after `run` and the run's id; relative to the campaign's folder")
 
 
 @dataclass(frozen=True, kw_only=True)
 class StopRow:
-    """How one cell of the grid ended. The fields are the columns of ``stops.csv``, behind the values of the axes."""
+    """How one cell of the grid ended. The fields are the columns of ``stops.csv``, after the values of the axes."""
 
-    runs: int = column("runs at the last look; rows beyond them do not enter")
-    successes: int = column("those of them that count for stop.rate")
+    runs: int = column("runs at the last look; later rows do not count")
+    successes: int = column("runs among them that count for stop.rate")
     estimate: float | None = column("the rate; all draws count, also those of equal faults")
     low: float | None = column("lower limit of the rate, with stop.confidence at all looks together")
     high: float | None = column("its upper limit")
-    looks: int = column("how often the cell was looked at")
+    looks: int = column("number of looks at the cell")
     stopped: bool = column("whether half the width of the interval is at most stop.margin")
     method: str = column("how the limits were computed")
 
 
 PER_RUN: dict[str, type[Any]] = {"detections": DetectionRow, "propagation": PropagationRow}
 """Tables with any number of rows for each run. The name is that of a field of ``RunRecord``, of
-``shards/NNNN.<name>.csv`` and of ``<name>.csv``. These rows are written in front of the run's own."""
+``shards/NNNN.<name>.csv`` and of ``<name>.csv``. These rows are written before the run's own row."""
 
 TABLES: dict[str, type[Any]] = {"runs": ExperimentResult, **PER_RUN, "clean": CleanRow, "failures": FailureRow}
 """The merged tables of a campaign by name, ``<name>.csv``."""
@@ -293,7 +294,7 @@ _FILES: dict[str, tuple[type[Any], str]] = {
     "detections.csv": (DetectionRow, "one row per run, detector and layer checked"),
     "propagation.csv": (PropagationRow, "one row per propagated run and block, if run.propagation is true"),
     "clean.csv": (CleanRow, "one row per fault-free pass, detector and layer: the false positives"),
-    "failures.csv": (FailureRow, "one row per run that raised and was not repeated successfully"),
+    "failures.csv": (FailureRow, "one row per run that raised an error and did not succeed later"),
     "stops.csv": (StopRow, "with stop.margin: one row per cell of the grid; first the values of the swept fields"),
 }
 
