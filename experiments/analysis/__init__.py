@@ -1,4 +1,4 @@
-"""What the numbers of campaigns say: rates with honest intervals, comparisons, rankings; tables in, tables out.
+"""Analyse campaigns: rates with honest intervals, comparisons and rankings. Tables go in, tables come out.
 
 from experiments.analysis import detection_rate, load_runs
 
@@ -8,5 +8,5 @@ print(detection_rate(runs, by=["location", "bit_field"]))
 
 import lazy_loader
 
-# What is handed on, and from where, stands in the stub beside; nothing is loaded before it is used.
+# The stub beside this file lists the exported names and their modules; a module is loaded when a name is first used.
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

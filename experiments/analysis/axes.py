@@ -1,4 +1,4 @@
-"""The swept fields of a campaign that have no column in ``runs.csv``: read from ``plan.csv``, run by run.
+"""Read the swept fields that have no column in ``runs.csv`` from ``plan.csv``, run by run.
 
     axis_columns(Path("results/default/plan.csv"), run_ids)     # {"detect.tolerance": texts, one for each run}
 
@@ -17,14 +17,14 @@ from pyarrow import csv
 from experiments.errors import UsageError
 
 OWN_COLUMN = frozenset({"seed", "model.path", "model.dtype", "data.source", "fault.location", "fault.kind"})
-"""Fields whose value is a column of ``runs.csv``. So is ``fault.bit``, where every value is a single bit."""
+"""Fields whose value is a column of ``runs.csv``. ``fault.bit`` is one, too, if every value is a single bit."""
 
 
 def axis_columns(plan: Path, run_ids: pa.ChunkedArray) -> dict[str, pa.ChunkedArray]:
-    """Return the text of every swept field without a column, for these runs; nothing if there is no plan.
+    """Return the texts of every swept field without a column, for these runs; nothing without a plan.
 
     Raises:
-        UsageError: a run that is not in the plan, or a file that is no plan.
+        UsageError: a run is not in the plan, or the file is no plan.
     """
     if not plan.is_file():
         return {}
@@ -52,7 +52,7 @@ def _are_single_bits(table: pa.Table) -> bool:
 
 
 def typed_axis(values: pd.Series) -> pd.Series:
-    """Return an axis, read as a category of texts, as what the texts are: whole numbers, truth values, numbers or text.
+    """Return an axis of texts in its own type: integers, booleans, numbers or text.
 
     >>> typed_axis(pd.Series(["1", "2", "2"], dtype="category")).tolist()
     [1, 2, 2]
@@ -67,5 +67,5 @@ def typed_axis(values: pd.Series) -> pd.Series:
         return kept
     kind = "Int64" if all(text.lstrip("-").isdigit() for text in texts) else "float64"
     numbers = pd.Series([int(text) if kind == "Int64" else float(text) for text in texts], dtype=kind)
-    # By the category's number, not row by row; -1, a missing value, finds nothing.
+    # Look up by the category's number, not row by row; -1 stands for a missing value and finds nothing.
     return numbers.reindex(kept.cat.codes).set_axis(values.index)

@@ -1,4 +1,4 @@
-"""Cells that no run can have written, refused by file, column and line, before a number is computed from them.
+"""Refuse cells that no run can have written; the error names the file, the column and the line.
 
     check_cells(table, Path("results/default/runs.csv"), ExperimentResult)
 
@@ -22,18 +22,18 @@ from fault_injection.locations import LOCATION_TABLE
 VOCABULARIES = MappingProxyType(
     {"outcome": lambda: OUTCOMES, "scope": lambda: ("full", "site"), "location": LOCATION_TABLE.names}
 )
-"""By column the texts it may hold."""
+"""The texts that each column may hold."""
 
 NEEDED_TEXTS = ("run_id", "model", "fault_id")
-"""Texts by which rows are told apart; others that always exist may be empty, such as ``detectors``."""
+"""Text columns that identify rows and may not be empty; other columns that always exist, like ``detectors``, may be."""
 
 
 def check_cells(table: pa.Table, file: Path, row_type: type[Any]) -> None:
-    """Raise ``UsageError`` for a cell that is empty and must not be, a word of no vocabulary, or a wrong weight.
+    """Raise ``UsageError`` for a cell that may not be empty, an unknown word, or a wrong weight.
 
     Args:
-        table: as read from the file; the columns it has are checked.
-        file: named in the message.
+        table: the table from the file; the columns that it has are checked.
+        file: the file, for the message.
         row_type: the type of the rows.
     """
     types = column_types(row_type)

@@ -2,12 +2,14 @@
 
     compare(load_runs("results/before"), load_runs("results/after"), "bit_field")
 
-Campaigns that differ in detectors or in the engine alone inject the same faults: where both tables have a fault, it is
-compared with itself. What clusters have in common, one input for both, cancels in the difference in any case.
+Campaigns that differ only in detectors or in the engine inject the same faults: if both tables have a fault, it is
+compared with itself. In any case the common effect of a shared cluster, such as one input for both, cancels in the
+difference.
 
-Each side keeps its own limits, from its own clusters and their degrees of freedom; the distances of both rates to them
-add like standard errors, less what the sides have in common. So few clusters on one side, or a rate of 0 or 1, widen
-the limits as they should. The p-value is read off the same limits: it is below 0.05 exactly where 0 is outside.
+Each side keeps its own limits, from its own clusters and their degrees of freedom. The distances from both rates to
+their limits add like standard errors, minus the part that both sides share. So few clusters on one side, or a rate of 0
+or 1, widen the limits as they should. The p-value follows from the same limits: it is below 0.05 exactly if they
+exclude 0.
 
 Sources: R. G. Newcombe, Statistics in Medicine 17:873, 1998 (two samples), 17:2635 (pairs); G. Y. Zou, A. Donner,
 Statistics in Medicine 27:1693, 2008 (any limits, and a correlation).
@@ -48,14 +50,14 @@ COMPARISON_COLUMNS = (
 METHOD = "both rates' limits (MOVER)"
 
 SMALLEST = 1e-12
-"""The smallest p-value that is told from 0."""
+"""A smaller p-value counts as 0."""
 
 BISECTIONS = 40
 
 Parts = Mapping[Ways, ClusterSums]
 
 LEAST_SHARED = 0.5
-"""Share of the smaller table's faults that must be in the other for a comparison of pairs alone."""
+"""Only pairs are compared if at least this share of the smaller table's faults is in the other table."""
 
 
 def compare(
@@ -68,13 +70,13 @@ def compare(
 ) -> pd.DataFrame:
     """Return the rate in ``a`` minus the rate in ``b``, for each group.
 
-    Where at least half of the smaller table's faults are in the other one too (by ``fault_id``), only the faults that
-    both have count (``paired``). ``low`` and ``high`` are the 95 % limits of the difference, ``p_value`` is that of "no
-    difference", from the same limits. ``clusters`` is the number of the side that has fewer.
+    If at least half of the smaller table's faults are in the other table, too (by ``fault_id``), only the shared faults
+    count (``paired``). ``low`` and ``high`` are the 95 % limits of the difference; ``p_value`` tests "no difference"
+    and follows from the same limits. ``clusters`` is the number of clusters of the side that has fewer.
 
     Args:
         a: runs.
-        b: runs that they are compared with.
+        b: the runs to compare with.
         by: columns that make groups, or None for one row.
         measure: ``detected`` (of all faults) or ``harmful`` (of those that were propagated).
         cluster: columns that make clusters; a cluster may have runs in both tables.
@@ -110,7 +112,7 @@ def compare(
 def _paired(
     a: tuple[pd.DataFrame, NDArray[np.bool_]], b: tuple[pd.DataFrame, NDArray[np.bool_]]
 ) -> tuple[tuple[pd.DataFrame, NDArray[np.bool_]], tuple[pd.DataFrame, NDArray[np.bool_]], bool]:
-    """Return both sides, cut to the faults that both have if these are many, and whether they are."""
+    """Return both sides, and whether they are paired; if many faults are shared, both sides have only these."""
     ids_a, ids_b = (faults["fault_id"].astype(object) for faults, _ in (a, b))
     in_b, in_a = ids_a.isin(set(ids_b)).to_numpy(bool), ids_b.isin(set(ids_a)).to_numpy(bool)
     shared = min(int(in_b.sum()), int(in_a.sum()))
@@ -126,7 +128,7 @@ def _row(a: Parts, b: Parts, paired: bool, weighted: bool) -> dict[str, Any]:
         low = high = p_value = math.nan
         method = "none: no runs on one side"
     elif paired and all(np.array_equal(a[ways].values, b[ways].values) for ways in a):
-        # Not one cluster in which they differ: at most so many clusters do, in either direction.
+        # The sides differ in no cluster: these limits say in how many clusters they may differ, in either direction.
         high = exact_limits(0.0, first.units)[1]
         low, p_value, method = -high, 1.0, "Clopper-Pearson over clusters, no difference seen"
     else:
@@ -161,7 +163,7 @@ class _Sides:
         return max(-1.0, self._difference - below), min(1.0, self._difference + above)
 
     def p_value(self) -> float:
-        """Return the p-value whose limits have 0 at their edge: below 0.05 exactly where the 95 % limits exclude 0."""
+        """Return the p-value p: limits of confidence 1 - p just touch 0, so p < 0.05 if the 95 % limits exclude 0."""
         if self._difference == 0:
             return 1.0
         inside, outside = math.log(SMALLEST), 0.0
@@ -184,16 +186,16 @@ class _Sides:
 
 
 def _correlation(a: Parts, b: Parts, first: ClusterSums, second: ClusterSums) -> float:
-    """Return how much of both rates' errors is in common, from the clusters that have runs on both sides.
+    """Return the correlation of both rates' errors, from the clusters that have runs on both sides.
 
-    Where it is positive it is corrected for continuity, as Newcombe does that of n pairs:
-    1 / (2 n sqrt(a (1 - a) b (1 - b))) is taken off.
+    A positive correlation is corrected for continuity, as Newcombe does for n pairs: it is reduced by
+    1 / (2 n sqrt(a (1 - a) b (1 - b))).
     """
     one, other = ratio(first), ratio(second)
     if not (one.variance > 0 and other.variance > 0 and 0 < one.value < 1 and 0 < other.value < 1):
         return 0.0
     error = math.sqrt(one.variance * other.variance)
-    # A way with a single cluster on a side has no part in that side's variance.
+    # If a way has a single cluster on one side, it contributes nothing to that side's variance.
     several = {way for way, *more in a if not more and min((side[(way,)].runs > 0).sum() for side in (a, b)) > 1}
     shared = sum(
         (-1) ** (len(ways) + 1) * float((changes(a[ways]) * changes(b[ways])).sum())

@@ -1,8 +1,8 @@
-"""Which detector sees what: all of them on the same faults, from ``runs.csv`` alone.
+"""Compare detectors on the same faults, from ``runs.csv`` alone.
 
     detector_comparison(load_runs("results/default"), load_clean("results/default"))
 
-``runs.csv`` says who fired; who looked without firing is in ``clean.csv``, with the false positives.
+``runs.csv`` names the detectors that fired; ``clean.csv`` lists all detectors, with their false positives.
 
 Public names: ``detector_comparison``, ``fired``, ``Lookers``, ``looked``, ``DETECTOR_COLUMNS``.
 """
@@ -44,7 +44,7 @@ _COUNTS_OF = {
     "recall_critical": ("harmful_n", "seen_harmful"),
     "recall_effective": ("effective_n", "seen_effective"),
 }
-"""By share, the columns of how many faults it is of, and how many of them were seen."""
+"""For each share, the columns of its number of faults, and of how many of them were seen."""
 
 COUNTS = (
     *(name for names in _COUNTS_OF.values() for name in names),
@@ -52,14 +52,14 @@ COUNTS = (
 )
 
 KINDS = {"detectors": "proved", "unproved_detectors": "unproved", "oracle_detectors": "oracle"}
-"""By column of ``runs.csv``, the kind of the detectors it names; also the order of the rows."""
+"""For each column of ``runs.csv`` that names detectors, their kind; rows come in this order."""
 
 Hits = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
 class Lookers:
-    """The detectors of a campaign: by name their kind, and those that apply to no layer of it."""
+    """The detectors of a campaign: the kind of each, and the names of those that apply to no layer."""
 
     kinds: dict[str, str]
     inapplicable: frozenset[str]
@@ -68,7 +68,7 @@ class Lookers:
 def detector_comparison(
     runs: pd.DataFrame, clean: pd.DataFrame | None = None, *, cluster: Cluster = DEFAULT_CLUSTER
 ) -> pd.DataFrame:
-    """Return a row for each detector, and for each suite whose members all looked.
+    """Return a row for each detector, and for each suite whose members all took part.
 
     | column | meaning |
     |---|---|
@@ -76,22 +76,22 @@ def detector_comparison(
     | ``n``, ``detected`` | distinct faults, and the share of them it saw |
     | ``harmful_n``, ``recall_critical`` | propagated faults with a harmful outcome, and the share it saw |
     | ``effective_n``, ``recall_effective`` | faults that changed a bit pattern, and the share it saw |
-    | ``seen``, ``seen_harmful``, ``seen_effective`` | how many it saw of each; never weighted, as shares may be |
-    | ``exclusive`` | harmful faults that no other detector (oracles apart) saw |
-    | ``union`` | share of the harmful faults that it or one in a row above saw; of oracles and suites NaN |
+    | ``seen``, ``seen_harmful``, ``seen_effective`` | how many it saw of each; unlike shares, these are never weighted
+    | | ``exclusive`` | harmful faults that no other detector (except oracles) saw |
+    | ``union`` | share of the harmful faults that it or a detector above it saw; NaN for oracles and suites |
     | ``false_positives``, ``clean_rows`` | rows in violation and rows checked, in the fault-free passes |
     | ``cost`` | extra work per row of n keys and d channels, as the detector states it |
 
-    ``..._low`` and ``..._high`` are 95 % limits that respect clusters. Of a detector that applies nowhere all numbers
+    ``..._low`` and ``..._high`` are 95 % limits that respect clusters. If a detector applies nowhere, all its numbers
     are empty.
 
     Args:
-        runs: of campaigns whose detectors looked at every fault.
-        clean: their ``clean.csv``; without it there are only detectors that fired, and no false positives.
+        runs: runs of campaigns whose detectors checked every fault.
+        clean: their ``clean.csv``; without it the table has only detectors that fired, and no false positives.
         cluster: columns that make clusters, or a list of such lists: several ways.
 
     Raises:
-        UsageError: an unknown column, or runs that differ in a field of ``detect``: the same fault would count for
+        UsageError: a column is unknown, or runs differ in a field of ``detect``, so that one fault would count for
             several settings.
     """
     require_columns(runs, [*KINDS, "effective", *cluster_columns(cluster)])
@@ -105,7 +105,7 @@ def detector_comparison(
         "recall_critical": harmful(faults) & faults.index.isin(propagated(faults).index),
         "recall_effective": faults["effective"].to_numpy(bool),
     }
-    # Which faults are harmful or effective is up to the draw: only all of them have weights of mean 1.
+    # The draw decides which faults are harmful or effective, so only all faults together have weights of mean 1.
     shares = {name: _Shares(faults[rows], rows, cluster, name == "detected") for name, rows in subsets.items()}
     bad = subsets["recall_critical"]
     online = [name for name, kind in lookers.kinds.items() if kind != "oracle"]
@@ -152,7 +152,7 @@ def looked(runs: pd.DataFrame, clean: pd.DataFrame | None = None) -> Lookers:
 
 
 def fired(runs: pd.DataFrame, names: Iterable[str]) -> dict[str, Hits]:
-    """Return for each detector in which runs it fired.
+    """Return, for each detector, in which runs it fired.
 
     >>> runs = pd.DataFrame({"detectors": ["finite;s@w", ""], "unproved_detectors": ["", "ranger"],
     ...                      "oracle_detectors": ["", ""]})
@@ -191,7 +191,7 @@ def _row(seen: Hits, shares: dict[str, _Shares]) -> dict[str, Any]:
 
 
 def _false(clean: pd.DataFrame | None, names: Sequence[str]) -> dict[str, float]:
-    """Return false positives and the rows in which there could have been any; NaN where it is not known."""
+    """Return the number of false positives and of checked rows; NaN if they are not known."""
     if clean is None or any(map(is_oracle, names)):
         return {"false_positives": math.nan, "clean_rows": math.nan}
     own = clean[clean["detector"].isin(names).to_numpy(bool) & clean["applicable"].to_numpy(bool)]

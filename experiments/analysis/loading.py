@@ -3,10 +3,10 @@
     runs = load_runs("results/default")                      # or its runs.csv, or a list of either
     runs = load_runs(["results/a", "results/b"], columns=["bit", "outcome"])
 
-Text that repeats is a category, integers are ``Int64``, truth values ``boolean``, other numbers float64. An empty cell
-is missing; in text that every row has (``detectors``) it is the empty text. A column ``campaign`` holds the folder's
-name, and swept fields without a column of their own are added from ``plan.csv`` under the name of their axis, such as
-``detect.tolerance``.
+Repeated text becomes a category, integers ``Int64``, truth values ``boolean``, other numbers float64. An empty cell
+means a missing value, or the empty text in a column that every row has (``detectors``). The column ``campaign`` has the
+folder's name. Swept fields without a column of their own are added from ``plan.csv`` under the name of their axis, such
+as ``detect.tolerance``.
 
 Public names: ``load_runs``, ``load_clean``, ``load_detections``, ``load_propagation``, ``check_table``.
 """
@@ -41,13 +41,13 @@ def load_runs(path: Paths, columns: Sequence[str] | None = None) -> pd.DataFrame
 
     Args:
         path: a campaign's folder, its ``runs.csv``, or a list of either.
-        columns: the columns to read, for speed; all if left out. ``campaign`` and the swept fields without a column
-            come in any case.
+        columns: the columns to read, for speed; default: all. ``campaign`` and the swept fields without a column are
+            always added.
 
     Raises:
-        MissingResourceError: no such file.
-        UsageError: an empty, truncated or damaged file, a missing column, files of two schemas, or a cell that no run
-            can have written; see ``experiments.analysis.cell_checks``.
+        MissingResourceError: a file does not exist.
+        UsageError: a file is empty, truncated or damaged, a column is missing, two files have different schemas, or no
+            run can have written some cell; see ``experiments.analysis.cell_checks``.
     """
     names = None if columns is None else list(dict.fromkeys([*columns, "run_id"]))
     files = _files(path, "runs.csv")
@@ -60,17 +60,17 @@ def load_runs(path: Paths, columns: Sequence[str] | None = None) -> pd.DataFrame
 
 
 def load_clean(path: Paths, columns: Sequence[str] | None = None) -> pd.DataFrame:
-    """Return what detectors said of the fault-free passes; arguments and errors as those of ``load_runs``."""
+    """Return the detectors' verdicts on the fault-free passes; arguments and errors as in ``load_runs``."""
     return _load(path, "clean.csv", CleanRow, columns)
 
 
 def load_detections(path: Paths, columns: Sequence[str] | None = None) -> pd.DataFrame:
-    """Return what each detector said of each layer of each run; arguments and errors as those of ``load_runs``."""
+    """Return each detector's verdict on each layer of each run; arguments and errors as in ``load_runs``."""
     return _load(path, "detections.csv", DetectionRow, columns)
 
 
 def load_propagation(path: Paths, columns: Sequence[str] | None = None) -> pd.DataFrame:
-    """Return how much each block moved in each run; no rows from a campaign that did not measure it."""
+    """Return how much each block's output moved in each run; a campaign that did not measure this has no rows."""
     return _load(path, "propagation.csv", PropagationRow, columns, optional=True)
 
 
@@ -89,7 +89,7 @@ def _load(
 
 
 def _files(path: Paths, name: str) -> list[tuple[str, Path]]:
-    """Return the files that were asked for, each with the name of its campaign."""
+    """Return the requested files, each with the name of its campaign."""
     given = [Path(path)] if isinstance(path, (str, Path)) else [Path(one) for one in path]
     if not given:
         raise UsageError("got an empty list of campaigns, allowed one or more folders")
@@ -97,7 +97,7 @@ def _files(path: Paths, name: str) -> list[tuple[str, Path]]:
     for one in given:
         if not one.exists():
             raise MissingResourceError(f"{one}: no such campaign or file")
-        # A campaign may be named by its main table, whichever table of it is asked for.
+        # The user may name a campaign by its main table, even to load another of its tables.
         files.append(one / name if one.is_dir() else one.with_name(name) if one.name == "runs.csv" else one)
     resolved = [file.resolve() for file in files]
     repeated = [str(file) for file, place in zip(files, resolved, strict=True) if resolved.count(place) > 1]
@@ -111,7 +111,7 @@ def _files(path: Paths, name: str) -> list[tuple[str, Path]]:
 
 
 def _check_headers(files: list[tuple[str, Path]], row_type: type[Any], wanted: Sequence[str] | None) -> None:
-    """Raise unless every file is whole, all have the same columns, and these hold what is asked for."""
+    """Raise unless every file is whole, all have the same columns, and these include the requested ones."""
     schema = result.columns(row_type)
     for name in wanted or ():
         if name not in schema:
@@ -191,7 +191,7 @@ def _empty(row_type: type[Any], wanted: Sequence[str] | None) -> pa.Table:
 
 
 def _frame(tables: list[pa.Table], row_type: type[Any] = ExperimentResult) -> pd.DataFrame:
-    """Return tables below one another as one frame. The list is emptied: there is never a second copy of everything."""
+    """Return the concatenated tables as one frame. It empties the list, so memory never holds everything twice."""
     table = pa.concat_tables(tables, promote_options="default").unify_dictionaries()
     tables.clear()
     texts = {name for name, column in column_types(row_type).items() if column.optional and column.kind is str}
@@ -203,7 +203,7 @@ def _frame(tables: list[pa.Table], row_type: type[Any] = ExperimentResult) -> pd
     series = {}
     for name in table.column_names:
         column = table[name].to_pandas(types_mapper=mapper)
-        # One chunk is handed over as it is, and nobody could write to it.
+        # pyarrow passes a single chunk on without a copy, and the result would be read-only.
         series[name] = column.copy() if table[name].num_chunks == 1 else column
         table = table.drop_columns([name])
     frame = pd.DataFrame(series, copy=False)

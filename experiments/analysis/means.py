@@ -3,9 +3,9 @@
     epsilon_distribution(runs, "bit_field")
     overhead(runs)
 
-Every table has the columns of ``by`` and ``n, mean, median, low, high, clusters, method``; ``low`` and ``high`` are the
-95 % limits of the mean, and NaN where all clusters agree, which says nothing about others. Values that are missing or
-not finite are left out: ``n`` counts the others. Sampling weights count, if there are any, as they do in rates.
+Every table has the columns of ``by`` and ``n, mean, median, low, high, clusters, method``. ``low`` and ``high`` are the
+95 % limits of the mean; they are NaN if all clusters agree, because that says nothing about other clusters. Missing and
+non-finite values are left out and not counted in ``n``. Means use sampling weights as rates do.
 
 Public names: ``epsilon_distribution``, ``margin_statistics``, ``bound_tightness``, ``loss_change``, ``overhead``,
 ``mean_table``, ``MEAN_COLUMNS``.
@@ -34,7 +34,7 @@ Floats = NDArray[np.float64]
 
 
 def epsilon_distribution(runs: pd.DataFrame, by: By = None, *, cluster: Cluster = DEFAULT_CLUSTER) -> pd.DataFrame:
-    """Return the mean of ``epsilon``: of the row of the first injected layer that is nearest to its bounds.
+    """Return the mean of ``epsilon``, taken in the row of the first injected layer that is nearest to its bounds.
 
     >>> runs = pd.DataFrame({"fault_id": list("abc"), "scope": "full", "outcome": "benign", "model": "m",
     ...                      "batch_index": [0, 1, 2], "layer": 0, "index_head": 0, "epsilon": [1.0, 2.0, 6.0]})
@@ -48,8 +48,8 @@ def epsilon_distribution(runs: pd.DataFrame, by: By = None, *, cluster: Cluster 
 def margin_statistics(runs: pd.DataFrame, by: By = None, *, cluster: Cluster = DEFAULT_CLUSTER) -> pd.DataFrame:
     """Return the mean of ``epsilon_margin``, and how often it is negative: epsilon outside its bounds.
 
-    Further columns: ``outside``, ``outside_n``, ``share_outside``, ``outside_low``, ``outside_high``. A margin that is
-    -inf counts as outside, though it enters no mean.
+    Further columns: ``outside``, ``outside_n``, ``share_outside``, ``outside_low``, ``outside_high``. A margin of -inf
+    counts as outside, although it enters no mean.
     """
     faults = distinct_faults(runs)
     margin = _numbers(faults, "epsilon_margin")
@@ -66,7 +66,7 @@ def margin_statistics(runs: pd.DataFrame, by: By = None, *, cluster: Cluster = D
 
 
 def bound_tightness(runs: pd.DataFrame, by: By = None, *, cluster: Cluster = DEFAULT_CLUSTER) -> pd.DataFrame:
-    """Return how far the bounds lie from epsilon: column ``quantity`` is one of the two ratios below; 1 is tight.
+    """Return how close the bounds are to epsilon: ``quantity`` is one of the two ratios below; 1 is tight.
 
     ``upper_over_epsilon`` is ``epsilon_upper / epsilon``, ``epsilon_over_lower`` is ``epsilon / epsilon_lower``; a run
     whose denominator is not positive has no ratio.
@@ -80,7 +80,7 @@ def bound_tightness(runs: pd.DataFrame, by: By = None, *, cluster: Cluster = DEF
 def loss_change(runs: pd.DataFrame, by: By = None, *, cluster: Cluster = DEFAULT_CLUSTER) -> pd.DataFrame:
     """Return the mean of ``loss_diff`` of propagated faults, nats.
 
-    A further column ``nonfinite`` counts the faults that made the loss NaN or infinite and are in no mean.
+    A further column ``nonfinite`` counts the faults that made the loss NaN or infinite; they enter no mean.
     """
     faults = propagated(distinct_faults(runs))
     change = _numbers(faults, "loss_diff")
@@ -91,10 +91,10 @@ def loss_change(runs: pd.DataFrame, by: By = None, *, cluster: Cluster = DEFAULT
 
 
 def overhead(runs: pd.DataFrame, by: By = None, *, cluster: Cluster = DEFAULT_CLUSTER) -> pd.DataFrame:
-    """Return the seconds of each part of a run, and the overhead of detection; column ``part`` says which.
+    """Return the seconds of each part of a run, and the overhead of detection; column ``part`` names the part.
 
-    The ``mean`` of ``overhead`` is the ratio of sums, (bounds + detection) / injection, its ``median`` that of the
-    runs' own ratios. All runs count, repeated faults too, and none is weighted: this is what the campaign took.
+    The ``mean`` of ``overhead`` is the ratio of sums, (bounds + detection) / injection; its ``median`` is the median of
+    the runs' own ratios. All runs count without weights, also repeated faults: this is the time that the campaign took.
     """
     names = [f"{part}_seconds" for part in PARTS]
     injection, bounds, detection, _ = seconds = [_numbers(runs, name) for name in names]
@@ -115,14 +115,14 @@ def mean_table(
     """Return the mean of values in each group, or the ratio of their sum to that of ``denominators``.
 
     Args:
-        frame: one row per run; duplicates are the caller's to drop.
-        values: one number for each; what is not finite is left out.
+        frame: one row per run; the caller drops duplicates.
+        values: one number for each run; numbers that are not finite are left out.
         by: columns that make groups, or None for one row.
         cluster: columns that make clusters, or a list of such lists: several ways.
-        denominators: one number for each, 1 if left out; the median is then that of the quotients.
+        denominators: one number for each run, default 1; the median is then the median of the quotients.
 
     Raises:
-        UsageError: an unknown column, or a wrong sampling weight.
+        UsageError: a column is unknown, or a sampling weight is wrong.
     """
     names = listed(by)
     grouping = Grouping(frame, names, cluster)
@@ -155,7 +155,7 @@ def _mean_row(sums: ClusterSums, median: float) -> dict[str, Any]:
 
 
 def _median(values: Floats, weights: Floats) -> float:
-    """Return the median; of weighted values the middle between the first and the last at which half the weight is."""
+    """Return the median; for weighted values, the middle between the first and the last point with half the weight."""
     kept = np.isfinite(values) & (weights > 0)
     if not kept.any():
         return math.nan
@@ -176,7 +176,7 @@ def _stacked(frame: pd.DataFrame, values: dict[str, Floats], column: str, by: By
 
 
 def _interleaved(tables: list[pd.DataFrame], rows: int) -> pd.DataFrame:
-    """Return tables as one: what all say of the first group, then of the second; the first has ``rows`` for each."""
+    """Return tables as one, first all rows of the first group, then the second; the first has ``rows`` per group."""
     order = [np.arange(len(table)) // (rows if place == 0 else 1) for place, table in enumerate(tables)]
     joined = pd.concat(tables, ignore_index=True)
     return joined.iloc[np.argsort(np.concatenate(order), kind="stable")].reset_index(drop=True)

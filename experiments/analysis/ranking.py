@@ -1,12 +1,12 @@
-"""Which cells of a model, such as heads, are more sensitive than the rest; or that nothing says so.
+"""Rank the cells of a model, such as heads, and test whether any is more sensitive than the rest.
 
     ranking = rank_cells(runs)
     ranking.attrs["verdict"]                # "layer 2 index_head 1: harmful in 31.0 % ... against 5.2 % elsewhere ..."
 
-Every cell is tested against all others together, one-sided, by Fisher's exact test on counts that are divided by the
-design effect: by how much more the clusters of a cell differ than independent runs would. With many cells some look
-bad by chance, so the p-values are adjusted by Holm's method: in a model whose cells are all alike the probability
-that any is called sensitive is at most 5 %.
+A one-sided Fisher's exact test compares every cell with all others together. Its counts are divided by the design
+effect: how much more the clusters of a cell differ than independent runs would. With many cells some look bad by
+chance, so the p-values are adjusted by Holm's method: if all cells are alike, the probability that any is called
+sensitive is at most 5 %.
 
 Sources: J. N. K. Rao, A. J. Scott, "A simple method for the analysis of clustered binary data", Biometrics 48:577,
 1992; S. Holm, "A simple sequentially rejective multiple test procedure", Scandinavian Journal of Statistics 6:65, 1979.
@@ -42,7 +42,7 @@ RANKING_COLUMNS = ("successes", "n", "rate", "low", "high", "p_value", "p_adjust
 SIGNIFICANCE = 0.05
 
 NAMED = 5
-"""Most cells that the verdict names."""
+"""The largest number of cells that the verdict names."""
 
 
 def rank_cells(
@@ -54,12 +54,12 @@ def rank_cells(
 ) -> pd.DataFrame:
     """Return the cells, most sensitive first.
 
-    ``p_value`` is that of "this cell is no more sensitive than the rest", ``p_adjusted`` the same after Holm,
-    ``evidence`` whether that is at most 0.05. ``attrs["verdict"]`` says it in a sentence. Runs that belong to no one
-    cell (a fault in several heads) are left out; a cell whose runs weigh nothing has a p-value of 1.
+    ``p_value`` tests "this cell is no more sensitive than the rest"; ``p_adjusted`` is the same after Holm's method,
+    and ``evidence`` says whether it is at most 0.05. ``attrs["verdict"]`` is the result in a sentence. Runs that belong
+    to several cells (a fault in several heads) are left out; a cell whose runs have no weight has a p-value of 1.
 
     Args:
-        runs: of one or several campaigns.
+        runs: runs of one or several campaigns.
         by: the columns that make cells.
         measure: ``harmful`` or ``detected``.
         cluster: columns that make clusters, or a list of such lists: several ways.
@@ -106,10 +106,10 @@ def holm(p_values: ArrayLike) -> NDArray[np.float64]:
 
 
 def design_effect(cells: Sequence[ClusterSums]) -> float:
-    """Return by what factor the variance of a cell's rate is larger than that of independent runs, over all cells.
+    """Return the factor by which clustering increases the variance of a cell's rate, over all cells; at least 1.
 
-    At least 1. Where no cell shows it (no two clusters, or rates of 0 and 1 only) it is the mean size of a cluster:
-    runs that always agree.
+    If no cell shows the factor (it has no two clusters, or only rates of 0 and 1), it is the mean size of a cluster, as
+    if the runs of a cluster always agreed.
     """
     between = independent = 0.0
     for sums in cells:
@@ -125,15 +125,15 @@ def design_effect(cells: Sequence[ClusterSums]) -> float:
 
 
 def _against_the_rest(cells: Sequence[ClusterSums]) -> list[float]:
-    """Return for each cell the p-value of having so many hits or more, given all cells' hits."""
+    """Return, for each cell, the p-value of at least as many hits, given the hits of all cells."""
     effect = design_effect(cells)
     runs = np.array([sums.effective_runs for sums in cells]) / effect
-    # A cell without weight has no rate, nor any runs to test.
+    # A cell without weight has no rate and no runs to test.
     hits = np.array([ratio(sums).value if size else 0.0 for sums, size in zip(cells, runs, strict=True)]) * runs
     p_values = []
     for place in range(len(cells)):
-        # Rounded so that the cell looks no worse and the rest no better than they are. A hair is added and taken off,
-        # because 3 hits out of 12 need not come back as 3.
+        # Rounded so that the cell looks no worse and the rest no better than they are. A tiny number is added or
+        # subtracted, because 3 hits out of 12 may come back as 2.9999.
         inside, size = math.floor(hits[place] + 1e-9), math.floor(runs[place] + 1e-9)
         others, rest = math.ceil(hits.sum() - hits[place] - 1e-9), math.floor(runs.sum() - runs[place] + 1e-9)
         others = min(others, rest)
@@ -142,7 +142,7 @@ def _against_the_rest(cells: Sequence[ClusterSums]) -> list[float]:
 
 
 def _elsewhere(cells: Sequence[ClusterSums]) -> NDArray[np.float64]:
-    """Return for each cell the rate, weighted as those of the cells are, in all others together."""
+    """Return, for each cell, the rate in all other cells together, with the same weights."""
     values = np.array([sums.values.sum() for sums in cells])
     weights = np.array([sums.weights.sum() for sums in cells])
     with np.errstate(divide="ignore", invalid="ignore"):

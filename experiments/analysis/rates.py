@@ -1,4 +1,4 @@
-"""Rates of a campaign, each with its n and the limits between which the truth lies in 95 of 100 campaigns.
+"""Rates of a campaign, each with its n and with limits that contain the true rate in 95 of 100 campaigns.
 
     detection_rate(runs, "bit_field")
     outcome_rates(runs, ["location", "bit_field"])
@@ -10,18 +10,18 @@ Every table has the columns of ``by`` and
 | ``successes``, ``n`` | counts of distinct faults |
 | ``rate`` | successes / n; with sampling weights an estimate for uniform drawing, see below |
 | ``low``, ``high`` | the 95 % limits to print; they respect clusters |
-| ``wilson_low``, ``wilson_high`` | Wilson's limits, which take all runs for independent |
-| ``exact_low``, ``exact_high`` | Clopper and Pearson's, which do so too |
-| ``clusters`` | how many there are: inputs, or heads if these are worth fewer |
-| ``method`` | what ``low`` and ``high`` are |
+| ``wilson_low``, ``wilson_high`` | Wilson's limits, which treat all runs as independent |
+| ``exact_low``, ``exact_high`` | Clopper and Pearson's limits, which do so, too |
+| ``clusters`` | the number of clusters: inputs, or heads if their effective number is smaller |
+| ``method`` | how ``low`` and ``high`` were computed |
 
-A rate of nothing (n = 0) is NaN, and so are its limits.
+Without runs (n = 0) the rate is NaN, and so are its limits.
 
-Of runs drawn with unequal probabilities (``fault.aim``) there are two estimates, and ``method`` says which it was.
-*Regression* uses that the weights of all draws have mean 1. That holds for all runs together and for groups that were
-fixed before the draw (``drawn_apart``: campaigns, models, swept fields); it can be several times sharper. *Ratio*
-(Hajek) is for groups that the draw itself makes, such as bits or layers, and where the mean weight says that the table
-is a part of what was drawn. So group with ``by`` rather than select rows. See
+Runs drawn with unequal probabilities (``fault.aim``) have two possible estimates, and ``method`` names the one in use.
+*Regression* uses the fact that the weights of all draws have mean 1. This holds for all runs together and for groups
+that were fixed before the draw (``drawn_apart``: campaigns, models, swept fields); it can be several times as precise.
+*Ratio* (Hajek) is for groups that result from the draw, such as bits or layers, and for tables whose mean weight shows
+that rows are missing. So group with ``by`` instead of selecting rows. See
 ``experiments.analysis.statistics.estimates``.
 
 Public names: ``detection_rate``, ``outcome_rates``, ``critical_rate``, ``coverage_of_critical``,
@@ -96,7 +96,7 @@ def detection_rate(runs: pd.DataFrame, by: By = None, *, cluster: Cluster = DEFA
 
 
 def outcome_rates(runs: pd.DataFrame, by: By = None, *, cluster: Cluster = DEFAULT_CLUSTER) -> pd.DataFrame:
-    """Return the share of each outcome among propagated faults: a row per group and outcome, in column ``outcome``.
+    """Return the share of each outcome among propagated faults: one row for each group and outcome.
 
     >>> runs = pd.DataFrame({"fault_id": list("abcd"), "scope": "full", "model": "m", "batch_index": 0,
     ...                      "layer": [0, 1, 2, 3], "index_head": 0, "outcome": ["masked"] * 3 + ["critical"]})
@@ -145,10 +145,10 @@ def coverage_of_critical(runs: pd.DataFrame, by: By = None, *, cluster: Cluster 
 
 
 def false_positive_rate(clean: pd.DataFrame, by: By = None) -> pd.DataFrame:
-    """Return rows in violation over rows checked, in the fault-free passes; a cluster is one pass.
+    """Return the share of checked rows of fault-free passes that are in violation; each pass is a cluster.
 
-    Oracles have no false positives to count, as they read the fault-free pass. Detectors whose false positives no
-    theorem rules out count only where ``by`` keeps them apart: with ``detector`` or ``proved``.
+    Oracles read the fault-free pass, so they have no false positives. Detectors without a proof count only if ``by``
+    separates them, with ``detector`` or ``proved``.
 
     >>> clean = pd.DataFrame({"baseline": ["a", "b"], "detector": "s@w", "proved": True, "applicable": True,
     ...                       "rows_checked": [600, 400], "violations": 0})
@@ -182,14 +182,14 @@ def rate_table(
     """Return the share of rows that are hits, for each group.
 
     Args:
-        frame: one row per run; duplicates are the caller's to drop.
-        hits: for each row whether it counts.
+        frame: one row per run; the caller drops duplicates.
+        hits: for each row, whether it counts.
         by: columns that make groups, or None for one row.
         cluster: columns that make clusters, or a list of such lists: several ways.
-        whole: whether each group is all of what was drawn for it, so that its weights have mean 1.
+        whole: whether each group has all its draws, so that its weights have mean 1.
 
     Raises:
-        UsageError: an unknown column, or a wrong sampling weight.
+        UsageError: a column is unknown, or a sampling weight is wrong.
     """
     names = listed(by)
     found = group_rates(Grouping(frame, names, cluster), hits, weights_of(frame), whole)
@@ -211,9 +211,9 @@ def rate_of(sums: ClusterSums, weighted: bool = False, regression: Ratio | None 
     """Return a row of a table of rates, without its group.
 
     Args:
-        sums: over the clusters of the group.
+        sums: the sums over the clusters of the group.
         weighted: whether the runs were drawn with unequal probabilities.
-        regression: the estimate to take for these; the ratio of the sums if left out.
+        regression: the estimate for such runs; default: the ratio of the sums.
 
     >>> ones = np.ones(60)
     >>> sums = ClusterSums(0 * ones, 16 * ones, 16 * ones, 16 * ones, 0 * ones)
@@ -227,7 +227,7 @@ def rate_of(sums: ClusterSums, weighted: bool = False, regression: Ratio | None 
         wilson = exact = printed = (math.nan, math.nan)
         method = NOTHING
     elif weighted:
-        # Of weighted counts Wilson's limits take the number of runs of equal weight that would tell as much.
+        # For weighted counts, Wilson's limits use the number of runs of equal weight with the same information.
         wilson = wilson_limits(estimate.value, sums.effective_runs)
         exact = exact_limits(estimate.value, sums.effective_runs)
         method = f"{'regression' if regression else 'ratio'}, {CLUSTERED}"
@@ -254,7 +254,7 @@ def rate_of(sums: ClusterSums, weighted: bool = False, regression: Ratio | None 
 def table_of(
     frame: pd.DataFrame, by: list[str], rows: list[tuple[tuple[Any, ...], dict[str, Any]]], columns: Sequence[str]
 ) -> pd.DataFrame:
-    """Return rows as a table, the columns of ``by`` first and in the types they have in ``frame``."""
+    """Return rows as a table; the columns of ``by`` come first and keep their types in ``frame``."""
     table = pd.DataFrame([row for _, row in rows], columns=list(columns))
     for place, name in enumerate(by):
         table.insert(place, name, pd.Series([key[place] for key, _ in rows], dtype=frame[name].dtype))

@@ -7,12 +7,12 @@
 
     python -m experiments.figures results/default                            # all of them, with their captions
 
-Numbers come from ``experiments.analysis``; only quantiles and histograms are taken here, so that a million runs become
-as few marks as a thousand. Every figure has a caption with its n, and says why it is not drawn where its data are
-missing (``NoDataError``). Values that are NaN or infinite are drawn as what they are.
+Numbers come from ``experiments.analysis``. This package computes only quantiles and histograms, so that a million runs
+become as few marks as a thousand. Every figure has a caption with its n. If its data are missing, ``NoDataError`` says
+why it is not drawn. NaN and infinite values are drawn as such.
 """
 
 import lazy_loader
 
-# What is handed on, and from where, stands in the stub beside; nothing is loaded before it is used.
+# The stub beside this file lists the exported names and their modules; a module is loaded when a name is first used.
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

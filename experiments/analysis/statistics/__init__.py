@@ -1,1 +1,1 @@
-"""Clusters, intervals and estimates: the arithmetic under the tables."""
+"""Clusters, intervals and estimates: the arithmetic behind the tables."""

@@ -1,17 +1,16 @@
 """Clusters: runs that are not independent, because they share an input, or a head.
 
-Sums are taken over each cluster first (pseudo-bulk); everything that follows treats the cluster, never the run, as the
-unit that was drawn. So a million runs cost one pass, and an interval says how the estimate would vary had other inputs
-and other heads been drawn.
+Values are first summed over each cluster (pseudo-bulk). From then on the cluster, never the run, is the sampled unit.
+So a million runs cost one pass, and an interval says how the estimate would vary with other inputs and other heads.
 
     for key, sums in Grouping(runs, "bit_field").sums(detected(runs)):
         estimate = ratio(sums)          # estimate.value, estimate.variance, estimate.degrees
 
-By default runs are clustered in two *ways* that cross, by input and by head. What is estimated is the rate over all
-texts, of which the inputs are a sample, and over heads like these: layers and heads are taken for a sample, too. The
-variance is V(input) + V(head) - V(input and head). ``cluster=["model", "layer"]`` makes one way, a list of such lists
-several. A way that has a single cluster in a group (a table by head; a campaign on one input) says nothing about its
-variation and is left out; the limits then speak of that head or that input alone.
+By default runs are clustered in two crossing *ways*, by input and by head. The estimate is the rate over all texts, of
+which the inputs are a sample, and over heads like these: layers and heads count as a sample, too. The variance is
+V(input) + V(head) - V(input and head). ``cluster=["model", "layer"]`` makes one way, a list of such lists several. If a
+way has a single cluster in a group (a table by head; a campaign on one input), its variation is unknown and the way is
+left out; the limits then describe that head or that input alone.
 
 Sources: the ratio estimator and its linearised variance between clusters, W. G. Cochran, "Sampling Techniques", 3rd
 ed. 1977, 6.3 and 9A; the delete-one-cluster form, K. M. Wolter, "Introduction to Variance Estimation", 2nd ed. 2007,
@@ -42,22 +41,22 @@ Cluster = Sequence[str] | Sequence[Sequence[str]]
 """Columns that make clusters in one way, or a list of such lists: several ways."""
 
 DEFAULT_CLUSTER = (("model", "batch_index"), ("model", "layer", "index_head"))
-"""What runs of one cluster share. The campaign is not part of it: two campaigns on one input are not independent."""
+"""The columns that runs of one cluster share. The campaign is none: two campaigns on one input are not independent."""
 
 Floats = NDArray[np.float64]
 Ways = tuple[int, ...]
-"""Positions of ways; of several, the clusters of their intersection are meant."""
+"""Positions of ways; several positions mean the clusters of their intersection."""
 
 
 @dataclass(frozen=True)
 class ClusterSums:
     """Sums over the runs of each cluster of one group; arrays of one length, the number of clusters.
 
-    Of clusters in several ways, the arrays are those of the way that is worth the fewest clusters.
+    With clusters in several ways, the arrays belong to the way with the smallest effective number of clusters.
 
     Attributes:
         values: sum of weight times value.
-        weights: sum of weights; where no run is weighted, the number of runs.
+        weights: sum of weights; the number of runs if no run is weighted.
         runs: number of runs.
         squares: sum of squared weights.
         hits: sum of values, without weights.
@@ -73,7 +72,7 @@ class ClusterSums:
 
     @property
     def ways(self) -> tuple[ClusterSums, ...]:
-        """The sums of every way; intersections are none."""
+        """The sums of every way, without intersections."""
         return (self, *(sums for count, sums in self.crossed if count == 1))
 
     def where(self, held: NDArray[np.bool_]) -> ClusterSums:
@@ -82,13 +81,13 @@ class ClusterSums:
 
     @property
     def effective_clusters(self) -> float:
-        """What the clusters are worth if they differ in weight: (sum w)^2 / sum w^2 (Kish)."""
+        """The effective number of clusters, which may differ in weight: (sum w)^2 / sum w^2 (Kish)."""
         total = float((self.weights**2).sum())
         return float(self.weights.sum()) ** 2 / total if total > 0 else 0.0
 
     @property
     def units(self) -> float:
-        """Effective clusters of the intersection of all ways: runs that share everything that clusters share."""
+        """The effective number of clusters of the intersection of all ways: their runs share all cluster columns."""
         return (
             max(self.crossed, key=lambda part: part[0])[1].effective_clusters
             if self.crossed
@@ -97,7 +96,7 @@ class ClusterSums:
 
     @property
     def effective_runs(self) -> float:
-        """What the runs would be worth if they were independent, given their weights (Kish)."""
+        """The effective number of runs, given their weights, if they were independent (Kish)."""
         total = float(self.squares.sum())
         return float(self.weights.sum()) ** 2 / total if total > 0 else 0.0
 
@@ -109,11 +108,11 @@ class ClusterSums:
 
 @dataclass(frozen=True)
 class Ratio:
-    """A ratio of sums over clusters, and how well it is known.
+    """A ratio of sums over clusters, and its precision.
 
     Attributes:
         value: sum of values divided by sum of weights.
-        variance: of ``value``, from the differences between clusters; NaN with fewer than two.
+        variance: the variance of ``value``, from the differences between clusters; NaN with fewer than two.
         degrees: degrees of freedom of that variance.
     """
 
@@ -125,10 +124,10 @@ class Ratio:
 def ratio(sums: ClusterSums) -> Ratio:
     """Return the ratio estimate and its delete-one-cluster variance.
 
-    Without cluster i the ratio changes by ``-(values_i - ratio weights_i) / (total - weights_i)``; the variance is
-    (C - 1) / C times the sum of the squares of these. Of clusters in several ways, it is the sum over the ways, less
-    that of the intersections of two, plus that of three, and so on; and at least the largest of one way. The degrees
-    are those of the way that has the fewest.
+    Without cluster i the ratio changes by ``-(values_i - ratio weights_i) / (total - weights_i)``. The variance is
+    (C - 1) / C times the sum of the squares of these changes. With several ways, it is the sum over the ways, minus the
+    sum over intersections of two, plus that over three, and so on; it is at least the largest variance of one way. The
+    degrees of freedom are those of the way with the fewest.
 
     >>> ones = np.ones(4)
     >>> sums = ClusterSums(np.array([0.0, 1.0, 1.0, 2.0]), 2 * ones, 2 * ones, 2 * ones, np.array([0.0, 1.0, 1.0, 2.0]))
@@ -145,9 +144,9 @@ def ratio(sums: ClusterSums) -> Ratio:
 
 
 def changes(sums: ClusterSums) -> Floats:
-    """Return by how much each cluster of a way moves the ratio: its squares sum to the variance of that way.
+    """Return how much each cluster of a way moves the ratio; the squares sum to the variance of that way.
 
-    A cluster of weight 0 moves nothing. All are NaN with fewer than two clusters.
+    A cluster of weight 0 moves nothing. With fewer than two clusters all changes are NaN.
     """
     total, count = float(sums.weights.sum()), int((sums.weights > 0).sum())
     if count < 2:
@@ -157,7 +156,7 @@ def changes(sums: ClusterSums) -> Floats:
 
 
 def _ratio_of_one_way(sums: ClusterSums) -> Ratio:
-    # A cluster of weight 0 says nothing and must not count as one.
+    # A cluster of weight 0 has no information and must not count.
     kept = sums.where(sums.weights > 0)
     total, count = float(kept.weights.sum()), len(kept.weights)
     if not count:
@@ -170,7 +169,7 @@ def _ratio_of_one_way(sums: ClusterSums) -> Ratio:
 
 
 def _degrees(change: Floats, clusters: float) -> float:
-    """Return the degrees of freedom of a variance: how well so many clusters, as skewed as these, can tell it.
+    """Return the degrees of freedom of a variance: the precision that this many clusters, this skewed, give it.
 
     A variance of C normal numbers has C - 1. In general the variance of a sample variance s^2 is
     s^4 (kurtosis - (C - 3) / (C - 1)) / C, which a chi-squared variable of 2 C / (...) degrees of freedom has.
@@ -201,12 +200,12 @@ def _ways(cluster: Cluster) -> list[list[str]]:
 
 
 class Grouping:
-    """Which group and which clusters every row of a table belongs to; found once, for any number of values.
+    """The group and the clusters of every row of a table; computed once, for any number of values.
 
     Args:
         frame: one row per run.
-        by: the columns that make groups; groups come sorted. None: one group, even of no rows.
-        cluster: the columns that make clusters, in one way or several. An empty cell is a value like any other.
+        by: the columns that make groups, which are sorted. None: one group, even without rows.
+        cluster: the columns that make clusters, in one way or several. An empty cell counts as a value.
 
     Attributes:
         keys: the values of ``by`` of each group.
@@ -249,9 +248,9 @@ class Grouping:
 
         Args:
             values: one number per row.
-            weights: one number per row; 1 if left out.
-            counted: the rows that count; all if left out. Clusters without one are none.
-            denominators: one number per row that its weight is multiplied with; 1 if left out.
+            weights: one number per row; default 1.
+            counted: the rows that count; default: all. Clusters without such a row are left out.
+            denominators: one number per row, multiplied with its weight; default 1.
         """
         for key, parts in self.parts(values, weights, counted=counted, denominators=denominators):
             yield key, crossed(parts)
@@ -264,9 +263,9 @@ class Grouping:
         counted: NDArray[np.bool_] | None = None,
         denominators: Floats | None = None,
     ) -> Iterator[tuple[tuple[Any, ...], dict[Ways, ClusterSums]]]:
-        """Yield each group's key and, by way and by intersection of ways, the sums of all its clusters.
+        """Yield each group's key and, for each way and intersection of ways, the sums of all its clusters.
 
-        Arguments as for ``sums``; clusters without a row that counts are there, with sums of 0.
+        Arguments as for ``sums``; clusters without a counted row are included, with sums of 0.
         """
         rows = np.ones(len(values)) if counted is None else counted.astype(np.float64)
         number = np.where(rows > 0, values.astype(np.float64), 0.0)
@@ -288,7 +287,7 @@ def _sliced(columns: list[Floats], span: slice) -> ClusterSums:
 
 
 def crossed(parts: Mapping[Ways, ClusterSums]) -> ClusterSums:
-    """Return the sums of a group as one: clusters that have runs, in the ways that have more than one of them."""
+    """Return the parts of a group as one object: only clusters with runs, and only ways with several clusters."""
     present = {ways: sums.where(sums.runs > 0) for ways, sums in parts.items()}
     several = [ways[0] for ways, sums in present.items() if len(ways) == 1 and len(sums.runs) > 1]
     if not several:
@@ -303,7 +302,7 @@ def crossed(parts: Mapping[Ways, ClusterSums]) -> ClusterSums:
 class _Partition:
     """The clusters of one way, or of the intersection of several, numbered group by group in the order of their keys.
 
-    So the rows' order changes nothing.
+    So the order of the rows does not matter.
     """
 
     def __init__(self, group: NDArray[np.int64], units: Sequence[NDArray[np.int64]], groups: int) -> None:
@@ -323,7 +322,7 @@ class _Partition:
 
 
 def _codes(frame: pd.DataFrame, names: list[str]) -> tuple[list[tuple[Any, ...]], NDArray[np.int64]]:
-    """Return the sorted distinct values of some columns, and for each row which of them it has."""
+    """Return the sorted distinct values of some columns, and for each row the number of its value."""
     if not names:
         return [()], np.zeros(len(frame), np.int64)
     groups = frame.groupby(names, observed=True, dropna=False, sort=True)

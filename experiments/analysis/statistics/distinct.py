@@ -1,4 +1,4 @@
-"""What counts: each fault once, what harmful and detected mean, and what a run weighs.
+"""Count each fault once, define harmful and detected, and weight runs.
 
     faults = distinct_faults(load_runs("results/default"))
     propagated(faults)                  # those whose outcome was measured at the model's output
@@ -20,14 +20,14 @@ from experiments.errors import UsageError, nearest
 from experiments.tables.schema import HARMFUL
 
 MEASURES = ("detected", "harmful")
-"""What a rate can be of: all distinct faults, or those that were propagated."""
+"""The measures that a rate can have, and their faults: all distinct ones, or only propagated ones."""
 
 OUTCOME_AXES = ("detect.critical_loss", "detect.correct")
-"""The fields of ``detect`` that change what a fault does, or what that is called."""
+"""The fields of ``detect`` that change the effect of a fault or the name of its outcome."""
 
 
 def require_columns(frame: pd.DataFrame, names: Iterable[str]) -> None:
-    """Raise ``UsageError`` for the first name that is no column of the frame."""
+    """Raise ``UsageError`` for the first name that is not a column of the frame."""
     for name in names:
         if name not in frame.columns:
             held = ", ".join(map(str, frame.columns))
@@ -35,22 +35,22 @@ def require_columns(frame: pd.DataFrame, names: Iterable[str]) -> None:
 
 
 def listed(by: str | Sequence[str] | None) -> list[str]:
-    """Return the names to group by as a list; none for one group of everything."""
+    """Return the names to group by as a list; an empty list means one group of everything."""
     return [by] if isinstance(by, str) else list(by or [])
 
 
 def distinct_faults(runs: pd.DataFrame) -> pd.DataFrame:
     """Return one row for each distinct fault, in the order of the table.
 
-    A fault that was drawn twice is one experiment, done twice. What tells experiments apart is the campaign, the swept
-    fields of ``detect`` and ``run``, and ``fault_id``. Of the rows of one fault, one that was propagated stays, else
-    one with an outcome, else the first.
+    A fault that was drawn twice is one experiment, done twice. Two experiments differ in the campaign, in a swept field
+    of ``detect`` or ``run``, or in ``fault_id``. Of the rows of one fault, a propagated row stays, or else a row with
+    an outcome, or else the first.
 
-    Weighted draws (``sampling_weight`` not 1) are all kept: they are draws with replacement from unequal
-    probabilities, and their estimator counts a fault as often as it was drawn.
+    All weighted draws (``sampling_weight`` not 1) stay: they are draws with replacement from unequal probabilities, and
+    their estimator counts a fault as often as it was drawn.
 
     Raises:
-        UsageError: weights that are wrong, or all 0.
+        UsageError: weights are wrong, or all are 0.
 
     >>> runs = pd.DataFrame({"fault_id": ["a", "a", "b"], "scope": ["site", "full", "site"],
     ...                      "outcome": [None, "benign", None]})
@@ -61,10 +61,10 @@ def distinct_faults(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def outcome_faults(runs: pd.DataFrame, by: Collection[str] = ()) -> pd.DataFrame:
-    """Return the distinct faults that were propagated, each once for all settings of detectors that leave it as it is.
+    """Return the distinct propagated faults, each once for all settings of detectors that do not change its outcome.
 
-    Of the swept fields of ``detect`` only those in ``OUTCOME_AXES`` change an outcome, so only these, and those in
-    ``by``, tell experiments apart.
+    Of the swept fields of ``detect`` only those in ``OUTCOME_AXES`` change an outcome, so only these, and the fields in
+    ``by``, distinguish experiments.
 
     >>> runs = pd.DataFrame({"fault_id": ["a", "a"], "scope": "full", "outcome": "benign", "detect.tolerance": [0, 1]})
     >>> len(distinct_faults(runs)), len(outcome_faults(runs)), len(outcome_faults(runs, ["detect.tolerance"]))
@@ -75,11 +75,11 @@ def outcome_faults(runs: pd.DataFrame, by: Collection[str] = ()) -> pd.DataFrame
 
 
 def detection_faults(runs: pd.DataFrame, by: Collection[str] = ()) -> pd.DataFrame:
-    """Return the distinct faults, all of which the same detectors looked at, or those of each group by ``by``.
+    """Return the distinct faults, if the same detectors checked all of them (or all of each group of ``by``).
 
     Raises:
-        UsageError: runs that differ in a field of ``detect`` which is not in ``by``: a fault would count once for every
-            setting, and what was seen would be that of no setting.
+        UsageError: runs differ in a field of ``detect`` that is not in ``by``. Then a fault would count once for every
+            setting, and the result would describe no setting.
     """
     check_one_setting(runs, by)
     return distinct_faults(runs)
@@ -101,7 +101,7 @@ def _detect_axes(runs: pd.DataFrame) -> list[str]:
 
 
 def _distinct(runs: pd.DataFrame, idle: Collection[str]) -> pd.DataFrame:
-    """Return one row for each distinct fault; swept fields in ``idle`` do not tell experiments apart."""
+    """Return one row for each distinct fault; swept fields in ``idle`` do not distinguish experiments."""
     require_columns(runs, ["fault_id", "scope", "outcome"])
     weights = weights_of(runs)
     if weights is not None:
@@ -121,7 +121,7 @@ def _distinct(runs: pd.DataFrame, idle: Collection[str]) -> pd.DataFrame:
 
 
 def _distinct_draws(runs: pd.DataFrame, idle: Collection[str]) -> pd.DataFrame:
-    """Return each weighted draw once: a repeat of a grid point, whatever its value of the fields in ``idle``."""
+    """Return each weighted draw (a repeat of a grid point) once, ignoring the fields in ``idle``."""
     swept = [name for name in idle if runs[name].nunique(dropna=False) > 1]
     if not swept:
         return runs
@@ -143,7 +143,7 @@ def propagated(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def harmful(runs: pd.DataFrame) -> NDArray[np.bool_]:
-    """Return for each run whether its outcome is critical or nonfinite.
+    """Return, for each run, whether its outcome is critical or nonfinite.
 
     >>> harmful(pd.DataFrame({"outcome": ["masked", "critical", None]})).tolist()
     [False, True, False]
@@ -153,7 +153,7 @@ def harmful(runs: pd.DataFrame) -> NDArray[np.bool_]:
 
 
 def detected(runs: pd.DataFrame) -> NDArray[np.bool_]:
-    """Return for each run whether a proved detector fired that sees the faulty pass only.
+    """Return, for each run, whether a proved detector fired that sees only the faulty pass.
 
     >>> detected(pd.DataFrame({"violation_detected": [True, False]})).tolist()
     [True, False]
@@ -163,15 +163,15 @@ def detected(runs: pd.DataFrame) -> NDArray[np.bool_]:
 
 
 def measured(runs: pd.DataFrame, measure: str, by: Collection[str] = ()) -> tuple[pd.DataFrame, NDArray[np.bool_]]:
-    """Return the distinct faults that a measure is of, and for each whether it is one.
+    """Return the distinct faults of a measure, and whether each of them counts for it.
 
     Args:
-        runs: of one or several campaigns.
+        runs: runs of one or several campaigns.
         measure: one of ``MEASURES``.
         by: the columns that will make groups; a fault counts in each.
 
     Raises:
-        UsageError: a measure that is not among ``MEASURES``, or detection by runs of several settings of ``detect``.
+        UsageError: the measure is not one of ``MEASURES``, or ``detected`` is asked of several settings of ``detect``.
     """
     if measure not in MEASURES:
         raise UsageError(f"measure: got {measure!r}, allowed {', '.join(MEASURES)}{nearest(measure, MEASURES)}")
@@ -183,10 +183,10 @@ def measured(runs: pd.DataFrame, measure: str, by: Collection[str] = ()) -> tupl
 
 
 def sampling_weights(runs: pd.DataFrame) -> NDArray[np.float64]:
-    """Return what each run weighs: ``sampling_weight``, or 1 where a campaign has none.
+    """Return the weight of each run: ``sampling_weight``, or 1 if a campaign has none.
 
     Raises:
-        UsageError: weights that are missing in some runs, negative or not finite.
+        UsageError: a weight is missing in some runs, negative, or not finite.
     """
     if "sampling_weight" not in runs.columns or runs["sampling_weight"].isna().all():
         return np.ones(len(runs))
@@ -198,6 +198,6 @@ def sampling_weights(runs: pd.DataFrame) -> NDArray[np.float64]:
 
 
 def weights_of(runs: pd.DataFrame) -> NDArray[np.float64] | None:
-    """Return what each run weighs, or None if all weigh the same because faults were drawn uniformly."""
+    """Return the weight of each run, or None if all weights are equal because faults were drawn uniformly."""
     weights = sampling_weights(runs)
     return weights if (weights != 1).any() else None

@@ -1,12 +1,12 @@
-"""The sharper estimate of a rate from weighted draws, for groups of runs whose weights have mean 1.
+"""The regression estimate of a rate from weighted draws, for groups of runs whose weights have mean 1.
 
     estimates = regressions(Grouping(runs, "run.scope"), harmful(runs), weights)      # one for each group, or None
 
-A weight is the probability of a fault under uniform drawing over that of its draw, so over all draws the mean weight
-is 1. Where it came out as 1.1, more than its share was drawn of what weighs much, and the regression takes that out:
-``rate = mean(w h) - b (mean(w) - 1)``, with b the slope of ``w h`` over ``w``. The variance is that of its residuals
-``w h - b (w - 1)``, between clusters. The ratio ``sum(w h) / sum(w)`` does so too, but with the rate in place of b,
-which is far off where weight and harm go together, as ``fault.aim`` wants it.
+A weight is the probability of a fault under uniform drawing, divided by the probability of its draw, so the expected
+weight over all draws is 1. If the observed mean is 1.1, faults of large weight were drawn too often by chance. The
+regression corrects this: ``rate = mean(w h) - b (mean(w) - 1)``, with b the slope of ``w h`` over ``w``. Its variance
+is that of the residuals ``w h - b (w - 1)``, between clusters. The ratio ``sum(w h) / sum(w)`` corrects it, too, but
+with the rate in place of b. The rate is far from b if weight and harm are correlated, as they are with ``fault.aim``.
 
 Source: W. G. Cochran, "Sampling Techniques", 3rd ed. 1977, 7.1-7.3 (regression estimates); see docs/sampling.md.
 
@@ -24,17 +24,17 @@ from experiments.analysis.statistics.clusters import Grouping, Ratio, ratio
 from experiments.analysis.statistics.weighted import regression_parts
 
 FEWEST = 30
-"""Runs below which a slope is not to be relied on."""
+"""With fewer runs than this, a slope is not reliable."""
 
 FARTHEST = 4.0
-"""Standard errors by which the mean weight may be from 1; beyond, the rows are a part of what was drawn."""
+"""The mean weight may differ from 1 by this many standard errors; beyond that, some draws are missing from the rows."""
 
 
 def regressions(grouping: Grouping, hits: NDArray[np.bool_], weights: NDArray[np.float64]) -> list[Ratio | None]:
-    """Return the regression estimate of each group's rate, or None where it cannot be had.
+    """Return the regression estimate of each group's rate, or None without one.
 
-    That is with fewer than ``FEWEST`` runs, where the mean weight is not 1, and where the estimate is not between 0
-    and 1: a rate of nothing is one, too.
+    A group has no estimate if it has fewer than ``FEWEST`` runs, if the mean weight is not 1, or if the estimate is not
+    strictly between 0 and 1.
     """
     parts, usable = np.zeros(len(hits)), []
     for rows in grouping.rows():

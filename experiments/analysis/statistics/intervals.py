@@ -5,9 +5,9 @@
 >>> [round(limit, 4) for limit in exact_interval(81, 263)]
 [0.2527, 0.3676]
 
-Runs that share an input, a layer and a head tell partly the same story: 16 of them are worth fewer than 16 independent
-ones. ``clustered_interval`` counts what they are worth, the *effective* number of trials, from the variance between
-clusters, and gives Wilson's limits for that number.
+Runs that share an input, a layer and a head are correlated: 16 of them have less information than 16 independent runs.
+``clustered_interval`` computes the *effective* number of independent trials from the variance between clusters, and
+returns Wilson's limits for that number.
 
 Sources: E. B. Wilson, JASA 22:209, 1927; C. J. Clopper, E. S. Pearson, Biometrika 26:404, 1934. The effective number of
 trials: E. L. Korn, B. I. Graubard, Survey Methodology 24:193, 1998. With Wilson's limits: C. Franco, R. J. A. Little,
@@ -106,21 +106,21 @@ def clustered_interval(
 ) -> Limits:
     """Return the limits of a rate whose trials come in clusters.
 
-    Wilson's, for the effective number of trials: ``rate (1 - rate) / variance``, times the squared ratio of the t
-    quantiles for ``trials - 1`` and for ``degrees`` degrees of freedom, and at most ``trials``. A rate of 0 or 1 says
-    nothing about the correlation within clusters; each then counts as one trial. So does a lone cluster. (Where runs
-    are clustered in several ways, the clusters of the intersection count: runs that share only an input, or only a
-    head, are taken as independent there, as nothing is known of how alike they are.)
+    These are Wilson's limits for the effective number of trials: ``rate (1 - rate) / variance``, times the squared
+    ratio of the t quantiles for ``trials - 1`` and for ``degrees`` degrees of freedom, and at most ``trials``. If the
+    rate is 0 or 1, the data do not show the correlation within clusters; then each cluster counts as one trial. So does
+    a single cluster. (With clusters in several ways, the clusters of the intersection count: runs that share only an
+    input, or only a head, are then treated as independent, because their correlation is unknown.)
 
     Args:
         rate: the estimated rate.
-        variance: of that estimate, between clusters; see ``experiments.analysis.statistics.clusters``.
-        degrees: degrees of freedom of that variance.
-        trials: how many runs there are.
-        clusters: how many clusters there are; if they differ in size, what they are worth: (sum n)^2 / sum n^2.
-        confidence: of the interval.
-        weighted: whether the runs were drawn with unequal probabilities. These can tell more than as many uniform ones,
-            that is what they are for: the effective number of trials may then be larger than ``trials``.
+        variance: the variance of that estimate, between clusters; see ``experiments.analysis.statistics.clusters``.
+        degrees: the degrees of freedom of that variance.
+        trials: the number of runs.
+        clusters: the number of clusters; if they differ in size, the effective number (sum n)^2 / sum n^2.
+        confidence: the confidence of the interval.
+        weighted: whether the runs were drawn with unequal probabilities. Such runs can have more information than as
+            many uniform ones, so the effective number of trials may then exceed ``trials``.
 
     >>> rate, clusters, runs = 0.2, 60, 960
     >>> alone = rate * (1 - rate) / runs

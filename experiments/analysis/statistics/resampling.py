@@ -1,13 +1,13 @@
-"""The bootstrap over clusters: how far an estimate would move had other clusters been drawn.
+"""The bootstrap over clusters: how far an estimate would move with other clusters.
 
     limits = bootstrap_limits(estimate, influence)        # influence: one number for each cluster
     limits = mean_limits(sums)                            # the same of a ratio of sums over clusters
 
-An estimate's *influence* of a cluster is by how much it leans on it: the values sum to 0, and the variance of the
-estimate is C / (C - 1) times the sum of their squares. Whole clusters are drawn with replacement, and the
-*studentised* mean of each draw is kept (bootstrap-t): unlike the percentiles of the estimate itself, its quantiles are
-right for skewed values and few clusters. With fewer than ``FEWEST`` clusters too few different draws exist, with more
-than ``MOST`` the t distribution is as good; both take that.
+The *influence* of a cluster is its contribution to the estimate. Influences sum to 0, and the variance of the estimate
+is C / (C - 1) times the sum of their squares. The bootstrap draws whole clusters with replacement and keeps the
+*studentised* mean of each draw (bootstrap-t). Its quantiles are right for skewed values and few clusters, unlike the
+percentiles of the estimate itself. With fewer than ``FEWEST`` clusters too few different draws exist, and with more
+than ``MOST`` the t distribution is as good; in both cases the t distribution is used.
 
 Sources: B. Efron, R. Tibshirani, "An Introduction to the Bootstrap", 1993, 12.5; A. C. Davison, D. V. Hinkley,
 "Bootstrap Methods and their Application", 1997, 2.4 and 5.2.1 (and why 1,999 draws: 0.025 of 2,000 is a whole number).
@@ -31,20 +31,20 @@ RESAMPLES = 1999
 FEWEST = 8
 MOST = 10_000
 CHUNK = 1 << 21
-"""Most drawn numbers that are held at a time."""
+"""The largest number of draws in memory at a time."""
 
 ROUNDING = 1e-12
-"""What a standard error must exceed, as a share of the estimate, to be more than rounding."""
+"""A standard error below this share of the estimate is only rounding."""
 
 SEED = 0
-"""Of the draws: the same table gives the same limits."""
+"""The seed of the draws: the same table gives the same limits."""
 
 Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of an estimate, and how they were made."""
+    """The limits of an estimate, and the method that gave them."""
 
     low: float
     high: float
@@ -54,8 +54,8 @@ class Limits:
 def mean_limits(sums: ClusterSums, confidence: float = CONFIDENCE) -> Limits:
     """Return limits of the ratio of the sums.
 
-    Of clusters in several ways, those of the way whose variance is largest are drawn; the limits are as wide as the
-    variance of all ways together makes them.
+    With clusters in several ways, the clusters of the way with the largest variance are drawn; the width of the limits
+    follows from the variance of all ways together.
 
     >>> ones = np.ones(2)
     >>> limits = mean_limits(ClusterSums(np.array([1.0, 3.0]), 2 * ones, 2 * ones, 2 * ones, ones))
@@ -108,8 +108,8 @@ def _studentised(influence: Floats, seed: int) -> Floats:
     for start in range(0, RESAMPLES, step):
         drawn = influence[generator.integers(0, count, (min(step, RESAMPLES - start), count))]
         error = np.sqrt(count * drawn.var(axis=1, ddof=1))
-        # A draw of equal clusters alone has no spread to compare with; with eight clusters that is one in millions,
-        # unless most clusters are equal: then it counts as infinitely far on its side.
+        # A draw of only equal clusters has no spread. With eight clusters that is one draw in millions, unless most
+        # clusters are equal: then the draw counts as infinitely far on its side.
         total = drawn.sum(axis=1)
         with np.errstate(divide="ignore", invalid="ignore"):
             parts.append(np.where(total == 0, 0.0, total / error))

@@ -1,10 +1,9 @@
-"""Estimates from draws that were not uniform: each value weighs as much as it was too rarely drawn.
+"""Estimates from non-uniform draws: a value that was drawn too rarely weighs more.
 
     estimate, variance = hajek(values, runs["sampling_weight"])
 
-Draws are independent and with replacement, from probabilities q instead of the p of the population that is meant; the
-weight of a draw is p / q, so its expectation is 1. All estimators are of the population's mean; docs/sampling.md says
-when to take which.
+Draws are independent and with replacement, with probabilities q instead of the population's p. The weight of a draw is
+p / q, so its expectation is 1. All estimators estimate the population's mean; docs/sampling.md says which one to use.
 
 Sources: M. H. Hansen, W. N. Hurwitz, Annals of Mathematical Statistics 14:333, 1943 (draws with replacement); D. G.
 Horvitz, D. J. Thompson, JASA 47:663, 1952; J. Hajek, comment in Foundations of Statistical Inference, 1971; variances:
@@ -32,7 +31,7 @@ def horvitz_thompson(values: ArrayLike, weights: ArrayLike) -> tuple[float, floa
         weights: p / q of each draw; their expectation is 1.
 
     Raises:
-        UsageError: lengths that differ, no draw, or weights that are negative or not finite.
+        UsageError: the lengths differ, there is no draw, or a weight is negative or not finite.
 
     >>> horvitz_thompson([0.0, 1.0, 1.0, 0.0], [1.0, 1.0, 1.0, 1.0])
     (0.5, 0.08333333333333333)
@@ -45,8 +44,8 @@ def horvitz_thompson(values: ArrayLike, weights: ArrayLike) -> tuple[float, floa
 def hajek(values: ArrayLike, weights: ArrayLike) -> tuple[float, float]:
     """Return the sum of weight times value over the sum of weights, and its linearised variance.
 
-    Almost unbiased, and steadier than ``horvitz_thompson`` where values do not grow with their probability: a constant
-    is estimated without error. Arguments and errors as there.
+    It is almost unbiased, and varies less than ``horvitz_thompson`` if values do not grow with their probability: it
+    estimates a constant without error. Arguments and errors as there.
 
     >>> hajek([3.0, 3.0, 3.0], [0.5, 1.0, 4.0])
     (3.0, 0.0)
@@ -61,8 +60,8 @@ def hajek(values: ArrayLike, weights: ArrayLike) -> tuple[float, float]:
 def regression(values: ArrayLike, weights: ArrayLike) -> tuple[float, float]:
     """Return the mean of weight times value, corrected by how far the mean weight is from 1, and its variance.
 
-    The smallest variance of the three for many draws, and right only for all draws together: of a part of them, the
-    expected weight need not be 1. Arguments and errors as for ``horvitz_thompson``.
+    For many draws it has the smallest variance of the three. It is right only for all draws together, because the
+    expected weight of a part of them need not be 1. Arguments and errors as for ``horvitz_thompson``.
 
     >>> regression([1.0, 1.0, 1.0], [0.5, 0.75, 2.5])
     (1.0, 0.0)
@@ -72,7 +71,7 @@ def regression(values: ArrayLike, weights: ArrayLike) -> tuple[float, float]:
 
 
 def regression_parts(values: NDArray[np.float64], weights: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return what each draw contributes to the regression estimate, which is their mean: ``w h - b (w - 1)``.
+    """Return the contribution of each draw, ``w h - b (w - 1)``; the regression estimate is their mean.
 
     ``b`` is the slope of ``w h`` over ``w``; without two different weights it is 0.
 
