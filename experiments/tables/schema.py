@@ -54,7 +54,7 @@ class ExperimentResult:
     run_id: str = column(
         "identity of the run: 16 hex digits of everything that determines it", "planned.run_id", repeats=False
     )
-    repeat: int = column("which repeat of its grid point", "planned.repeat")
+    repeat: int = column("number of the repeat at its grid point", "planned.repeat")
     seed: int = column("seed of the campaign (or of this point, where it is swept)", "config.seed")
     model: str = column("model.path", "setting.model")
     dtype: str = column("dtype of the model", "setting.dtype")
