@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_status
     except OSError as error:
-        # A place that cannot be written to, a full disk.
+        # The folder cannot be written to, or the disk is full.
         print(f"error: {error}", file=sys.stderr)
         return MissingResourceError.exit_status
     print(f"{sum(bool(entry.files) for entry in written)} of {len(written)} figures and {_PAGE} in {out}")
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _folder(campaign: Path) -> Path:
-    """Return a campaign's folder; it may be named by its ``runs.csv``."""
+    """Return a campaign's folder; the argument may also be its ``runs.csv``."""
     return campaign.parent if campaign.is_file() else campaign
 
 

@@ -33,7 +33,7 @@ _DETECTED, _HARMFUL = SERIES_STYLES[0], OUTCOME_STYLES["critical"]
 def rates_by_bit(runs: pd.DataFrame) -> Figure:
     """Draw the shares of detected and of harmful faults, with their intervals, against the bit.
 
-    Tensors of different dtypes have axes of their own.
+    Each dtype of tensors has its own axes.
 
     Raises:
         NoDataError: no fault has exactly one bit.

@@ -1,4 +1,4 @@
-"""The table of figures of a campaign: what each is called, what it needs, and where it is made.
+"""The table of figures of a campaign: the title of each, the tables it needs, and the function that draws it.
 
     tables = load_tables("results/default")
     for name, entry in FIGURES.items():
@@ -7,8 +7,8 @@
         except NoDataError as reason:
             print(name, reason)
 
-A figure is a row here and two functions of one file: ``<name>`` draws it, ``<name>_caption`` says in words what it
-shows and of how many faults. The report, ``python -m experiments.figures`` and ``--list figures`` read the table.
+A figure is a row here and two functions of one file: ``<name>`` draws it, and ``<name>_caption`` describes it in words
+with its number of faults. The report, ``python -m experiments.figures`` and ``--list figures`` read the table.
 pandas and matplotlib are imported when a figure is made.
 """
 
@@ -40,11 +40,11 @@ class FigureEntry:
     """One figure of the catalogue.
 
     Attributes:
-        title: for a heading.
-        where: ``module:name`` of the function that draws it from the tables that ``needs`` names, in that order;
-            ``NoDataError`` says why it cannot. ``name_caption`` beside it takes the same tables.
-        needs: ``runs``, ``clean``, ``propagation``.
-        takes: further tables that it makes itself where nobody did before, as keywords.
+        title: its heading.
+        where: ``module:name`` of the function that draws it from the tables in ``needs``, in that order; it raises
+            ``NoDataError`` if it cannot. ``name_caption`` in the same module takes the same tables.
+        needs: some of ``runs``, ``clean``, ``propagation``.
+        takes: further tables, as keywords; the function makes them itself if the caller does not have them.
     """
 
     title: str
@@ -54,13 +54,13 @@ class FigureEntry:
 
     @property
     def draw(self) -> Callable[..., Figure]:
-        """The function that makes the figure."""
+        """Return the function that draws the figure."""
         function: Callable[..., Figure] = loaded(self.where)
         return function
 
     @property
     def caption(self) -> Callable[..., str]:
-        """The function that makes its caption."""
+        """Return the function that makes its caption."""
         function: Callable[..., str] = loaded(f"{self.where}_caption")
         return function
 
@@ -68,7 +68,7 @@ class FigureEntry:
         """Return the figure and its caption.
 
         Raises:
-            NoDataError: the data are not in this campaign.
+            NoDataError: this campaign does not have the data.
         """
         need_rows(tables["runs"], "this campaign has no finished run")
         arguments = [tables[name] for name in self.needs]
@@ -102,12 +102,12 @@ FIGURES: Registry[FigureEntry] = Registry(
         "overhead_breakdown": _figure("Where the time goes", "overhead:overhead_breakdown"),
     },
 )
-"""By name, in the order in which a report shows them; the name is also that of the files."""
+"""The figures by name, in the order of the report; files have the same names."""
 
 
 @dataclass(frozen=True)
 class Written:
-    """What became of one figure: its files and caption, or the reason why there is none."""
+    """The result for one figure: its files and caption, or the reason why it was not drawn."""
 
     name: str
     title: str
@@ -117,12 +117,12 @@ class Written:
 
 
 def load_tables(path: str | Path | Sequence[str | Path]) -> dict[str, pd.DataFrame]:
-    """Return the tables that figures are made of, from one campaign or several."""
+    """Return the tables of one or several campaigns that figures need."""
     return {name: loaded(load)(path) for name, load in _LOADERS.items()}
 
 
 def write_figures(tables: Tables, out: Path) -> Iterator[Written]:
-    """Write every figure for which there are data below ``out``, one after the other."""
+    """Write every figure that has data to the folder ``out``, one after the other; yield the result of each."""
     from experiments.figures.drawing.saving import save
 
     for name, entry in FIGURES.items():

@@ -1,6 +1,6 @@
 """How much a fault in each bit changes: the loss of the model, or the output of its attention layer.
 
-    loss_change_by_bit(runs); local_change_by_bit(runs)          # the second of campaigns with run.scope = site
+    loss_change_by_bit(runs); local_change_by_bit(runs)          # the second for campaigns with run.scope = site
 
 Public names: ``loss_change_by_bit``, ``local_change_by_bit`` and, for each, a function of that name and ``_caption``.
 """
@@ -49,7 +49,7 @@ def local_change_by_bit(runs: pd.DataFrame) -> Figure:
     """Draw the relative change of the attention layer's output (logarithmic) against the bit.
 
     Raises:
-        NoDataError: no fault of one bit in a run with scope site.
+        NoDataError: no run with scope site has a fault of one bit.
     """
     return _figure(_local_changes(runs), _LOCAL)
 

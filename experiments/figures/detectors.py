@@ -1,4 +1,4 @@
-"""Detectors side by side: what share of harmful faults each saw, of all faults, and at what price in false positives.
+"""Detectors side by side: the shares of harmful faults and of all faults that each saw, and its false positives.
 
     detector_recall(runs, load_clean(folder))
 
@@ -38,15 +38,15 @@ _KINDS = {
 def detector_recall(runs: pd.DataFrame, clean: pd.DataFrame, compared: pd.DataFrame | None = None) -> Figure:
     """Draw the recall of harmful faults and the share of all faults that each detector saw, with intervals.
 
-    False positives stand at the right: rows in violation among the rows it checked in fault-free passes.
+    The false positives are at the right: rows in violation among the rows it checked in fault-free passes.
 
     Args:
-        runs: of one setting of the detectors.
+        runs: runs of one setting of the detectors.
         clean: their fault-free passes.
-        compared: ``detector_comparison`` of the two, where it is made already.
+        compared: the ``detector_comparison`` of the two, if the caller has it already.
 
     Raises:
-        NoDataError: no detector looked, or runs differ in a field of ``detect``.
+        NoDataError: no detector took part, or runs differ in a field of ``detect``.
     """
     table = _table(runs, clean, compared)
     places = _places(table)
@@ -75,7 +75,7 @@ def _table(runs: pd.DataFrame, clean: pd.DataFrame, compared: pd.DataFrame | Non
 
 
 def _harmful(table: pd.DataFrame) -> int:
-    """Return how many harmful faults there were; of a detector that applies nowhere the number is empty."""
+    """Return the number of harmful faults; a detector that applies nowhere has no number."""
     return int(table["harmful_n"].fillna(0).max())
 
 

@@ -1,4 +1,4 @@
-"""Epsilon within its bounds: where it lies by layer, and where in the interval that the bounds leave it.
+"""Epsilon and its bounds: the values by layer, and the position of epsilon between its bounds.
 
     epsilon_bounds(runs)
 
@@ -84,7 +84,7 @@ def _draw_places(axes: Axes, faults: pd.DataFrame) -> None:
 def place_shares(faults: pd.DataFrame) -> pd.Series:
     """Return the share of faults below the lower bound, in each twentieth between the bounds, above, and not finite.
 
-    Missing numbers count as not finite: a row of attention that holds NaN has no epsilon.
+    Missing numbers count as not finite: a row of attention with a NaN has no epsilon.
     """
     lower, epsilon, upper = (faults[name].to_numpy(np.float64, na_value=np.nan) for name in _COLUMNS)
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):

@@ -25,13 +25,13 @@ _CELLS = (
 
 
 def _of(runs: pd.DataFrame) -> str:
-    """Return the n of a caption, and why harm is not drawn where it is not."""
+    """Return the n of a caption and, if harm is not drawn, the reason."""
     harm = "" if _harm_is_known(runs) else " No run was propagated to the output, so harm is not known."
     return f"{_CELLS}{population(runs)}.{harm}"
 
 
 def _maps(runs: pd.DataFrame, row: str, column: str, harm: bool) -> list[RateMap]:
-    """Return the map of harm, where any is known, and that of detection, with the same rows and columns."""
+    """Return the map of harm (if known) and the map of detection, with the same rows and columns."""
     need_one_setting(runs)
     by = [row, column]
     found = RateMap.of(detection_rate(runs, by), row, column, title="detected")
@@ -49,7 +49,7 @@ def _harm_is_known(runs: pd.DataFrame) -> bool:
 
 @styled
 def location_bit_map(runs: pd.DataFrame) -> Figure:
-    """Draw the rates of harm and of detection by location and bit; tensors of different dtypes have maps of their own.
+    """Draw the rates of harm and of detection by location and bit; each dtype of tensors has its own maps.
 
     Raises:
         NoDataError: no fault has exactly one bit.
@@ -125,7 +125,7 @@ def layer_head_map_caption(runs: pd.DataFrame) -> str:
 def fault_depth_map(runs: pd.DataFrame) -> Figure:
     """Draw the rates of harm and of detection by type of fault and by the third of the layers that it hit.
 
-    The type is the location and, where the campaign has several kinds of fault, the kind.
+    The type is the location and, if the campaign has several kinds of fault, the kind.
 
     Raises:
         NoDataError: no run has a depth.

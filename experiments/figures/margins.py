@@ -1,4 +1,4 @@
-"""The distribution of epsilon's margin: how far rows of attention stay from the bounds, or leave them.
+"""The distribution of epsilon's margin: how far it stays inside its bounds, or leaves them.
 
     margin_distribution(runs)
 
@@ -39,7 +39,7 @@ class MarginBins:
 
     @classmethod
     def around(cls, values: Floats) -> MarginBins:
-        """Choose them so that nine of ten finite values lie in the logarithmic parts."""
+        """Return bins such that nine of ten finite values are in the logarithmic parts."""
         sizes = np.abs(values[np.isfinite(values) & (values != 0)])
         if not len(sizes):
             return cls(1.0, 10.0)
@@ -48,7 +48,7 @@ class MarginBins:
         return cls(float(linear), float(min(max(largest, 10 * linear), max(_LARGEST, 10 * linear))))
 
     def place(self, values: Floats) -> Floats:
-        """Return where values lie on the axis: a unit per decade, and one for the linear part on each side of 0."""
+        """Return the positions of values on the axis: one unit per decade, and one for each side of the linear part."""
         sizes = np.abs(values) / self.linear
         return np.sign(values) * np.where(sizes <= 1, sizes, 1 + np.log10(np.maximum(sizes, 1)))
 
@@ -87,7 +87,7 @@ def margin_histogram(faults: pd.DataFrame, bins: MarginBins) -> pd.Series:
     margins = faults["epsilon_margin"].to_numpy(np.float64, na_value=np.nan)
     finite = margins[np.isfinite(margins)]
     edges = bins.edges
-    # Beyond the outer edges numbers keep their side, but infinitely far ones must not be lost.
+    # Numbers beyond the outer edges keep their side; infinite ones must not be lost.
     numbers = np.searchsorted(edges, bins.place(finite), side="right")
     counts = np.bincount(numbers, minlength=len(edges) + 1)
     names = ["less", *map(str, range(len(edges) - 1)), "more", "not finite"]
@@ -95,7 +95,7 @@ def margin_histogram(faults: pd.DataFrame, bins: MarginBins) -> pd.Series:
 
 
 def _apart(edges: Floats) -> tuple[float, float, float]:
-    """Return where the bars stand that are no bins of the axis: less, more, and not finite."""
+    """Return the positions of the bars outside the axis: less, more, and not finite."""
     reach = 0.06 * (edges[-1] - edges[0])
     return edges[0] - reach, edges[-1] + reach, edges[-1] + 2.4 * reach
 

@@ -1,4 +1,4 @@
-"""What faults did: the shares of the four outcomes, by the tensor that was hit.
+"""The shares of the four outcomes, by the tensor that was hit.
 
     outcomes_by_location(runs)
 

@@ -29,7 +29,7 @@ _ALL = "all runs"
 def overhead_breakdown(runs: pd.DataFrame) -> Figure:
     """Draw the mean milliseconds of each part of a run, over all runs and by location (or model, if several).
 
-    The overhead, (bounds + detection) / injection, stands at the right with its interval.
+    The overhead, (bounds + detection) / injection, is printed at the right with its interval.
 
     Raises:
         NoDataError: the campaign has no timings.

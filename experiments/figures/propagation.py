@@ -1,9 +1,9 @@
-"""How far a fault moves the residual stream behind each block, from the block it hit to the last.
+"""How far a fault moves the residual stream after each block, from the block it hit to the last.
 
     propagation_by_outcome(runs, load_propagation(folder)); propagation_by_location(runs, load_propagation(folder))
 
-Blocks are counted from the one that was hit, not from the first: at a given block, faults of many layers meet that are
-at different stages of their way.
+Blocks are counted from the one that was hit, not from the first, because faults in different layers reach a given block
+after different distances.
 
 Public names: ``propagation_by_outcome``, ``propagation_by_location``, ``propagation_quantiles`` and, for each figure, a
 function of its name and ``_caption``.
@@ -47,7 +47,7 @@ def propagation_by_location(runs: pd.DataFrame, propagation: pd.DataFrame) -> Fi
 def propagation_quantiles(runs: pd.DataFrame, propagation: pd.DataFrame, by: str) -> pd.DataFrame:
     """Return the quantiles of ``relative_change`` by a column of the runs and by ``distance``.
 
-    ``distance`` counts blocks from the one of the (first) injected layer, which is 0. See ``quantile_table`` for the
+    ``distance`` counts blocks from the block of the (first) injected layer, which is 0. See ``quantile_table`` for the
     other columns.
 
     Raises:

@@ -1,8 +1,8 @@
-"""The table a campaign closes with: by location and bit field, what the faults did and who saw them.
+"""The table at the end of a campaign: outcomes and detections, by location and bit field.
 
-Every rate stands with its n and a 95 % interval that respects clusters (``experiments.analysis``); faults that were
-drawn twice count once. What detectors saw is counted over all runs, outcomes and what was seen of harmful faults over
-those that have an outcome (``run.scope``).
+Every rate has its n and a 95 % interval that respects clusters (``experiments.analysis``); faults that were drawn twice
+count once. Detections are counted over all runs; outcomes and detections of harmful faults are counted over the runs
+with an outcome (``run.scope``).
 
 Public names: ``closing_table``, ``wilson_interval``.
 """
@@ -45,13 +45,13 @@ READ_COLUMNS = (
     ),
     *("baseline_seconds", "injection_seconds", "bounds_seconds", "detection_seconds", "total_seconds"),
 )
-"""What of ``runs.csv`` is read; of a million runs the rest would take gigabytes."""
+"""The columns of ``runs.csv`` that are read; for a million runs the others would take gigabytes."""
 
 
 def closing_table(folder: CampaignFolder) -> str:
     """Return the text of the table from the merged files of a campaign.
 
-    Points of the grid that differ in ``detect`` fields alone look at the same faults: each has a table of its own.
+    Points of the grid that differ only in ``detect`` fields have the same faults: each point has a table of its own.
     """
     runs = pd.read_csv(folder.file("runs.csv"), usecols=READ_COLUMNS, dtype={"run_id": str, "fault_id": str})
     if runs.empty:
@@ -102,7 +102,7 @@ def _scope_lines(runs: pd.DataFrame) -> list[str]:
 
 
 def _weight_lines(runs: pd.DataFrame) -> list[str]:
-    """Return what the numbers below are, and the harmful share, if runs were not drawn uniformly (``fault.aim``)."""
+    """Return a note on weights, and the harmful share, if runs were not drawn uniformly (``fault.aim``)."""
     if weights_of(runs) is None:
         return []
     said = "drawn with unequal probabilities (fault.aim): counts are of these runs, shares with intervals are weighted"
@@ -128,16 +128,16 @@ def _line(location: str, field: str, group: pd.DataFrame, whole: bool = False) -
 
 
 def _rate(runs: pd.DataFrame, seen: NDArray[np.bool_], whole: bool = False) -> str:
-    """Return a share and its interval; ``whole``: of all faults of a table, not of those that are such and such."""
+    """Return a share and its interval; ``whole``: ``runs`` are all faults of a table, not a selection of them."""
     row = rate_table(runs, seen, whole=whole).iloc[0]
     return f"{100 * row.rate:5.1f} % ({100 * row.low:.1f} - {100 * row.high:.1f})"
 
 
 def _detector_lines(folder: CampaignFolder, distinct: pd.DataFrame, point: Mapping[str, str]) -> list[str]:
-    """Return a line for each detector: what it saw, and its false positives on the fault-free passes."""
+    """Return a line for each detector: its detections, and its false positives on the fault-free passes."""
     every = pd.read_csv(folder.file("clean.csv"))
     names = detectors_of(folder.config().detect, point)
-    # An oracle does not judge fault-free passes; it looks where the detector does whose bounds it takes from there.
+    # An oracle does not judge fault-free passes; it applies where the detector applies that gives it its bounds.
     judge = {name: name.removeprefix("oracle_") if is_oracle(name) else name for name in names}
     applying = set(every[every.applicable.astype(bool)].detector)
     known = [name for name in names if judge[name] in set(every.detector)]
@@ -170,7 +170,7 @@ def _detector_lines(folder: CampaignFolder, distinct: pd.DataFrame, point: Mappi
 
 
 def _clean_lines(clean: pd.DataFrame) -> list[str]:
-    """Return which detectors do not apply and why, and the false positives of those that are proved."""
+    """Return which detectors do not apply and why, and the false positives of the proved detectors."""
     online = clean[clean.applicable.astype(bool) & clean.proved.astype(bool) & ~clean.detector.map(is_oracle)]
     total, rows_checked = int(online.violations.sum()), int(online.rows_checked.sum())
     skipped = clean[~clean.applicable.astype(bool)].groupby("detector").reason.first()
@@ -182,7 +182,7 @@ def _clean_lines(clean: pd.DataFrame) -> list[str]:
 
 
 def _correction_lines(distinct: pd.DataFrame) -> list[str]:
-    """Return what ``detect.correct`` repaired, and the certificate's median; nothing where neither was asked for."""
+    """Return the repairs of ``detect.correct`` and the certificate's median; no line if neither was requested."""
     lines = []
     if distinct.repairs.notna().any():
         lines.append(

@@ -1,8 +1,9 @@
-"""Figures as markup that stands in the page itself.
+"""Figures as markup inside the page.
 
-A figure is inline SVG, or a PNG as a data address where that is shorter. Identifiers inside an SVG get the figure's
-name in front, so that two figures in one page cannot take each other's clipping paths, and those that nothing refers to
-are left out; so is what points outside the page (document type, namespaces, metadata), which HTML needs none of.
+A figure is inline SVG, or a PNG as a data address if that is shorter. Identifiers inside an SVG are prefixed with the
+figure's name, so that two figures in one page cannot use each other's clipping paths. Identifiers without references
+are removed, and so is everything that points outside the page (document type, namespaces, metadata), which HTML does
+not need.
 
 Public names: ``figure_markup``.
 """
@@ -19,7 +20,7 @@ from matplotlib.figure import Figure
 from experiments.figures import svg_text
 from experiments.figures.drawing.style import style_context
 
-CSS_DPI = 96  # what an inch is to a browser
+CSS_DPI = 96  # pixels per inch in a browser
 PNG_DPI = 144
 
 
@@ -27,9 +28,9 @@ def figure_markup(figure: Figure, name: str, title: str) -> Markup:
     """Return a figure as HTML.
 
     Args:
-        figure: drawn and left as it is.
+        figure: the figure, which stays unchanged.
         name: an identifier that no other figure of the page has.
-        title: what screen readers say instead.
+        title: the text for screen readers.
     """
     svg, png = _svg(figure, name), _png(figure)
     if len(svg) <= len(png):

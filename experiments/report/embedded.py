@@ -1,8 +1,8 @@
-r"""Tables as JSON that may stand inside an HTML page.
+r"""Tables as JSON that is safe inside an HTML page.
 
-Browsers end a script element at ``</script`` wherever it stands, also inside a JSON text, and ``<!--`` changes how they
-look for that end. So ``<``, ``>`` and ``&`` are written as ``\u003c``, ``\u003e`` and ``\u0026``, which JSON reads
-as the same characters.
+Browsers end a script element at any ``</script``, even inside a JSON text, and ``<!--`` changes how they search for
+that end. So ``<``, ``>`` and ``&`` are written as ``\u003c``, ``\u003e`` and ``\u0026``, which JSON reads as the same
+characters.
 
 Public names: ``json_block``, ``table_json``, ``plain_value``.
 
@@ -23,7 +23,7 @@ _ESCAPED = {ord(character): f"\\u{ord(character):04x}" for character in "<>&\u20
 
 
 def json_block(value: Any) -> str:
-    """Return strict JSON (a number that is none is ``null``) without a character that means something to HTML."""
+    """Return strict JSON (NaN and infinity become ``null``) without characters that have a meaning in HTML."""
     text = json.dumps(plain_value(value), separators=(",", ":"), allow_nan=False, ensure_ascii=False)
     return text.translate(_ESCAPED)
 
@@ -34,7 +34,7 @@ def table_json(table: pd.DataFrame) -> dict[str, Any]:
 
 
 def plain_value(value: Any) -> Any:
-    """Return a value of Python's own types; missing and non-finite numbers as ``None``."""
+    """Return a value as one of Python's own types, with ``None`` for missing and non-finite numbers."""
     if isinstance(value, dict):
         return {str(key): plain_value(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,4 +1,4 @@
-"""Every figure of the catalogue that a campaign has data for.
+"""Draw every figure of the catalogue for which a campaign has data.
 
     drawn, left_out = draw_gallery(inputs, summarize(inputs))
     left_out                          # [("Propagation through depth", "this campaign has no propagation.csv"), ...]
@@ -32,7 +32,7 @@ class Drawing:
 
 
 def draw_gallery(inputs: ReportInputs, summary: Summary) -> tuple[list[Drawing], list[tuple[str, str]]]:
-    """Return the drawings of the chosen runs, and (title, reason) of each figure that there are no data for."""
+    """Return the drawings of the chosen runs, and (title, reason) of each figure without data."""
     propagation, step = followed(inputs.folder, summary.chosen)
     tables = {
         "runs": _slim(summary.chosen),
@@ -52,7 +52,7 @@ def draw_gallery(inputs: ReportInputs, summary: Summary) -> tuple[list[Drawing],
 
 
 def _slim(runs: pd.DataFrame) -> pd.DataFrame:
-    """Return the runs with their faults as numbers: figures drop duplicates again and again, and texts are slow."""
+    """Return the runs with faults as numbers: every figure drops duplicates, which is slow with texts."""
     numbers = {"run_id": np.arange(len(runs)), "fault_id": pd.factorize(runs["fault_id"])[0]}
     return runs.drop(columns="bits_after").assign(**numbers)
 

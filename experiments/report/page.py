@@ -1,7 +1,7 @@
-"""The page: tables, drawings and words put into the template.
+"""Render the page: put tables, drawings and words into the template.
 
-Everything is escaped by the template engine; only the drawings, whose texts matplotlib has escaped, and our own style
-sheet and script go in as they are. A content security policy allows no other script and no address outside the page.
+The template engine escapes everything except the drawings, whose texts matplotlib has escaped, and our own style sheet
+and script. A content security policy allows no other script and no address outside the page.
 
 Public name: ``render_page``.
 """
@@ -101,7 +101,7 @@ def _memory(inputs: ReportInputs) -> list[tuple[str, str]]:
 
 
 def _numbers(inputs: ReportInputs, summary: Summary, settings: list[Setting]) -> dict[str, Any]:
-    """Return what the JSON block holds."""
+    """Return the contents of the JSON block."""
     tables = {
         name: table_json(getattr(summary, name))
         for name in ("points", "outcomes", "cells", "detectors", "ranking", "seconds", "execution", "worst")

@@ -1,4 +1,4 @@
-"""The tables of the page, made from those of the summary.
+"""The tables of the page, made from the tables of the summary.
 
 Public names: ``page_tables``.
 """
@@ -29,7 +29,7 @@ from experiments.report.facts.stopped import CellEnds
 from experiments.report.facts.summary import MOST_POINTS, Summary
 
 MOST_ROWS = 300
-"""Most rows of a table in the page; the JSON block and ``summary.csv`` have all of them."""
+"""The largest number of rows of a table in the page; the JSON block and ``summary.csv`` have all rows."""
 
 _MEANINGS = {
     "detected": "faults that at least one proved detector saw",
@@ -115,7 +115,7 @@ def _measure(row: Mapping[Any, Any], measure: str) -> Cell:
 
 
 def _label(value: Any) -> Cell:
-    """Return a cell of a swept value; one that is a number sorts as one."""
+    """Return a cell of a swept value; numbers are sorted as numbers."""
     cell = text_cell(value)
     try:
         return Cell(cell.text, float(value))
@@ -207,7 +207,7 @@ def _worst(table: pd.DataFrame) -> Table:
     def cell(name: str, row: Mapping[Any, Any]) -> Cell:
         value = row[name]
         if name == "value_after" and value != value and isinstance(row["bits_after"], str):
-            # The table reads NaN and no value alike; a value that has bits exists.
+            # The table does not distinguish NaN from a missing value; but a value with a bit pattern exists.
             return Cell("nan")
         if name in sizes:
             return number_cell(value)

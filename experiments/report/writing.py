@@ -22,7 +22,7 @@ from experiments.tables.schema import cell
 
 @dataclass(frozen=True)
 class Written:
-    """The two files, and the verdict that the page begins with."""
+    """The two files, and the verdict at the top of the page."""
 
     page: Path
     table: Path
@@ -30,7 +30,7 @@ class Written:
 
 
 def write_report(folder: CampaignFolder) -> Written:
-    """Write ``report.html`` and ``summary.csv`` into a campaign's folder; nothing is written before both are made.
+    """Write ``report.html`` and ``summary.csv`` into a campaign's folder, after both have been made.
 
     Raises:
         UsageError, CheckRefusedError, MissingResourceError: see ``experiments.report.facts.inputs.read_inputs``.
@@ -45,7 +45,7 @@ def write_report(folder: CampaignFolder) -> Written:
 
 
 def csv_text(table: pd.DataFrame) -> str:
-    """Return a table as CSV with cells like those of the other result files."""
+    """Return a table as CSV with the same form of cells as in the other result files."""
     stream = io.StringIO(newline="")
     rows = [[cell(plain_value(value)) for value in row] for row in table.astype(object).to_numpy().tolist()]
     pd.DataFrame(rows, columns=list(table.columns)).to_csv(stream, index=False, lineterminator="\n")

@@ -1,1 +1,1 @@
-"""What the figures share: style, colours, populations, files."""
+"""Code that all figures share: style, colours, populations, files."""

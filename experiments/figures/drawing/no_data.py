@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class NoDataError(ValueError):
-    """A figure's data are not in this campaign; the message is the reason, for the reader of a report."""
+    """The campaign lacks a figure's data; the message tells the reader of a report why."""
 
 
 def need_columns(table: pd.DataFrame, names: tuple[str, ...], what: str) -> None:
@@ -34,7 +34,7 @@ def need_rows(table: pd.DataFrame, reason: str) -> None:
 
 
 def need_one_setting(runs: pd.DataFrame) -> None:
-    """Raise ``NoDataError`` if runs differ in a field of ``detect``: what was seen is that of no one setting."""
+    """Raise ``NoDataError`` if runs differ in a field of ``detect``: rates would mix several settings."""
     from experiments.analysis.statistics.distinct import check_one_setting
 
     try:

@@ -1,4 +1,4 @@
-"""Which runs a figure speaks of, in words: the n of its caption.
+"""The runs that a figure shows, in words: the n of its caption.
 
     population(runs)          # "n = 768 distinct faults of 768 runs; model reference (float32)"
 
@@ -22,13 +22,13 @@ _ORDER = {name: place for place, name in enumerate((*OBSERVED, *FIELDS, *OUTCOME
 
 
 def propagated(runs: pd.DataFrame) -> pd.DataFrame:
-    """Return the distinct faults whose runs reached the output of the model: those that shares of outcomes are of."""
+    """Return the distinct faults that were propagated to the model's output; shares of outcomes refer to these."""
     faults = distinct_faults(runs)
     return faults[(faults["scope"] == "full") & faults["outcome"].notna()]
 
 
 def population(runs: pd.DataFrame) -> str:
-    """Return a clause on the runs: how many, of which models, and over what they are pooled."""
+    """Return a clause about the runs: their number, their models, and the fields over which they are pooled."""
     faults = distinct_faults(runs)
     known = int(((faults["scope"] == "full") & faults["outcome"].notna()).sum())
     clauses = [f"n = {len(faults):,} distinct faults of {len(runs):,} runs"]
@@ -37,7 +37,7 @@ def population(runs: pd.DataFrame) -> str:
     models = faults[["model", "dtype"]].drop_duplicates().astype(str)
     names = ", ".join(f"{short_name(model)} ({dtype})" for model, dtype in models.itertuples(index=False))
     clauses.append(f"{'models' if len(models) > 1 else 'model'} {names}")
-    # Points of the grid that differ in detectors or in execution look at the same faults: each counts on its own.
+    # Points of the grid that differ only in detectors or in execution have the same faults: each point counts.
     axes = [name for name in faults.columns if name.startswith(("detect.", "run.")) and faults[name].nunique() > 1]
     clauses += [f"pooled over {faults[name].nunique()} values of {name}" for name in axes]
     weights = faults["sampling_weight"].dropna() if "sampling_weight" in faults.columns else pd.Series(dtype=float)
@@ -58,7 +58,7 @@ def short_name(model: Any) -> str:
 
 
 def ordered(values: Sequence[Any]) -> list[Any]:
-    """Return distinct names in the order of the computation, or of the field, else sorted.
+    """Return distinct names in the order of the computation or of the bit fields; sort other names.
 
     >>> ordered(["scores", "q", "early"]), ordered([3, 1])
     (['q', 'scores', 'early'], [1, 3])

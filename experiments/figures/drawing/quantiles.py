@@ -1,10 +1,10 @@
-"""Quantiles of many numbers by group, and how they are drawn: a thin bar, a thick bar, a marker.
+"""Compute quantiles of many numbers by group, and draw them: a thin bar, a thick bar, a marker.
 
     table = quantile_table(runs, "change", "bit")
     draw_quantiles(axes, table["bit"], table, SERIES_STYLES[0], "runs that changed anything")
 
-A number that is 0 has no place on a logarithmic axis, and one that is not finite has none on any: both are counted in
-columns of their own (``draw_shares`` shows them), never left out silently.
+A logarithmic axis cannot show 0, and no axis can show a number that is not finite. Both are counted in columns of their
+own (``draw_shares`` shows them), and never left out silently.
 
 Public names: ``quantile_table``, ``draw_quantiles``, ``draw_shares``, ``LEVELS``, ``BARS``.
 """
@@ -23,7 +23,7 @@ from experiments.figures.drawing.style import SeriesStyle, percent_axis
 
 LEVELS = (0.05, 0.25, 0.5, 0.75, 0.95)
 BARS = "marker: median; thick bar: 25 to 75 %; thin bar: 5 to 95 %"
-"""What the bars are, for captions."""
+"""The meaning of the bars, for captions."""
 
 _NAMES = tuple(f"q{round(100 * level):02d}" for level in LEVELS)
 _SHARES = {
@@ -40,11 +40,11 @@ def quantile_table(table: pd.DataFrame, column: str, by: str | Sequence[str], *,
     Args:
         table: every row counts; a missing number counts as not finite.
         column: the numbers.
-        by: columns that make groups; groups come sorted.
+        by: columns that make groups, which are sorted.
         nonzero: take the quantiles over numbers that are not 0, as for a logarithmic axis.
 
     Returns:
-        The columns of ``by``, ``q05 q25 q50 q75 q95 largest`` (NaN for a group without such numbers), ``n``, and the
+        The columns of ``by``, ``q05 q25 q50 q75 q95 largest`` (NaN for a group without these numbers), ``n``, and the
         shares ``unchanged`` (exactly 0), ``changed`` (finite) and ``nonfinite``, which sum to 1.
     """
     names = [by] if isinstance(by, str) else list(by)
@@ -76,7 +76,7 @@ def draw_quantiles(
 
 
 def draw_shares(axes: Axes, places: Sequence[float] | np.ndarray, table: pd.DataFrame) -> list[Artist]:
-    """Draw what shares are exactly 0, changed and not finite as stacked bars; return the entries of a legend."""
+    """Draw the shares of 0, changed and non-finite numbers as stacked bars; return the entries of a legend."""
     x, base = np.asarray(places, float), np.zeros(len(table))
     for name, style in _SHARES.items():
         height = table[name].to_numpy(float)

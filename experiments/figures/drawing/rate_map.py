@@ -3,7 +3,7 @@
     rate_map = RateMap.of(critical_rate(runs, ["layer", "index_head"]), "layer", "index_head", title="harmful")
     draw_map(figure, axes, rate_map)
 
-Cells without a fault are hatched, which is not the colour of 0.
+Cells without a fault are hatched, so that they do not look like a rate of 0.
 
 Public names: ``RateMap``, ``draw_map``, ``cell_size``, ``cell_font``.
 """
@@ -28,11 +28,11 @@ _GLYPH = 0.62  # width of a digit relative to the size of the font
 
 @dataclass(frozen=True, eq=False)
 class RateMap:
-    """A rate and its n, by row and column; both NaN where there is no fault.
+    """A rate and its n, by row and column; both are NaN in a cell without a fault.
 
     Attributes:
-        title: what the rate is.
-        rates: index and columns are the values of the two dimensions, in the order in which they are drawn.
+        title: the meaning of the rate.
+        rates: index and columns are the values of the two dimensions, in the order of the drawing.
         counts: n, of the same shape.
     """
 
@@ -42,7 +42,7 @@ class RateMap:
 
     @classmethod
     def of(cls, rates: pd.DataFrame, row: str, column: str, *, title: str, like: RateMap | None = None) -> RateMap:
-        """Arrange the result of a rate function, in the rows and columns of another map if one is given."""
+        """Return the result of a rate function as a map; if ``like`` is given, with its rows and columns."""
         index, columns = ordered(list(rates[row])), ordered(list(rates[column]))
         if like is not None:
             index, columns = list(like.rates.index), list(like.rates.columns)
@@ -51,7 +51,7 @@ class RateMap:
 
 
 def cell_size(rows: int, columns: int, width: float, height: float) -> tuple[float, float]:
-    """Return width and height in inches of the cells of a map that is about ``width`` wide, a cell at most ``height``.
+    """Return width and height (inches) of a map's cells; the map is about ``width`` wide, a cell at most ``height``.
 
     >>> cell_size(4, 4, 4.0, 0.5), cell_size(6, 32, 8.0, 0.32)
     ((0.9, 0.5), (0.25, 0.32))
@@ -60,7 +60,7 @@ def cell_size(rows: int, columns: int, width: float, height: float) -> tuple[flo
 
 
 def cell_font(width: float, height: float, longest: int, lines: int) -> float | None:
-    """Return the size in points at which a text fits into a cell given in inches, or None if it would be too small.
+    """Return the font size (points) at which a text fits a cell given in inches, or None if it would be too small.
 
     >>> cell_font(0.6, 0.5, 4, 2), cell_font(0.2, 0.3, 4, 2)
     (8.0, None)
@@ -75,11 +75,11 @@ def draw_map(
     """Draw a map with its colour bar.
 
     Args:
-        figure: whose colour bar it is.
-        axes: where to draw.
-        rate_map: what to draw.
+        figure: the figure that gets the colour bar.
+        axes: the axes to draw on.
+        rate_map: the map to draw.
         cell: width and height of a cell in inches.
-        prefix: what the title begins with.
+        prefix: the beginning of the title.
         room: points between the map and its title.
     """
     rates = rate_map.rates.to_numpy(float)
@@ -127,7 +127,7 @@ def _print_cells(axes: Axes, rate_map: RateMap, cell: tuple[float, float], top: 
 
 
 def _percent(rate: float, decimals: int) -> str:
-    """Return a rate in percent; what is not 0 or 1 never reads as such.
+    """Return a rate in percent; a rate that is not 0 or 1 is never shown as 0 or 100.
 
     >>> _percent(0.004, 0), _percent(0.0, 1), _percent(0.9999, 1), _percent(0.25, 1)
     ('<1', '0', '>99.9', '25.0')

@@ -1,4 +1,4 @@
-"""Figures as files, whole or not at all, and the same bytes every time.
+"""Write figures to files, whole or not at all, with the same bytes every time.
 
     save(figure, Path("out/rates_by_bit"))        # out/rates_by_bit.svg and out/rates_by_bit.png
 

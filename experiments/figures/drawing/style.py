@@ -1,11 +1,11 @@
-"""How every figure looks: colours that the colour-blind and a grey printer can tell apart, fonts, sizes.
+"""The style of every figure: fonts, sizes, and colours that also work for colour-blind readers and in grey.
 
     @styled
     def my_figure(runs: pd.DataFrame) -> Figure:
         figure = new_figure(6.0, 3.5)                  # inches; object-oriented, no pyplot state
 
-Colours are those of Okabe and Ito ("Color Universal Design", 2008). No series is told by its colour alone: each has a
-marker, a line style and a hatch of its own as well.
+The colours are those of Okabe and Ito ("Color Universal Design", 2008). No series depends on its colour alone: each
+also has its own marker, line style and hatch.
 
 Public names: ``OUTCOME_STYLES``, ``SERIES_STYLES``, ``SeriesStyle``, ``STYLE``, ``HEAT_COLOURS``, ``new_figure``,
 ``style_context``, ``styled``, ``percent_axis``, ``legend_above``, ``stacked_bars``, ``error_bars``.
@@ -47,14 +47,14 @@ STYLE: Mapping[str, Any] = MappingProxyType(
         "hatch.linewidth": 0.6,
         "legend.frameon": False,
         "svg.fonttype": "path",  # the same picture where our font is not installed
-        "svg.hashsalt": "experiments.figures",  # names inside the file do not differ from one writing to the next
+        "svg.hashsalt": "experiments.figures",  # identifiers inside the file are the same every time
     }
 )
 
 
 @dataclass(frozen=True)
 class SeriesStyle:
-    """What tells one series from the others: colour, marker, line style and, where it is an area, hatch."""
+    """The look of one series: colour, marker, line style and, for areas, hatch."""
 
     colour: str
     marker: str
@@ -70,7 +70,7 @@ OUTCOME_STYLES: Mapping[str, SeriesStyle] = MappingProxyType(
         "nonfinite": SeriesStyle("#000000", "X", "-.", ""),
     }
 )
-"""By outcome; from light to dark in grey as well."""
+"""The style of each outcome; in grey they also go from light to dark."""
 
 SERIES_STYLES = (
     SeriesStyle("#0072B2", "o", "-", ""),
@@ -84,13 +84,13 @@ SERIES_STYLES = (
 
 
 def style_context() -> AbstractContextManager[None]:
-    """Return a context in which matplotlib's settings are ``STYLE``; they are what they were when it ends."""
+    """Return a context in which matplotlib's settings are ``STYLE``; the old settings return at its end."""
     settings: Any = dict(STYLE)
     return matplotlib.rc_context(settings)
 
 
 def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
-    """Make a function draw in ``STYLE`` whatever matplotlib's settings are, and leave those as they were."""
+    """Return the function so that it draws in ``STYLE``; matplotlib's own settings stay unchanged."""
 
     @functools.wraps(draw)
     def drawn(*args: P.args, **kwargs: P.kwargs) -> Figure:
@@ -101,7 +101,7 @@ def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """Return an empty figure of a size in inches that belongs to nobody but its caller."""
+    """Return an empty figure of a size in inches; only the caller holds it."""
     return Figure(figsize=(width, height), layout="constrained")
 
 

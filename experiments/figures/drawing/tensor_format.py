@@ -3,8 +3,8 @@
     for dtype, runs in by_tensor_dtype(runs):
         mark_fields(axes, dtype)              # bands and names: mantissa, exponent, sign
 
-A tensor need not have the dtype of the model: some architectures compute scores and weights in float32 within a model
-of bfloat16. What a fault hit is told by the width of the bit pattern it found there.
+A tensor may have another dtype than the model: some architectures compute scores and weights in float32 within a
+bfloat16 model. The width of the recorded bit pattern shows the dtype of the tensor that a fault hit.
 
 Public names: ``by_tensor_dtype``, ``bits_of``, ``mark_fields``, ``field_spans``.
 """
@@ -21,7 +21,7 @@ from fault_injection.numbers.formats import FORMATS, NumberFormat
 
 _GROUPS = ("dtype", "location")
 _OF_WIDTH = {number.bits: number.name for number in FORMATS if number.accumulates}
-"""What a tensor is that is wider than its model: architectures widen to formats that kernels sum in."""
+"""The dtype of tensors that are wider than their model: architectures widen to the formats in which kernels sum."""
 _BAND_COLOURS = {"mantissa": "#FFFFFF", "exponent": "#ECECEC", "sign": "#D4D4D4"}
 
 
@@ -41,7 +41,7 @@ def by_tensor_dtype(runs: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
 
 
 def _tensor_dtypes(runs: pd.DataFrame) -> pd.Series:
-    """Return the dtype of the tensor of each run; one look per group, since a million rows are a million texts."""
+    """Return the dtype of each run's tensor, found once per group, because a million rows have a million texts."""
     dtypes = runs["dtype"].astype(object)
     if "bits_before" not in runs.columns:
         return dtypes
@@ -79,10 +79,10 @@ def mark_fields(axes: Axes, dtype: str, bits: Sequence[int] | None = None) -> No
     """Mark the fields of a dtype along the x axis, and name them above the axes.
 
     Args:
-        axes: whose x axis holds bits.
-        dtype: of the tensors.
-        bits: those at the places 0, 1, ... of the axis, parted by lines; if left out, the axis gets all of them, and
-            bands.
+        axes: the axes; their x axis shows bits.
+        dtype: the dtype of the tensors.
+        bits: the bits at the places 0, 1, ... of the axis, separated by lines; by default the axis shows all bits,
+            with bands.
     """
     shown = range(bits_of(dtype).bits) if bits is None else bits
     for name, first, last in field_spans(dtype, shown):
@@ -90,7 +90,7 @@ def mark_fields(axes: Axes, dtype: str, bits: Sequence[int] | None = None) -> No
             axes.axvspan(first - 0.5, last + 0.5, facecolor=_BAND_COLOURS[name], edgecolor="none", zorder=0)
         elif first:
             axes.axvline(first - 0.5, color="white", linewidth=1.6)
-        # A field of one bit is narrower than its name, which must not run into that of the next.
+        # A field of one bit is narrower than its name, and names must not overlap.
         place, align = ((first + last) / 2, "center") if last > first else (last + 0.5, "right")
         if last == first == 0:
             place, align = -0.5, "left"

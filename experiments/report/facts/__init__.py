@@ -1,1 +1,1 @@
-"""What the report says, as numbers and words, before it is a page."""
+"""The contents of the report, as numbers and words, before they become a page."""

@@ -20,11 +20,11 @@ NOTHING = DASH
 
 @dataclass(frozen=True)
 class Cell:
-    """What a cell shows.
+    """A cell of a table.
 
     Attributes:
-        text: what is read.
-        key: what a numeric column is sorted by; ``None`` where there is no number.
+        text: the visible text.
+        key: the number by which a numeric column is sorted; ``None`` without a number.
         detail: a second, smaller line.
     """
 
@@ -48,7 +48,7 @@ class Table:
 
     Attributes:
         name: its identifier in the page.
-        caption: what it shows.
+        caption: its contents in words.
         columns: the headings.
         rows: the cells.
         note: a sentence below it.
@@ -62,7 +62,7 @@ class Table:
 
 
 def is_missing(value: Any) -> bool:
-    """Whether a scalar is no value (``None``, ``NA``) or NaN."""
+    """Return whether a scalar is missing (``None``, ``NA``) or NaN."""
     return value is None or value is pd.NA or (isinstance(value, float) and math.isnan(value))
 
 
@@ -77,7 +77,7 @@ def count_cell(value: Any) -> Cell:
 
 
 def number_cell(value: Any, digits: int = 3) -> Cell:
-    """Return a cell of a number with so many significant digits; ``inf`` is a number here, NaN is none."""
+    """Return a cell of a number with ``digits`` significant digits; ``inf`` counts as a number, NaN as missing."""
     if is_missing(value):
         return Cell(NOTHING)
     return Cell(f"{float(value):.{digits}g}", float(value))
@@ -96,7 +96,7 @@ def rate_text(rate: Any, low: Any, high: Any) -> str:
 
 
 def rate_cell(successes: Any, n: Any, rate: Any, low: Any, high: Any) -> Cell:
-    """Return a cell of a rate, and below it its interval and how many of how many."""
+    """Return a cell of a rate, with its interval and its counts in the second line."""
     if is_missing(rate) or is_missing(n) or not n:
         return Cell(NOTHING, None, "of 0")
     middle, limits = _percents(rate, low, high)
@@ -104,7 +104,7 @@ def rate_cell(successes: Any, n: Any, rate: Any, low: Any, high: Any) -> Cell:
 
 
 def _percents(rate: float, low: Any, high: Any) -> tuple[str, str]:
-    """Return a rate and its interval in percent, with more digits where the interval is narrow."""
+    """Return a rate and its interval in percent, with more digits if the interval is narrow."""
     if is_missing(low) or is_missing(high):
         return f"{100 * rate:.1f} %", "no interval"
     digits = 1 if high - low >= 0.002 or low == high else 3

@@ -1,4 +1,4 @@
-"""What ``provenance.json`` says of where the numbers come from, as pairs of a name and a text.
+"""The facts of ``provenance.json`` about the origin of the numbers, as pairs of a name and a text.
 
 Public names: ``environment_rows``, ``context_rows``.
 """
@@ -40,7 +40,7 @@ _CONTEXT_NAMES = {
 
 
 def environment_rows(provenance: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return versions, machine, commit and command line; names that this version does not know come as they are."""
+    """Return versions, machine, commit and command line; unknown names are kept unchanged."""
     rows = [(_NAMES.get(key, key), _text(value)) for key, value in _ordered(provenance, _NAMES) if not _is_group(key)]
     packages = provenance.get("packages")
     rows += [(name, _text(version)) for name, version in packages.items()] if isinstance(packages, dict) else []
@@ -54,7 +54,7 @@ def environment_rows(provenance: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def context_rows(provenance: Mapping[str, Any]) -> list[list[tuple[str, str]]]:
-    """Return for each model and data set its fingerprints, its checks and what was proved of the engine."""
+    """Return, for each model and data set, its fingerprints, its checks and the result of the engine's proof."""
     contexts = provenance.get("contexts")
     if not isinstance(contexts, dict):
         return []

@@ -1,8 +1,8 @@
-"""How far faults got behind their block, for the page: ``propagation.csv`` read in pieces, of not too many runs.
+"""Read ``propagation.csv`` for the page: in pieces, and only for a limited number of runs.
 
     propagation, step = followed(folder, runs)       # of every step-th run
 
-A million runs have some ten million such rows; quantiles of a hundred thousand runs are as good to look at.
+A million runs have some ten million rows there; the quantiles of a hundred thousand runs look the same.
 
 Public names: ``followed``, ``MOST_FOLLOWED``.
 """
@@ -24,14 +24,14 @@ from experiments.tables.column_types import arrow_schema
 from experiments.tables.schema import PropagationRow, columns
 
 MOST_FOLLOWED = 100_000
-"""Most runs whose blocks are drawn."""
+"""The largest number of runs whose blocks are drawn."""
 
 _PIECE = 1 << 24
-"""Bytes of the file that are read at a time."""
+"""The number of bytes read from the file at a time."""
 
 
 def followed(folder: CampaignFolder, runs: pd.DataFrame) -> tuple[pd.DataFrame, int]:
-    """Return the rows of ``propagation.csv`` that belong to every n-th of some runs, and n.
+    """Return the rows of ``propagation.csv`` for every n-th of some runs, and n.
 
     Args:
         folder: the campaign.
@@ -42,7 +42,7 @@ def followed(folder: CampaignFolder, runs: pd.DataFrame) -> tuple[pd.DataFrame, 
         that did not measure it.
 
     Raises:
-        UsageError: a file that is empty, truncated, damaged or of another schema.
+        UsageError: the file is empty, truncated, damaged or of another schema.
     """
     path = folder.file("propagation.csv")
     if not path.is_file():

@@ -25,11 +25,11 @@ from experiments.analysis.statistics.clusters import cluster_columns
 from experiments.tables.schema import OUTCOMES
 
 MEASURES = ("detected", *OUTCOMES, "harmful", "harmful_detected")
-"""What is counted: faults that proved detectors saw, each outcome, harmful ones, and those of them that were seen."""
+"""The counted faults: detected by proved detectors, with each outcome, harmful, and both harmful and detected."""
 
 _GROUP, _CELL = "group", "grid.cell"
-"""Columns that are added. Groups of swept fields alone are called by a dotted name, as these fields are: they are fixed
-before faults are drawn, which the estimates of weighted draws need to know (``analysis.rates.drawn_apart``)."""
+"""Added columns. Groups of only swept fields have a dotted name, as these fields do: they are fixed before faults are
+drawn, and the estimates of weighted draws need to know that (``analysis.rates.drawn_apart``)."""
 
 _CLUSTERS = [[f"cluster_{way}"] for way in range(len(DEFAULT_CLUSTER))]
 
@@ -39,8 +39,8 @@ class Groups:
     """A partition of runs.
 
     Attributes:
-        labels: one row per group: what its runs have in common.
-        codes: for each run the row of ``labels`` it belongs to; indexed like the runs.
+        labels: one row per group, with the values that its runs share.
+        codes: for each run, the row of ``labels`` of its group; indexed like the runs.
     """
 
     labels: pd.DataFrame
@@ -58,9 +58,9 @@ class Groups:
 
 
 def counted_faults(runs: pd.DataFrame) -> pd.DataFrame:
-    """Return the distinct faults, reduced to what rates need: texts as numbers, and each way of clusters one column.
+    """Return the distinct faults, reduced to the columns of rates: texts as numbers, one column for each cluster way.
 
-    The rate functions drop duplicates and look for clusters each time they are called; of this table, that is quick.
+    The rate functions drop duplicates and find clusters in every call; with this table, that is quick.
     """
     sharing = cluster_columns(DEFAULT_CLUSTER)
     known = ["fault_id", "scope", "outcome", "violation_detected", "sampling_weight", "campaign", *sharing]
@@ -70,7 +70,7 @@ def counted_faults(runs: pd.DataFrame) -> pd.DataFrame:
         name: faults.groupby(list(way), dropna=False, observed=True, sort=False).ngroup()
         for [name], way in zip(_CLUSTERS, DEFAULT_CLUSTER, strict=True)
     }
-    # One number for a fault under one setting of what watches: every group is of one setting, and holds a fault once.
+    # One number for a fault under one setting of detectors: every group has one setting, and each fault once.
     fault = faults.groupby(["fault_id", *watching], dropna=False, observed=True, sort=False).ngroup()
     return faults.assign(fault_id=fault, **clusters).drop(columns=[*sharing, *watching])
 
@@ -79,11 +79,11 @@ def wide_rates(faults: pd.DataFrame, groups: Groups) -> pd.DataFrame:
     """Return the labels of each group, ``runs`` (duplicates included), and each measure's count, n, rate and interval.
 
     The columns of a measure ``m`` are ``m`` (how many), ``m_n`` (of how many distinct faults), ``m_rate``, ``m_low``,
-    ``m_high`` and ``m_method`` (what the interval is). A rate of nothing (``m_n`` 0) is empty.
+    ``m_high`` and ``m_method`` (the kind of interval). If ``m_n`` is 0, the rate is empty.
 
     Args:
         faults: the result of ``counted_faults``.
-        groups: of all runs.
+        groups: the groups of all runs.
     """
     group = _CELL if drawn_apart([str(name) for name in groups.labels.columns]) else _GROUP
     frame = faults.assign(**{group: groups.codes.reindex(faults.index)})

@@ -1,10 +1,10 @@
-"""What a report is made from, read from a campaign's folder and checked.
+"""Read and check the inputs of a report from a campaign's folder.
 
     inputs = read_inputs(CampaignFolder(Path("results/default")))
     inputs.runs                     # the typed runs, with every swept field as a column
 
-Shards are never merged here: a report must not change the tables that it reports on. If runs were done that the merged
-tables lack, it is refused and the message names the command.
+This module never merges shards, because a report must not change the tables that it reports on. If the merged tables
+lack finished runs, it refuses, and the message names the command.
 
 Public names: ``ReportInputs``, ``read_inputs``.
 """
@@ -36,13 +36,13 @@ class ReportInputs:
     """The files of one campaign.
 
     Attributes:
-        folder: where they lie, as the user wrote it.
+        folder: their folder, as the user wrote it.
         settings: every field of ``config.yaml`` by its dotted name.
         axes: swept field -> values, in the order of the plan.
         provenance: ``provenance.json``; empty if the campaign has none.
         runs: one row per run (``experiments.analysis.load_runs``).
         plan: the swept values of every planned run, as ``plan.csv`` writes them.
-        places: for each row of ``runs`` its row of ``plan``.
+        places: for each row of ``runs``, its row of ``plan``.
         clean: one row per fault-free pass, detector and layer.
         failures: ``failures.csv`` as text.
         stops: ``stops.csv`` as text; ``None`` if the campaign has none.
@@ -75,12 +75,12 @@ class ReportInputs:
 
 
 def read_inputs(folder: CampaignFolder) -> ReportInputs:
-    """Read what a report needs.
+    """Return the inputs of a report.
 
     Raises:
-        UsageError: a table that is empty, truncated or of another schema; a damaged configuration.
-        CheckRefusedError: no finished run, runs that are not merged, files that do not belong together.
-        MissingResourceError: no merged tables, or one of them is missing.
+        UsageError: a table is empty, truncated or of another schema, or the configuration is damaged.
+        CheckRefusedError: no run is finished, runs are not merged, or files do not belong together.
+        MissingResourceError: a merged table is missing.
     """
     settings = flatten(read_config_file(folder.config_file))
     axes = settings.pop("sweep", None) or {}
@@ -131,13 +131,13 @@ def _check_merged(folder: CampaignFolder) -> None:
 
 
 def _check_all_merged(folder: CampaignFolder, merged: Iterable[str]) -> None:
-    """Refuse if a shard has runs that the merged table lacks: the report would be of an earlier state."""
+    """Refuse if a shard has runs that the merged table lacks: the report would show an earlier state."""
     known = set(merged)
     waiting = 0
     for path in folder.shard_files():
         with path.open("rb") as stream:
             next(stream, b"")
-            # A last line without its end is a run being written; it does not count yet.
+            # A last line without a newline belongs to a run that is being written; it does not count yet.
             waiting += sum(line.partition(b",")[0].decode() not in known for line in stream if line.endswith(b"\n"))
     if waiting:
         raise CheckRefusedError(
@@ -157,7 +157,7 @@ def _plan(path: Path, axes: list[str]) -> pd.DataFrame:
 
 
 def _table_of_texts(path: Path) -> pd.DataFrame:
-    """Return a small table, whatever its columns are."""
+    """Return a small table as texts, with any columns."""
     with path.open(encoding="utf-8", errors="replace", newline="") as stream:
         header = next(csv.reader(stream), [])
     if not header:

@@ -1,10 +1,10 @@
-"""Which detectors look at a point of the grid, and what they said of its fault-free passes.
+"""The detectors of a point of the grid, and their verdicts on its fault-free passes.
 
     point = {"detect.detectors": '["lite"]', "detect.tolerance": "0.0"}     # texts of plan.csv
     detectors_of(config.detect, point)           # ("finite", "W_sum", ...)
     clean_of(load_clean(folder), point)          # the rows of clean.csv that belong to this point
 
-A detector that does not look at a point missed nothing there: it has no recall, not one of 0.
+If a detector is not used at a point, it missed nothing there: it has no recall, which differs from a recall of 0.
 
 Public names: ``detectors_of``, ``clean_of``, ``AXES``.
 """
@@ -24,14 +24,14 @@ AXES = ("detect.tolerance", "detect.detectors")
 
 
 def detectors_of(config: DetectConfig, point: Mapping[str, str]) -> tuple[str, ...]:
-    """Return the names of the detectors at a point, suites replaced by their members and users' classes by their names.
+    """Return the names of the detectors at a point; suites are replaced by their members, classes by their names.
 
     Args:
-        config: the campaign's, for a point that does not name its own.
-        point: swept field -> text of ``plan.csv``; other fields than ``AXES`` may be there.
+        config: the campaign's section, for a point that does not name its own detectors.
+        point: swept field -> text of ``plan.csv``; fields other than ``AXES`` are ignored.
 
     Raises:
-        UsageError: an unknown detector, or a class of a user's that does not load.
+        UsageError: a detector is unknown, or a user's class does not load.
     """
     if "detect.detectors" in point:
         config = dataclasses.replace(config, detectors=json.loads(point["detect.detectors"]))
@@ -39,9 +39,9 @@ def detectors_of(config: DetectConfig, point: Mapping[str, str]) -> tuple[str, .
 
 
 def clean_of(clean: pd.DataFrame, point: Mapping[str, str]) -> pd.DataFrame:
-    """Return the rows of ``clean.csv`` of the detectors that look at a point, at the point's tolerance.
+    """Return the rows of ``clean.csv`` for the detectors of a point, at the point's tolerance.
 
-    A field that is not swept chooses nothing: all rows are of its one value. Arguments and errors: ``detectors_of``.
+    A field that is not swept selects nothing: all rows have its one value. Arguments and errors as in ``detectors_of``.
     """
     if "detect.tolerance" in point:
         clean = clean[clean["tolerance"] == json.loads(point["detect.tolerance"])]

@@ -1,7 +1,7 @@
 """The configuration of a campaign with the origin of each value.
 
-Origins are not stored with a campaign. They follow from what is: the resolved values, the defaults of the schema, the
-embedded default campaign, and the arguments in ``provenance.json``. What follows from none of these is marked ``set``.
+A campaign does not store origins. They are derived from the resolved values, the defaults of the schema, the embedded
+default campaign, and the arguments in ``provenance.json``. If none of these explains a value, it is marked ``set``.
 
 Public names: ``Setting``, ``setting_list``, ``ORIGINS``.
 """
@@ -19,7 +19,7 @@ from experiments.config.experiment import DEFAULT_CONFIG
 from experiments.plan.plan import canonical_json
 
 ORIGINS = ("sweep", "option", "file", "set", "default")
-"""Where a value can come from, the more deliberate ones first."""
+"""The possible origins of a value, the more deliberate ones first."""
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,11 @@
-"""A campaign whose cells ended when a rate was known well enough (``stop.margin``): what that does to its tables.
+"""The effect of a stopping rule (``stop.margin``) on the tables of a campaign.
 
-    ends = cell_ends(inputs)                    # None for a campaign without such a rule
-    ends.unneeded                               # planned runs that no cell waits for any more
+    ends = cell_ends(inputs)                    # None for a campaign without a stopping rule
+    ends.unneeded                               # planned runs that no cell needs any more
     with_ends(grid, ends)                       # the cells, with the limits that allow for stopping
 
-An ordinary interval is one for a number of runs chosen beforehand. Of a cell that ended when its interval was narrow it
-misses the truth more often; the limits of ``stops.csv`` do not (``experiments.plan.stopping``).
+An ordinary interval is valid for a number of runs chosen beforehand. If a cell ends when its interval is narrow, the
+interval misses the true rate more often; the limits of ``stops.csv`` do not (``experiments.plan.stopping``).
 
 Public names: ``CellEnds``, ``cell_ends``, ``with_ends``, ``not_adjusted``, ``NOT_ADJUSTED``.
 """
@@ -33,9 +33,9 @@ class CellEnds:
     """How the cells of a campaign with a stopping rule ended.
 
     Attributes:
-        rate: the rate that the rule looks at, one of ``experiments.report.facts.grouping.MEASURES``.
-        margin: half the width of its interval at which a cell ends.
-        rows: the rows of ``stops.csv`` by the values of the axes, with numbers as numbers; empty where there is none.
+        rate: the rate that the rule checks, one of ``experiments.report.facts.grouping.MEASURES``.
+        margin: a cell ends when half the width of its interval is at most this.
+        rows: the rows of ``stops.csv`` by the values of the axes, with numbers as numbers; empty without that file.
         unneeded: planned runs without a row in cells that ended.
         fewest, most: runs of a cell.
     """
@@ -73,14 +73,14 @@ def cell_ends(inputs: ReportInputs) -> CellEnds | None:
 
 
 def with_ends(cells: pd.DataFrame, ends: CellEnds | None, axes: list[str]) -> pd.DataFrame:
-    """Return the cells of the grid with what ``stops.csv`` says of the rate they ended by.
+    """Return the cells of the grid with the numbers of ``stops.csv`` for the rate of the stopping rule.
 
     Count, n, rate and limits of that rate are replaced together: the rule counts every run, and so do its limits. The
     methods of all other intervals say that they are not adjusted.
 
     Args:
         cells: the result of ``wide_rates`` for the cells of the grid.
-        ends: how they ended; ``None``: nothing changes.
+        ends: how they ended; ``None`` changes nothing.
         axes: the columns that make the cells.
     """
     if ends is None:
@@ -99,7 +99,7 @@ def with_ends(cells: pd.DataFrame, ends: CellEnds | None, axes: list[str]) -> pd
 
 
 def not_adjusted(table: pd.DataFrame, ends: CellEnds | None) -> pd.DataFrame:
-    """Return a table of ``wide_rates``; where cells could stop, its methods say that the limits do not allow for it."""
+    """Return a table of ``wide_rates``; with a stopping rule, its methods say that the limits are not adjusted."""
     if ends is None:
         return table
     methods = [f"{measure}_method" for measure in MEASURES]

@@ -4,8 +4,8 @@
     summary.outcomes                # by location and bit field: counts, rates, intervals
     summary.verdict                 # sentences
 
-Points of the grid that differ in fields of ``detect`` or ``run`` alone look at the same faults, so nothing is ever
-added up over them. Detectors are credited with nothing at a point that they did not look at.
+Points of the grid that differ only in fields of ``detect`` or ``run`` have the same faults, so nothing is ever added up
+over them. A detector gets no credit at a point where it was not used.
 
 Public names: ``Summary``, ``summarize``.
 """
@@ -29,10 +29,10 @@ from fault_injection import LOCATIONS
 from fault_injection.numbers.formats import FIELDS
 
 MOST_CELLS = 5000
-"""Grids of more cells are summed up by location and bit field."""
+"""A grid with more cells than this is summarised by location and bit field."""
 
 MOST_POINTS = 8
-"""Most points of ``detect`` and ``run`` whose detectors are compared."""
+"""The largest number of points of ``detect`` and ``run`` whose detectors are compared."""
 
 NO_FIELD = "none"
 
@@ -43,20 +43,21 @@ class Summary:
 
     Attributes:
         verdict: sentences, one list for the whole campaign.
-        points: rates of all runs, for each point of swept ``detect`` and ``run`` fields; with the false positives, and
-            where cells ended early with the means of the cells' rates (``harmful_mean_of_cells``).
-        outcomes: rates by location and bit field, and by what else was swept but is no part of the fault.
-        cells: rates of each cell of the grid: what ``summary.csv`` holds.
-        by_location: whether ``cells`` are locations and bit fields, as there is no grid or too large a one.
+        points: rates of all runs, for each point of swept ``detect`` and ``run`` fields, with the false positives and,
+            if cells ended early, the means of the cells' rates (``harmful_mean_of_cells``).
+        outcomes: rates by location and bit field, and by swept fields that are not part of the fault.
+        cells: rates of each cell of the grid: the rows of ``summary.csv``.
+        by_location: whether ``cells`` are locations and bit fields, because the grid is missing or too large.
         detectors: the comparison of detectors.
         ranking: which heads are more sensitive than the rest, query heads and key/value heads apart.
         ranking_verdict: the same in a sentence.
         seconds: mean times by part of a run.
         execution: runs by engine.
         worst: the runs that did the most harm.
-        focus: what the runs of the ranking, the worst runs and the figures have in common; empty if these are all runs.
-        chosen: those runs.
-        compared: the comparison of detectors on them.
+        focus: the swept values that the runs of the ranking, the worst runs and the figures share; empty if all runs
+            are used.
+        chosen: these runs.
+        compared: the comparison of detectors on these runs.
         clean: the fault-free passes under the same detectors.
         ends: how cells ended early; ``None`` without a stopping rule.
     """
@@ -80,7 +81,7 @@ class Summary:
 
 
 def summarize(inputs: ReportInputs) -> Summary:
-    """Compute every number of the report."""
+    """Return every number of the report."""
     runs, faults = inputs.runs, counted_faults(inputs.runs)
     watching = Groups.by(inputs.points([axis for axis in inputs.axes if axis.startswith(("detect.", "run."))]))
     ends = cell_ends(inputs)
@@ -114,7 +115,7 @@ def summarize(inputs: ReportInputs) -> Summary:
 
 
 def _focus(points: pd.DataFrame) -> int:
-    """Return the place of one point of swept ``detect`` and ``run`` fields: the first with outcomes."""
+    """Return the number of the first point of swept ``detect`` and ``run`` fields that has outcomes."""
     return int((points["harmful_n"] > 0).to_numpy().argmax())
 
 
@@ -123,7 +124,7 @@ def _texts(label: pd.Series) -> dict[str, str]:
 
 
 def _with_false_positives(points: pd.DataFrame, clean: pd.DataFrame) -> pd.DataFrame:
-    """Add what the proved detectors said of the fault-free passes, at each point by its own detectors and tolerance."""
+    """Add the false positives of the proved detectors, at each point for its own detectors and tolerance."""
     counted = clean[clean["applicable"] & clean["proved"] & ~clean["detector"].map(is_oracle).astype(bool)]
     columns: dict[str, list[float]] = {name: [] for name in ("false_positives", "clean_rows", "low", "high")}
     for _, label in points.iterrows():
@@ -136,7 +137,7 @@ def _with_false_positives(points: pd.DataFrame, clean: pd.DataFrame) -> pd.DataF
 
 
 def _outcomes(inputs: ReportInputs, faults: pd.DataFrame) -> pd.DataFrame:
-    """Return the rates by location and bit field; models, data and detectors that were swept stay apart."""
+    """Return the rates by location and bit field, separately for swept models, data and detectors."""
     axes = [axis for axis in inputs.axes if not axis.startswith("fault.") and axis != "seed"]
     fields = inputs.runs["bit_field"].astype(object)
     keys = inputs.points(axes).assign(
@@ -151,7 +152,7 @@ def _outcomes(inputs: ReportInputs, faults: pd.DataFrame) -> pd.DataFrame:
 
 
 def _with_means_of_cells(points: pd.DataFrame, grid: pd.DataFrame, axes: list[str]) -> pd.DataFrame:
-    """Add the means of the cells' rates: where cells have different numbers of runs, pooled ones favour the longer."""
+    """Add the means of the cells' rates, because pooled rates favour the cells with more runs."""
     names = {f"{measure}_rate": f"{measure}_mean_of_cells" for measure in ("detected", "harmful")}
     rates = grid[list(names)].astype("float64")
     if not axes:
@@ -161,12 +162,12 @@ def _with_means_of_cells(points: pd.DataFrame, grid: pd.DataFrame, axes: list[st
 
 
 def _grid(inputs: ReportInputs, faults: pd.DataFrame, ends: CellEnds | None) -> pd.DataFrame | None:
-    """Return the rates of every cell of the grid; nothing where there is no grid, or one of too many cells."""
+    """Return the rates of every cell of the grid; None without a grid, or if it has too many cells."""
     cells = Groups.by(inputs.plan)
     if not inputs.axes or len(cells.labels) > MOST_CELLS:
         return None
     codes = pd.Series(cells.codes.to_numpy()[inputs.places], index=inputs.runs.index)
-    # Of the plan, not of the runs: a cell all of whose runs are missing has a row too.
+    # Cells come from the plan, not from the runs: a cell has a row even if all its runs are missing.
     return with_ends(wide_rates(faults, Groups(cells.labels, codes)), ends, list(cells.labels.columns))
 
 
@@ -180,7 +181,7 @@ def _detectors(inputs: ReportInputs, watching: Groups, focus: int) -> dict[int, 
 
 
 def _labelled(tables: dict[int, pd.DataFrame], watching: Groups) -> pd.DataFrame:
-    """Return the comparisons below one another, each with the values of its point in front."""
+    """Return the concatenated comparisons; the values of the point come first."""
     shown = list(tables.items())[:MOST_POINTS]
     parts = [pd.concat([_repeated(watching.labels.iloc[code], table), table], axis=1) for code, table in shown]
     return pd.concat(parts, ignore_index=True)

@@ -1,4 +1,4 @@
-"""What the numbers say, in words, and what they do not say.
+"""The verdict in words, and its limits.
 
 Public names: ``verdict_sentences``, ``limit_sentences``.
 """
@@ -16,11 +16,11 @@ from experiments.report.facts.inputs import ReportInputs
 from experiments.report.facts.stopped import CellEnds
 
 MOST_POINTS = 6
-"""Most points of swept ``detect`` and ``run`` fields that the verdict speaks of; a table has the others."""
+"""The largest number of points of swept ``detect`` and ``run`` fields in the verdict; a table has the others."""
 
 
 def verdict_sentences(inputs: ReportInputs, points: pd.DataFrame, ends: CellEnds | None = None) -> Iterator[str]:
-    """Yield the verdict: runs, distinct faults, harm, what was seen of it, false positives."""
+    """Yield the sentences of the verdict: runs, distinct faults, harm, detections, false positives."""
     unneeded = ends.unneeded if ends is not None else 0
     missing = inputs.planned - len(inputs.runs) - unneeded
     yield _begun(inputs)
@@ -73,7 +73,7 @@ def _of_point(point: dict[str, Any], where: str) -> Iterator[str]:
 
 
 def _of_cells(point: dict[str, Any], ends: CellEnds) -> Iterator[str]:
-    """Say by what the cells count in the rates of a point, and what they give when each counts once."""
+    """Yield how cells are weighted in the rates of a point, and the rates if each cell counts once."""
     if ends.fewest == ends.most:
         return
     counted = f"In these rates a cell of the grid counts by its number of runs ({ends.fewest:,} to {ends.most:,})"
@@ -83,7 +83,7 @@ def _of_cells(point: dict[str, Any], ends: CellEnds) -> Iterator[str]:
 
 
 def limit_sentences(inputs: ReportInputs, points: pd.DataFrame, ends: CellEnds | None = None) -> Iterator[str]:
-    """Yield what a reader must not read into the numbers."""
+    """Yield the conclusions that a reader must not draw from the numbers."""
     runs = inputs.runs
     uneven = ends is not None and ends.fewest != ends.most
     weight = "counts by its number of runs" if uneven else "counts alike"

@@ -21,21 +21,21 @@ SHOWN = (
     "index_row", "index_col", "value_before", "value_after", "bits_before", "bits_after", "violation_detected",
     "detectors",
 )  # fmt: skip
-"""What the table shows of every run, in front of the columns that are declared with ``report=True``."""
+"""The first columns of the table; the columns that are declared with ``report=True`` follow."""
 
 
 def worst_runs(runs: pd.DataFrame, count: int = 10) -> pd.DataFrame:
     """Return the worst runs of distinct faults: non-finite first, then by the size of what changed.
 
-    What changed is ``loss_diff``, where there is none ``relative_change`` of the output, and where that was not
-    computed (``run.scope``) ``local_change`` in the layer. Runs that changed nothing are left out; equals keep the
-    order of the plan.
+    The size is ``loss_diff``; without a loss, ``relative_change`` of the output; and if that was not computed
+    (``run.scope``), ``local_change`` in the layer. Runs that changed nothing are left out; ties keep the order of the
+    plan.
     """
     sizes = runs[["loss_diff", "relative_change", "local_change"]].astype(float).abs()
     nonfinite = runs["nonfinite"].astype("boolean").fillna(False).astype(bool)
     harm = pd.DataFrame({"nonfinite": nonfinite, **sizes.fillna(-1.0)})
     changed = nonfinite | (sizes > 0).any(axis=1)
-    # Duplicates of the few worst are looked for, not those of a million runs.
+    # Only the few worst runs are searched for duplicates, not a million runs.
     order = harm[changed].sort_values(list(harm.columns), ascending=False, kind="stable").index
     taken = count
     while True:
