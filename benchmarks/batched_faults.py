@@ -6,8 +6,6 @@ paired with itself. Detectors look at the injected layer and those behind it, an
 
     trial = Trials(subject, batch, detectors).run(layer, faults)[0]
     trial.fired, trial.effect.outcome
-
-Public names: ``Trials``, ``Trial``.
 """
 
 from __future__ import annotations

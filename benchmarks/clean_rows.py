@@ -9,8 +9,6 @@ and random GPT-2 and Llama layers of larger width), ``zoo`` (the architectures o
 kernels of ``bounds.fused.fused_attention``), in four dtypes. Printed per detector: rows checked, violations, and the
 largest residual in units of its tolerance: near 1 the tolerance is tight, near 0 it is loose. It runs from a
 checkout: the zoo and the Gaussian attention are those of ``tests/``.
-
-Public names: ``Count``, ``main``.
 """
 
 from __future__ import annotations

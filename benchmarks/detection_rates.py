@@ -7,8 +7,6 @@ Faults are drawn uniformly over the elements of a location (of keys that a query
 of its dtype; the windows are those of the default campaign's source. Printed: detection rates per location and bit
 field for every detector, the same among critical faults (nonfinite ones included), and every critical fault that the
 suite missed. ``--output`` writes a row per fault.
-
-Public names: ``prepare``, ``collect``, ``main``.
 """
 
 from __future__ import annotations

@@ -8,8 +8,6 @@ The plain eager forward pass and the same pass with each suite inside alternate 
 of every variant and the median of the ratios of the same rounds. ``watched`` is the cost of the instrumentation and of
 keeping the tensors, without any detector. A site step evaluates 64 faults of one layer, each in its own head, and lets
 each suite judge them; its figures are those of one fault. With ``--json`` each shape is one JSON object on a line.
-
-Public names: ``forward_overhead``, ``site_steps``, ``main``.
 """
 
 from __future__ import annotations

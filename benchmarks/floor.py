@@ -6,8 +6,6 @@
 Counted are matrix products, a multiply-add as two operations. A run whose fault changes something needs the rest of its
 block for the rows that its attention output changed, the blocks behind it and the head for the rows from the fault on,
 and keys up to each row. A masked run needs nothing that counts: its site is one row of one head, or one head.
-
-Public names: ``Work``, ``least_work``, ``product_rate``.
 """
 
 from __future__ import annotations

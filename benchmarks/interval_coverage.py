@@ -12,9 +12,6 @@ either are correlated; a run is a hit where the sum of both and its own noise, a
 correlation given is that of two runs which share the input alone, or the head alone.
 
 2,000 campaigns know a coverage to half a percentage point (one standard error).
-
-Public names: ``main``, ``RateSetting``, ``CrossedSetting``, ``MeanSetting``, ``Coverage``, ``rate_coverage``,
-``crossed_coverage``, ``mean_coverage``, ``RATES``, ``CROSSED``, ``MEANS``.
 """
 
 from __future__ import annotations

@@ -5,8 +5,6 @@
 Runs the same windows in processes whose oneDNN may use different instruction sets (ONEDNN_MAX_CPU_ISA) and compares: no
 fault, the same weights, another order of rounding. Printed: the largest and the median change of a window's loss, and
 the share of windows that would count as critical (loss moved by more than 1e-3, or any top-1 prediction changed).
-
-Public names: ``main``.
 """
 
 from __future__ import annotations

@@ -4,9 +4,6 @@
     ratio_to(rounds, "plain")["watched"]                                     # median of the ratios of the same rounds
 
 What slows the machine down for a while slows all variants of a round down, so ratios are taken within rounds.
-
-Public names: ``alternate``, ``medians``, ``ratio_to``, ``machine_facts``, ``CLOCKS``,
-``WARM_UP``.
 """
 
 from __future__ import annotations

@@ -7,8 +7,6 @@ Each figure is the peak of the resident set of a process of its own, model and l
 model and runs one eager forward pass, and one that makes the model and executes runs with all default detectors. Beside
 it stands what is kept of the fault-free pass: for runs to begin from (``Recording.nbytes``), and by the forward cache
 within its budget.
-
-Public names: ``peak_of``, ``main``.
 """
 
 from __future__ import annotations

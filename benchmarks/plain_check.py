@@ -1,9 +1,7 @@
 """What the plain injected pass says of a fault, to hold faster ways against it bit for bit.
 
-    check = PlainCheck(workload)
-    check.differing(fault, found)          # None, or the name of what differs
-
-Public names: ``PlainCheck``.
+check = PlainCheck(workload)
+check.differing(fault, found)          # None, or the name of what differs
 """
 
 from __future__ import annotations

@@ -6,8 +6,6 @@ All numbers are for the share of critical and nonfinite flips under uniform draw
 at equal numbers of runs: how many times fewer runs give an interval of the same width. Three estimators of the weighted
 runs are compared (docs/sampling.md): the mean of weight times outcome, that mean corrected by how far the mean weight
 is from 1 (regression), and the ratio of the two means (Hajek).
-
-Public names: ``collect``, ``compare``, ``main``.
 """
 
 from __future__ import annotations

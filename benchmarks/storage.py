@@ -6,8 +6,6 @@
 The shards are made up: rows of all columns, of the widths that rows of real campaigns have, done by one worker in 256
 in any order within windows. Each figure is that of a process of its own: seconds of the operation, and the peak of the
 resident set with all libraries in it.
-
-Public names: ``make_campaign``, ``measure``, ``PARTS``, ``main``.
 """
 
 from __future__ import annotations

@@ -8,8 +8,6 @@ All ways alternate in one process with one thread. A figure is everything that a
 (but for ``naive_pair``) the comparison with the fault-free output; not the drawing of faults and the writing of files.
 ``bitwise_equal`` compares a sample of the runs with the plain injected pass: outcome, effect, loss, local change and
 verdicts of the detectors. With ``--json`` each shape is one JSON object on a line of its own.
-
-Public names: ``measure``, ``main``.
 """
 
 from __future__ import annotations

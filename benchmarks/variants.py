@@ -1,9 +1,7 @@
 """The ways to execute a run that ``benchmarks.throughput`` compares, from two whole passes to shared changed rows.
 
-    variants = make_variants(workload, Counts.of(128))
-    found = variants["everything"].execute(faults)        # in the order of the faults
-
-Public names: ``Counts``, ``Variant``, ``Found``, ``make_variants``, ``NAIVE``.
+variants = make_variants(workload, Counts.of(128))
+found = variants["everything"].execute(faults)        # in the order of the faults
 """
 
 from __future__ import annotations

@@ -1,10 +1,8 @@
 """What the benchmarks run: a model with random weights, an input of some shape, and faults to inject.
 
-    with Workload.of("gpt2-small", "float32", (1, 64)) as work:
-        faults = work.faults(96)
-        opened = work.opened(("lite",))
-
-Public names: ``Workload``, ``MODELS``, ``build_model``, ``parse_shape``.
+with Workload.of("gpt2-small", "float32", (1, 64)) as work:
+faults = work.faults(96)
+opened = work.opened(("lite",))
 """
 
 from __future__ import annotations

@@ -12,8 +12,6 @@
 | ``fused`` | checks for kernels that show no scores |
 | ``all`` | every registered detector, those of users included |
 
-Public names: ``SUITES``, ``EVERYTHING``, ``expand``, ``suite_names``.
-
 >>> expand(["epsilon", "finite", "q@o"])
 ('s@w', 'q@o', 'comb', 'finite')
 >>> expand(["epsilom"])                                                 # doctest: +ELLIPSIS

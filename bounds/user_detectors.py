@@ -10,8 +10,6 @@
 
 Code of the entry runs with the rights of the process: load only what you trust.
 
-Public names: ``load_detector``, ``is_detector_path``.
-
 >>> is_detector_path("my_package.my_module:MyDetector"), is_detector_path("S_row")
 (True, False)
 >>> load_detector("bounds.finite_detector:FiniteDetector").name         # registered already: nothing happens

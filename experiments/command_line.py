@@ -5,8 +5,6 @@
 0: all runs done; 1: a run failed or a check refused; 2: bad usage; 3: a needed resource is missing; 130: interrupted.
 
 What is imported here is light (no torch): ``--help`` does not wait, and signals are heard from the beginning.
-
-Public name: ``main``.
 """
 
 from __future__ import annotations

@@ -2,8 +2,6 @@
 
     raise UsageError("fault.bit: got 40, allowed 0..31 for float32")   # exit status 2, nothing written
 
-Public names: ``UsageError``, ``MissingResourceError``, ``CheckRefusedError``, ``TooFewWindowsError``, ``nearest``.
-
 >>> "fault.bitt" + nearest("fault.bitt", ["fault.bit", "fault.kind"])
 "fault.bitt; did you mean 'fault.bit'?"
 """

@@ -1,11 +1,9 @@
 """Run experiments from Python: your model, your data, one configuration.
 
-    config = ExperimentConfig(exp_name="demo", injection_location="scores", injection_bit=30, num_runs=10)
-    runner = CompleteExperimentRunner(config)
-    results = runner.run_all(model, dataloader)         # a list of ExperimentResult
-    result = runner.run_single(3, model, dataloader)    # the same numbers as results[3]
-
-Public name: ``CompleteExperimentRunner``.
+config = ExperimentConfig(exp_name="demo", injection_location="scores", injection_bit=30, num_runs=10)
+runner = CompleteExperimentRunner(config)
+results = runner.run_all(model, dataloader)         # a list of ExperimentResult
+result = runner.run_single(3, model, dataloader)    # the same numbers as results[3]
 """
 
 from __future__ import annotations

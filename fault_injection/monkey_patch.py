@@ -1,14 +1,12 @@
 """Patch a model for fault injection, and undo it without a trace.
 
-    model = monkey_patch_model(model)                  # in place; the same model is returned
-    with tapped(model, Injector([fault])):
-        faulty = model(**batch).logits
-    unpatch_model(model)                               # config, parameters, hooks and logits as before
+model = monkey_patch_model(model)                  # in place; the same model is returned
+with tapped(model, Injector([fault])):
+faulty = model(**batch).logits
+unpatch_model(model)                               # config, parameters, hooks and logits as before
 
-    with patched(model):                               # the same as a context manager, also after an exception
-        ...
-
-Public names: ``monkey_patch_model``, ``unpatch_model``, ``patched``.
+with patched(model):                               # the same as a context manager, also after an exception
+...
 """
 
 from __future__ import annotations

@@ -1,7 +1,5 @@
 """Suggest the nearest allowed name in an error message.
 
-Public name: ``nearest``.
-
 >>> "score" + nearest("score", ["scores", "weights"])
 "score; did you mean 'scores'?"
 """

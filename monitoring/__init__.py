@@ -1,7 +1,6 @@
 """What is measured: performance, the forward cache and its trace.
 
-Public names: ``PerformanceMonitor``, ``PerformanceMetrics``, ``PerformanceAggregator``, ``ForwardCache``,
-``TraceWriter``. This package never imports ``experiments``.
+This package never imports ``experiments``.
 
 >>> import monitoring
 >>> monitor = monitoring.PerformanceMonitor("cpu")

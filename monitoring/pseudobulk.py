@@ -6,8 +6,6 @@ The query heads of one key/value head are correlated: in a model with grouped qu
 the median is taken inside each group first, and the summary over the groups' medians. Two summaries are in use and give
 different numbers, so each is named by its mode: ``flat`` over the groups of all layers, ``per_layer`` over the medians
 of the layers.
-
-Public names: ``pseudobulk``, ``Pseudobulk``, ``MODES``.
 """
 
 from __future__ import annotations

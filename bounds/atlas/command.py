@@ -5,8 +5,6 @@
 Prints, for each layer, location and bit field, how many flips there are, which share is proved to be rounding noise
 (P4), which share gives NaN or Inf, and how large the rest are. With ``--output`` it writes ``atlas.csv`` (the same by
 bit) and ``atlas.png``. Exit status 2 and one line for a request that cannot be meant.
-
-Public names: ``main``.
 """
 
 from __future__ import annotations

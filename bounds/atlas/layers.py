@@ -10,8 +10,6 @@ The change of a layer's output is exact up to rounding (docs/theory.md, T20-T25)
 with one gradient: first order, a ranking and no bound. Flips that give NaN or Inf are a class of their own, as are
 those that P4 proves to be no larger than the rounding of the clean evaluation.
 
-Public names: ``LayerAtlas``, ``layer_atlas``, ``compute_atlas``, ``score_map``.
-
 >>> from bounds import AttentionState
 >>> generator = torch.Generator().manual_seed(0)
 >>> q, k, v, gradient = torch.randn(4, 1, 1, 3, 2, generator=generator)

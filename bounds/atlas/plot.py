@@ -3,8 +3,6 @@
     Path("atlas.png").write_bytes(atlas_figure(calls, atlases))
 
 Needs matplotlib, which nothing else here needs; it is loaded when a figure is asked for.
-
-Public names: ``atlas_figure``, ``require_matplotlib``.
 """
 
 from __future__ import annotations

@@ -7,8 +7,6 @@
 One forward and one backward pass give states and gradients. A third pass, with large numbers added to every score,
 shows how scores become logits: what does not change with them is a bias, which has no part in any effect, and a hidden
 key whose logit does not change is overwritten by the mask.
-
-Public names: ``ObservedCall``, ``observe``.
 """
 
 from __future__ import annotations

@@ -4,8 +4,6 @@ Sizes are sorted into bins of equal ratio (BINS_PER_DECADE of them to a factor o
 and statistics of several bits can be joined; a quantile is exact to within one bin, 3.7 % either way. Largest values
 are exact.
 
-Public names: ``Flips``, ``FlipStatistics``, ``RankedFlip``, ``Ranking``, ``BINS_PER_DECADE``.
-
 >>> statistics = FlipStatistics()
 >>> sizes = torch.tensor([1.0, 10.0, 100.0])
 >>> never = torch.zeros(3, dtype=torch.bool)

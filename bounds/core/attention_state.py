@@ -4,8 +4,6 @@
                            has_bias_or_cap=False, visible=causal, layer=3, name="transformer.h.3.attn")
     get_detector("s@w").check(state)
 
-Public names: ``AttentionState``, ``ProjectedOperand``.
-
 >>> q = k = v = torch.zeros(1, 2, 3, 4)
 >>> a = torch.zeros(1, 2, 3, 3)
 >>> state = AttentionState(query=q, key=k, value=v, logits=a, weights=a + 1 / 3, out=v,

@@ -9,9 +9,6 @@
 A detector reads the faulty pass only. One that compares with the fault-free pass is an *oracle*: its name starts
 with ``oracle_``, and ``check`` takes what ``reduce`` kept of that pass.
 
-Public names: ``Detector``; and of ``bounds.core.verdict``: ``Verdict``, ``merged``, ``MAX_POSITIONS``, ``extreme``,
-``first_positions``.
-
 >>> Verdict.not_applicable("q@o", "queries have 192 channels and values 128").fired
 False
 """

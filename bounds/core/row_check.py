@@ -5,8 +5,6 @@
 
 A row fires iff *not* (residual <= tolerance), so that NaN fires, and iff its tolerance is not finite.
 
-Public names: ``RowCheck``, ``judged``, ``judged_each``, ``RowDetector``.
-
 >>> check = RowCheck(torch.tensor([0.5, float("nan"), 3.0]), torch.tensor([1.0, 1.0, 2.0]))
 >>> verdict = judged("example", check)
 >>> verdict.violations, verdict.positions, verdict.nonfinite, verdict.rows_checked

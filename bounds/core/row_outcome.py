@@ -5,8 +5,6 @@
 
 Both take the same numbers from the same rows, so that the merged verdicts of the sequences are the verdict on the call.
 
-Public names: ``RowOutcome``, ``BoundedOutcome``, ``verdict``, ``verdicts``, ``either``, ``not_finite``.
-
 >>> fired = torch.tensor([[False, False], [True, False]])
 >>> outcome = RowOutcome(fired, nonfinite=~fired & fired, ratio=torch.tensor([[0.5, 0.25], [7.0, 0.5]]))
 >>> verdict("example", outcome).positions, [found.largest_ratio for found in verdicts("example", outcome)]

@@ -8,8 +8,6 @@ faults can be judged in one batch, each a sequence of the only group of heads th
     verdicts = detector.check_each(some, gathered(detector.reduce(groups), torch.tensor([3, 3, 5])))
     merged(verdicts[0], *clean_verdicts_of_the_other_groups)
 
-Public names: ``by_group``, ``origins_by_group``, ``gathered``, ``sequence_of``, ``merged``.
-
 >>> q, k = torch.zeros(2, 4, 3, 8), torch.zeros(2, 2, 3, 8)
 >>> a = torch.zeros(2, 4, 3, 3)
 >>> state = AttentionState(query=q, key=k, value=k, logits=a, weights=a + 1 / 3, out=q,

@@ -3,8 +3,6 @@
     merged(first, second)                        # one detector, two calls or two sequences
     merged(*detector.check_each(state))
 
-Public names: ``Verdict``, ``merged``, ``extreme``, ``first_positions``, ``MAX_POSITIONS``.
-
 >>> merged(Verdict("s@w", 4, 0, largest_ratio=0.5), Verdict("s@w", 4, 1, largest_ratio=7.0)).largest_ratio
 7.0
 >>> Verdict.not_applicable("q@o", "queries have 192 channels and values 128").fired

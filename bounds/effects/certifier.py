@@ -1,9 +1,7 @@
 """Certify calls of a model: gather the six checks that the certificate T26 rests on.
 
-    certifier = Certifier(model)                         # reads the weights, as they are now
-    certifier.certify(state).largest_relative            # inside a pass, on a state with projected operands
-
-Public name: ``Certifier``.
+certifier = Certifier(model)                         # reads the weights, as they are now
+certifier.certify(state).largest_relative            # inside a pass, on a state with projected operands
 """
 
 from __future__ import annotations

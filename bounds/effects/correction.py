@@ -9,8 +9,6 @@ stored what stands there. So however many faults there are, a correct element is
 apart is left alone and reported. Weights have no column sums: a row that is no distribution is compared with the
 softmax of its logits. Statements and proofs: docs/theory.md, T18 and T19.
 
-Public names: ``Repair``, ``repair_scores``, ``repair_weights``, ``repair_output``.
-
 >>> query, key = torch.ones(1, 1, 3, 4), torch.ones(1, 1, 3, 4)
 >>> scores = query @ key.mT
 >>> scores[0, 0, 1, 2] = 1e30

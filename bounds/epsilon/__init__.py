@@ -1,7 +1,4 @@
-"""The epsilon bounds of attention rows: from weights, from outputs, and the decision.
-
-Public names: ``AttentionBounds``, ``compute_attention_bounds``, ``Violations``, ``detect_violation``.
-"""
+"""The epsilon bounds of attention rows: from weights, from outputs, and the decision."""
 
 import lazy_loader
 

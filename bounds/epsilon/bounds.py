@@ -7,8 +7,6 @@
 mean of the scores, in units of q.k (alpha = 1/sqrt(d) unless the model scales otherwise). Masked keys enter no
 quantity: they are not read, so they may hold anything. Statements and proofs: docs/theory.md, T1-T4 and F1-F3.
 
-Public names: ``compute_attention_bounds``, ``AttentionBounds``, ``Interval``, ``visible_keys``.
-
 >>> logits = torch.tensor([[0.0, -9.0], [2.0, 1.0]])
 >>> causal = torch.tensor([[True, False], [True, True]])
 >>> weights = torch.softmax(logits.masked_fill(~causal, -torch.inf), -1)

@@ -4,9 +4,6 @@
     state.derived(query_output_interval)     # the interval of the q@o path
 
 These are functions of a state for ``AttentionState.derived``, which keeps their results.
-
-Public names: ``epsilon_bounds``, ``tight_epsilon_bounds``, ``query_output``, ``query_output_interval``,
-``epsilon_baseline``, ``EpsilonBaseline``.
 """
 
 from __future__ import annotations

@@ -4,8 +4,6 @@ If the values equal the keys, ``alpha q.o = sum_j w_j alpha q.k_j = sum_j w_j a_
 epsilon without the weights. If they differ, the two are at most ``alpha |q| max_j |v_j - k_j|`` apart, over the
 visible keys (docs/theory.md, T6); that slack widens the bounds. The rounding tolerance is F4.
 
-Public names: ``QueryOutput``, ``query_output_reason``, ``compute_query_output``.
-
 >>> from bounds.epsilon.bounds import compute_attention_bounds
 >>> q, k = torch.tensor([1.0, 2.0]).view(1, 1, 1, 2), torch.eye(2).view(1, 1, 2, 2)
 >>> a = q @ k.mT

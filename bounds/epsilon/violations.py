@@ -3,8 +3,6 @@
 The rule (docs/theory.md, "Decision"): with residual ``r = max(lower - epsilon, epsilon - upper)`` a row is a
 violation iff **not (r <= tolerance)** or the tolerance is not finite, so that NaN and Inf always count.
 
-Public names: ``detect_violation``, ``row_outcome``, ``Violations``.
-
 >>> from bounds.epsilon.bounds import compute_attention_bounds
 >>> logits = torch.tensor([[1.0, 0.0, -1.0], [0.0, 2.0, 0.5]])
 >>> weights = torch.softmax(logits, -1)

@@ -6,8 +6,6 @@
 The kernel runs on values with a few columns more: their sum over the channels and a column of ones. Whatever the
 weights are, the outputs of these columns are the sum of the other outputs, and 1 (docs/theory.md, T13).
 
-Public names: ``FusedState``, ``fused_attention``, ``sum_columns``, ``sum_of_columns``.
-
 >>> generator = torch.Generator().manual_seed(0)
 >>> query, key, value = torch.randn(3, 1, 2, 5, 4, generator=generator)
 >>> state = fused_attention(query, key, value, causal=True)

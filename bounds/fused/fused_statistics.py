@@ -5,8 +5,6 @@
 The kernel is modelled as any order of any blocks of at least ``BLOCK_KEYS`` keys, rescaled when the running maximum
 rises, with an exponential that may be a fast one (docs/theory.md, F17).
 
-Public names: ``lse_bounds``, ``lse_key``, ``output_norm``, ``output_hull``, ``output_sum``, ``key_value``.
-
 >>> from bounds.fused.fused_attention import fused_attention
 >>> query, key, value = torch.ones(3, 1, 1, 2, 4)
 >>> check = lse_bounds(fused_attention(query, key, value, causal=True))

@@ -1,7 +1,5 @@
 """Cut a batch of rows into blocks, so that temporary memory stays bounded whatever the size of a layer.
 
-Public names: ``row_blocks``, ``BLOCK_ELEMENTS``.
-
 >>> blocks = list(row_blocks((2, 5), width=10, elements=30))          # 2 x 5 rows of 10, at most 3 rows a block
 >>> [(heads.start, rows.start, rows.stop) for heads, rows in blocks]
 [(0, 0, 2), (0, 2, 5), (1, 0, 2), (1, 2, 5)]

@@ -7,8 +7,6 @@ w* the weight of the largest, the quantity ``E = a* - sum_j w_j a_j`` obeys (doc
 
 These are the pure kernels; ``bounds.epsilon.bounds`` applies them to tensors of an attention layer.
 
-Public names: ``chain_bounds``, ``tight_bounds``, ``lambert_table``.
-
 >>> row = torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64)            # all other logits tie: middle = E
 >>> weights = torch.softmax(row, -1)
 >>> lower1, middle, upper1, upper2 = chain_bounds(

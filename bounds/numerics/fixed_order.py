@@ -8,8 +8,6 @@ are judged with it, so sums across rows and matrix products that feed a verdict 
     folded(tensor.double())               # columns
     inner_products(lines, rows)           # (b, h, L, p) and (b, h, M, p) -> (b, h, L, M)
 
-Public names: ``wide``, ``folded``, ``inner_products``, ``product``.
-
 >>> folded(torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])).tolist()
 [9.0, 12.0]
 >>> ones = torch.ones(1, 1, 2, 3, dtype=torch.float64)

@@ -6,8 +6,6 @@
 The tensor is converted block by block: what is temporary is one block, whatever the size of the layer. The bits of a
 sum depend on its own entries alone (``bounds.numerics.fixed_order``).
 
-Public names: ``LineSums``, ``line_sums``, ``line_totals``, ``absolute``, ``LINE_ELEMENTS``.
-
 >>> stored = torch.tensor([[1.0, 2.0, -3.0], [4.0, 5.0, 6.0]])
 >>> line_sums(stored, width=2).total.tolist(), line_sums(stored, columns=True).size[:, 0].tolist()
 ([[3.0, -3.0], [9.0, 6.0]], [5.0, 7.0, 9.0])

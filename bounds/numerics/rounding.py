@@ -4,9 +4,6 @@ Every tolerance of this package is a theorem about floating-point arithmetic, ne
 assumptions (docs/theory.md, "Arithmetic"): round to nearest; float64 kernels compute in float64, all others in
 float32 and round once when they store; sums in any order; exp within two units in the last place.
 
-Public names: ``Storage``, ``storage``, ``Accumulation``, ``accumulation``, ``cast``, ``gamma``, ``SoftmaxError``,
-``softmax_error``, ``reduced_precision``, ``MAX_KEYS``.
-
 >>> storage(torch.bfloat16).roundoff == 2.0**-8, storage(torch.float32).roundoff
 (True, 0.0)
 >>> gamma(3, 2.0**-24) > 3 * 2.0**-24

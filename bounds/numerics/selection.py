@@ -3,8 +3,6 @@
     seen = selection(visible, logits.dtype)
     selected(logits, seen)                       # as torch.where(visible, logits, 0.0), in a quarter of the time
 
-Public names: ``selection``, ``selected``, ``Masks``.
-
 >>> seen = selection(torch.tensor([True, False, True]), torch.float32)
 >>> selected(torch.tensor([1.5, float("nan"), -2.0]), seen).tolist()
 [1.5, 0.0, -2.0]

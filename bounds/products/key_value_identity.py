@@ -6,8 +6,6 @@ Both sides are ``sum_j w_ij q_i . k_j``. One equation ties the score product, th
 and value; the scores are those before mask, cap and bias, so that none of these matters. Statement and proof:
 docs/theory.md, T6 and F10.
 
-Public names: ``identity``.
-
 >>> query, key = torch.tensor([1.0, 2.0]).view(1, 1, 1, 2), torch.eye(2).view(1, 1, 2, 2)
 >>> scores, mass = query @ key.mT, torch.tensor([0.25, 0.75]).view(1, 1, 1, 2)
 >>> [float(identity(query, key, scores, mass, out).residual) for out in (mass @ key, query)]

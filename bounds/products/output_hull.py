@@ -7,8 +7,6 @@
 The hull is that of *all* keys, seen or not: sound for every mask, and looser than a running one for short rows. It
 holds the origin because a sink or a dropped row leaves less mass than 1. Statements and proofs: docs/theory.md, F9.
 
-Public names: ``mass_reach``, ``channel_hull``, ``length_hull``.
-
 >>> value = torch.eye(3).view(1, 1, 3, 3)
 >>> out = torch.tensor([[0.5, 0.25, 0.25], [0.0, 0.0, 1.5]]).view(1, 1, 2, 3)
 >>> channel_hull(value, out, 1.0).residual.tolist(), length_hull(value, out, 1.0).residual[0, 0, 1].item()

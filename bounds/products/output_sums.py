@@ -10,8 +10,6 @@ Shapes everywhere: mass (B, H, T, S), value (B, H_kv, S, D_v) not repeated, out 
 bfloat16 or float16; what is returned is float64. ``keys``, broadcastable to (B, H, T), is the number of keys a row
 gives any mass to, or an upper bound of it: a row that sees few keys has a smaller tolerance. None: all of them.
 
-Public names: ``row_sums``, ``group_sums``, ``column_sums``.
-
 >>> mass, value = torch.full((1, 1, 2, 3), 1 / 4), torch.ones(1, 1, 3, 4)
 >>> out = mass @ value
 >>> out[0, 0, 1, 2] += 0.5                                                       # a fault

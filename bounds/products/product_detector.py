@@ -1,7 +1,4 @@
-"""What the detectors of the two matrix products share: one equation a row, and when it can be judged.
-
-Public names: ``ProductDetector``, ``key_counts``, ``value_product``, ``required``.
-"""
+"""What the detectors of the two matrix products share: one equation a row, and when it can be judged."""
 
 from __future__ import annotations
 

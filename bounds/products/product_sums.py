@@ -7,8 +7,6 @@ row of Y over the tile is one inner product of a row of A. Rounding moves it by 
     check = tile_check(query, key, scores)               # rows of the scores, (B, H, T, 1)
     check = tile_check(key, query, Transposed(scores))   # its columns, (B, H, S, 1)
 
-Public names: ``tile_check``, ``Transposed``, ``product_tolerance``, ``flushed``.
-
 >>> left, right = torch.ones(1, 1, 2, 4), torch.ones(1, 1, 3, 4)
 >>> result = left @ right.mT
 >>> result[0, 0, 1, 2] += 0.5                                                    # a fault

@@ -10,8 +10,6 @@ Shapes everywhere: query (B, H, T, d), key (B, H_kv, S, d) not repeated, scores 
 them (before scale, cap, bias and mask), addend broadcastable to scores. float64, float32, bfloat16 or float16; what is
 returned is float64.
 
-Public names: ``row_sums``, ``column_sums``, ``tile_sums``, ``length_bound``.
-
 >>> query, key = torch.ones(1, 1, 2, 4), torch.ones(1, 1, 3, 4)
 >>> scores = query @ key.mT
 >>> scores[0, 0, 1, 2] += 0.5                                                    # a fault

@@ -8,8 +8,6 @@ in ``prepare``: a weight that changes afterwards is a fault like any other.
 Nothing that reads only queries, keys and values can see a fault in one of them: a changed operand followed by correct
 attention is a correct computation of other operands. So there must be one such check for each of the three.
 
-Public names: ``ProjectionDetector``, ``operand_reason``.
-
 >>> from bounds import get_detector
 >>> get_detector("P_q").statement
 'sum over a head of q = x.(W 1) + b.1, and q is its tail of the projection (F15, F16)'

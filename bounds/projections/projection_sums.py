@@ -7,8 +7,6 @@
 In real numbers the channels of a head sum to ``x . (W 1) + b . 1`` (docs/theory.md, F15), and the operand is its
 tail's image of the projection (F16).
 
-Public names: ``ProjectionTables``, ``row_sums``, ``tail_check``, ``worst``, ``WideHidden``, ``wide_hidden``.
-
 >>> weight, x = torch.randn(6, 8), torch.randn(1, 5, 8)               # 2 heads of 3 channels
 >>> operand = ProjectedOperand(x, (x @ weight.T).view(1, 5, 2, 3).transpose(1, 2))
 >>> check = row_sums(operand, ProjectionTables.of(weight, None, heads=2))

@@ -4,8 +4,6 @@ Yuhang Liang, Xinyi Li, Jie Ren, Ang Li, Bo Fang, Jieyang Chen, "ATTNChecker: Hi
 for Large Language Model Training", PPoPP 2025, doi:10.1145/3710848.3710870, arXiv:2410.11720; thresholds and decisions
 from the authors' code, https://github.com/liangyh911/ATTNChecker, ``OptABFT_v4/opt_kernels.cu`` and ``CUDABlas.cu``.
 
-Public names: ``AttnCheckerDetector``, ``CHECKSUM_THRESHOLD``, ``NEAR_INF``.
-
 >>> from bounds import get_detector
 >>> ones = torch.ones(1, 1, 2, 2)
 >>> state = AttentionState(query=ones, key=ones, value=ones, scores=2 * ones, logits=2 * ones, weights=ones / 2,

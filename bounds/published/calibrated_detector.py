@@ -1,7 +1,5 @@
 """What detectors share that learn from fault-free calls, layer by layer.
 
-Public names: ``CalibratedDetector``.
-
 >>> from bounds import Verdict
 >>> class Largest(CalibratedDetector[float]):
 ...     name, needs, statement, cost = "largest", frozenset({"out"}), "no output exceeds what was seen", "d"

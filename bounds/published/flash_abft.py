@@ -7,8 +7,6 @@ Attention Layers in Transformers", IEEE International System-on-Chip Conference 
     for state in clean_states: detector.calibrate(state)      # fault-free calls of inputs that are not evaluated
     detector.check(state)
 
-Public names: ``FlashAbftDetector``, ``MARGIN``, ``merged_checksums``, ``MergedChecksums``.
-
 >>> from bounds import get_detector
 >>> ones = torch.ones(1, 1, 2, 2)
 >>> state = AttentionState(query=ones, key=ones, value=ones, logits=2 * ones, weights=ones / 2, out=ones,

@@ -7,9 +7,6 @@ A deviation is the sum over a column (or row) of the stored product minus the sa
 Abraham, "Algorithm-Based Fault Tolerance for Matrix Operations", IEEE Transactions on Computers C-33(6), 1984). It is 0
 in real numbers; what rounding makes of it has no bound here, unlike in the detectors with theorems.
 
-Public names: ``score_deviations``, ``output_deviations``, ``seen_rows``, ``written_rows``,
-``joint_verdict``.
-
 >>> q, k = torch.tensor([[1.0], [2.0]]).view(1, 1, 2, 1), torch.tensor([[3.0], [4.0]]).view(1, 1, 2, 1)
 >>> scores = q @ k.mT
 >>> scores[0, 0, 1, 0] += 10.0                                          # a fault

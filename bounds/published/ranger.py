@@ -8,8 +8,6 @@ arXiv:2003.13874; code: https://github.com/DependableSystemsLab/Ranger.
     for state in clean_states: detector.calibrate(state)      # fault-free calls of inputs that are not evaluated
     detector.check(state)
 
-Public names: ``RangerDetector``, ``RESTRICTED``.
-
 >>> from bounds import get_detector
 >>> ones = torch.ones(1, 1, 2, 2)
 >>> state = AttentionState(query=ones, key=ones, value=ones, logits=2 * ones, weights=ones / 2, out=ones,

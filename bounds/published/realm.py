@@ -8,9 +8,6 @@ code of its error injection: https://github.com/PKU-SEC-Lab/ReaLM_DAC25.
     for state in clean_states: detector.calibrate(state)      # fault-free calls of inputs that are not evaluated
     detector.check(state)
 
-Public names: ``RealmDetector``, ``STEPS``, ``MARGIN``, ``FREQUENCY``, ``critical``,
-``Clean``.
-
 >>> from bounds import get_detector
 >>> ones = torch.ones(1, 1, 2, 2)
 >>> state = AttentionState(query=ones, key=ones, value=ones, scores=2 * ones, logits=2 * ones, weights=ones / 2,

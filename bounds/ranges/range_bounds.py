@@ -7,8 +7,6 @@ too (T17).
     operand = OperandRange.of(source, dtype)
     operand.channel                       # (heads, channels): bound on |q_c|
     score_bound(queries, keys)            # (heads,): bound on |q . k|
-
-Public names: ``OperandRange``, ``Ellipsoid``, ``score_bound``.
 """
 
 from __future__ import annotations

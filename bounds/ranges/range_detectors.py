@@ -6,8 +6,6 @@ ranges observed on some data they are theorems about all data, and there is noth
 A row above its bound is checked once more: if what the projection read is no output of the norm at all (a mean that
 is thousands of times larger than the deviations from it may be rounded that badly), nothing follows, and it is passed.
 
-Public names: ``RangeDetector``, ``ScoreRange``.
-
 >>> from bounds import get_detector
 >>> get_detector("rng_q").cost
 'd, compare only'

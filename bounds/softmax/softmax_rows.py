@@ -7,8 +7,6 @@
 Like the softmax itself, the last two read every column: a masked logit lies so far below the others that its
 exponential is 0. No tolerance depends on the weights, so that a fault in them cannot widen it.
 
-Public names: ``simplex``, ``elements``, ``divergence``.
-
 >>> logits = torch.tensor([[0.3, 1.0, -2.0]])
 >>> weights, n = torch.softmax(logits, -1), torch.tensor([3])
 >>> bool(elements(logits, weights, n).residual <= 1), bool(elements(logits, weights * 1.00001, n).residual <= 1)

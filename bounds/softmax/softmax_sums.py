@@ -5,8 +5,6 @@
 A masked column has weight exactly 0 in a correct pass, so the sum needs no mask, and a fault that gives a masked key a
 weight is seen. The tolerance depends on the number of visible keys and on the format alone, never on the data.
 
-Public names: ``row_sums``, ``visible_counts``, ``largest_spread``.
-
 >>> logits = torch.tensor([[0.3, -torch.inf, -torch.inf], [0.3, 1.0, -2.0]])
 >>> weights, n = torch.softmax(logits, -1), torch.tensor([1, 3])
 >>> check = row_sums(weights, n)

@@ -1,8 +1,6 @@
 """Read the swept fields that have no column in ``runs.csv`` from ``plan.csv``, run by run.
 
-    axis_columns(Path("results/default/plan.csv"), run_ids)     # {"detect.tolerance": texts, one for each run}
-
-Public names: ``axis_columns``, ``typed_axis``, ``OWN_COLUMN``.
+axis_columns(Path("results/default/plan.csv"), run_ids)     # {"detect.tolerance": texts, one for each run}
 """
 
 from __future__ import annotations

@@ -1,8 +1,6 @@
 """Refuse cells that no run can have written; the error names the file, the column and the line.
 
-    check_cells(table, Path("results/default/runs.csv"), ExperimentResult)
-
-Public names: ``check_cells``.
+check_cells(table, Path("results/default/runs.csv"), ExperimentResult)
 """
 
 from __future__ import annotations

@@ -13,8 +13,6 @@ exclude 0.
 
 Sources: R. G. Newcombe, Statistics in Medicine 17:873, 1998 (two samples), 17:2635 (pairs); G. Y. Zou, A. Donner,
 Statistics in Medicine 27:1693, 2008 (any limits, and a correlation).
-
-Public names: ``compare``, ``COMPARISON_COLUMNS``.
 """
 
 from __future__ import annotations

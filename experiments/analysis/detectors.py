@@ -3,8 +3,6 @@
     detector_comparison(load_runs("results/default"), load_clean("results/default"))
 
 ``runs.csv`` names the detectors that fired; ``clean.csv`` lists all detectors, with their false positives.
-
-Public names: ``detector_comparison``, ``fired``, ``Lookers``, ``looked``, ``DETECTOR_COLUMNS``.
 """
 
 from __future__ import annotations

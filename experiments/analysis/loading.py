@@ -7,8 +7,6 @@ Repeated text becomes a category, integers ``Int64``, truth values ``boolean``, 
 means a missing value, or the empty text in a column that every row has (``detectors``). The column ``campaign`` has the
 folder's name. Swept fields without a column of their own are added from ``plan.csv`` under the name of their axis, such
 as ``detect.tolerance``.
-
-Public names: ``load_runs``, ``load_clean``, ``load_detections``, ``load_propagation``, ``check_table``.
 """
 
 from __future__ import annotations

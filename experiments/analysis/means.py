@@ -6,9 +6,6 @@
 Every table has the columns of ``by`` and ``n, mean, median, low, high, clusters, method``. ``low`` and ``high`` are the
 95 % limits of the mean; they are NaN if all clusters agree, because that says nothing about other clusters. Missing and
 non-finite values are left out and not counted in ``n``. Means use sampling weights as rates do.
-
-Public names: ``epsilon_distribution``, ``margin_statistics``, ``bound_tightness``, ``loss_change``, ``overhead``,
-``mean_table``, ``MEAN_COLUMNS``.
 """
 
 from __future__ import annotations

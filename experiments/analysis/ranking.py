@@ -10,8 +10,6 @@ sensitive is at most 5 %.
 
 Sources: J. N. K. Rao, A. J. Scott, "A simple method for the analysis of clustered binary data", Biometrics 48:577,
 1992; S. Holm, "A simple sequentially rejective multiple test procedure", Scandinavian Journal of Statistics 6:65, 1979.
-
-Public names: ``rank_cells``, ``holm``, ``design_effect``, ``RANKING_COLUMNS``.
 """
 
 from __future__ import annotations

@@ -23,9 +23,6 @@ that were fixed before the draw (``drawn_apart``: campaigns, models, swept field
 *Ratio* (Hajek) is for groups that result from the draw, such as bits or layers, and for tables whose mean weight shows
 that rows are missing. So group with ``by`` instead of selecting rows. See
 ``experiments.analysis.statistics.estimates``.
-
-Public names: ``detection_rate``, ``outcome_rates``, ``critical_rate``, ``coverage_of_critical``,
-``false_positive_rate``, ``rate_table``, ``group_rates``, ``rate_of``, ``table_of``, ``drawn_apart``, ``RATE_COLUMNS``.
 """
 
 from __future__ import annotations

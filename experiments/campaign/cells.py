@@ -8,8 +8,6 @@
 The rule checks a cell after fixed numbers of its repeats (a *look*), in the order of the plan, once all of them are
 done. So the cell's own rows decide how many runs it needs; the order of execution, shards, windows and kills do not. A
 run that raised an error holds up its cell at the next look until it is done.
-
-Public names: ``Cells``, ``Cell``, ``grid_of``.
 """
 
 from __future__ import annotations

@@ -1,9 +1,7 @@
 """The folder of one campaign: where each file is, and when a process may write to it.
 
-    folder = CampaignFolder(Path("results/default"))
-    folder.begin(config, plan, overwrite=False)      # config.yaml, plan.csv; or a refusal that names what changed
-
-Public names: ``CampaignFolder``, ``axis_cell``.
+folder = CampaignFolder(Path("results/default"))
+folder.begin(config, plan, overwrite=False)      # config.yaml, plan.csv; or a refusal that names what changed
 """
 
 from __future__ import annotations

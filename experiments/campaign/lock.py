@@ -19,8 +19,6 @@ A node that counts as down may be cut off and still compute. Therefore a process
 machine first replaces the files that the lock protects by copies (``detach``). If the earlier holder still appends, it
 writes to files that no longer have a name, or fails. Until the copies are made, the lock names the earlier holder.
 Afterwards ``check`` tells the earlier holder that it has lost the lock.
-
-Public names: ``WriterLock``, ``is_held``, ``read_holder``.
 """
 
 from __future__ import annotations

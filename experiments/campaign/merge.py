@@ -6,8 +6,6 @@
 Rows come in the order of the plan, whichever worker did them and when. So the merged tables of two executions differ
 only in timings and ``execution``. A run that two workers did must have the same numbers in both. The merge copies rows
 as they are and keeps only their positions in memory, so it merges millions of runs in seconds.
-
-Public names: ``Merged``, ``merge_campaign``.
 """
 
 from __future__ import annotations

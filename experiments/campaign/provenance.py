@@ -5,8 +5,6 @@
     write_campaign_provenance(folder)            # provenance.json, from the files of all shards
 
 No file has two writers, so shards that start at the same moment do not overwrite each other's facts.
-
-Public names: ``ShardProvenance``, ``note_provenance``, ``write_campaign_provenance``.
 """
 
 from __future__ import annotations

@@ -4,8 +4,6 @@
 
 The file marks a shard as done. It is all that ``status`` needs besides the rows: how many runs were done when the
 worker began, when it began, and how it ended. A worker that was killed leaves a session that has begun and not ended.
-
-Public names: ``Session``, ``ENDED``.
 """
 
 from __future__ import annotations

@@ -1,11 +1,8 @@
 """The state of each shard of a campaign, and why a run has no row: from the files, and from Slurm if it answers.
 
-    states = shard_states(folder, plan)
-    missing_runs(folder, plan, states, run_ids)      # [MissingRun(run_id, shard, reason), ...]
-    shards_left(folder, plan, 16)                    # the numbers of those of 16 shards that still have runs to do
-
-Public names: ``ShardState``, ``MissingRun``, ``shard_states``, ``missing_runs``, ``shards_left``,
-``MISSING_COLUMNS``.
+states = shard_states(folder, plan)
+missing_runs(folder, plan, states, run_ids)      # [MissingRun(run_id, shard, reason), ...]
+shards_left(folder, plan, 16)                    # the numbers of those of 16 shards that still have runs to do
 """
 
 from __future__ import annotations

@@ -1,9 +1,7 @@
 """The last submission of a campaign to Slurm, kept in its folder.
 
-    submission = Submission.read(folder)       # None if it was never submitted
-    check_over(folder)                         # CheckRefusedError while its tasks wait or run
-
-Public names: ``Submission``, ``check_over``.
+submission = Submission.read(folder)       # None if it was never submitted
+check_over(folder)                         # CheckRefusedError while its tasks wait or run
 """
 
 from __future__ import annotations

@@ -1,11 +1,9 @@
 """Count what a worker does with its shard, and write the counts when it leaves.
 
-    with Tally(folder, lock, Session.begin(folder, shard, planned, before)) as tally:
-        tally.start_work(before)     # the remaining runs are known, or the model is loaded
-        tally.check()                # raises if another worker has taken the shard over
-        tally.done += 1
-
-Public name: ``Tally``.
+with Tally(folder, lock, Session.begin(folder, shard, planned, before)) as tally:
+tally.start_work(before)     # the remaining runs are known, or the model is loaded
+tally.check()                # raises if another worker has taken the shard over
+tally.done += 1
 """
 
 from __future__ import annotations

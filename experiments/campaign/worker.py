@@ -8,8 +8,6 @@ appends
 their rows as they come: first the verdicts of the detectors and the propagation of the fault, then the run's own row,
 which makes the run count. A run that raises an error is recorded with its traceback and does not stop the others; the
 next session tries it again.
-
-Public names: ``run_campaign``, ``CampaignStatus``, ``Progress``.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""``run_sweep.py export results/NAME [--table runs] [--format parquet] [--output FILE]``: write a table as Parquet.
-
-Public name: ``export``.
-"""
+"""``run_sweep.py export results/NAME [--table runs] [--format parquet] [--output FILE]``: write a table as Parquet."""
 
 from __future__ import annotations
 

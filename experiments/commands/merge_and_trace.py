@@ -1,7 +1,4 @@
-"""``run_sweep.py merge|trace``: commands that read the files of a campaign and need no model.
-
-Public names: ``merge``, ``trace``.
-"""
+"""``run_sweep.py merge|trace``: commands that read the files of a campaign and need no model."""
 
 from __future__ import annotations
 

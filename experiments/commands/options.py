@@ -1,7 +1,5 @@
 """Take the options of a command out of its arguments; the remaining arguments describe a configuration.
 
-Public names: ``take_flag``, ``take_value``, ``whole_number``, ``one_folder``.
-
 >>> arguments = ["--shard", "1/2", "--seed", "3"]
 >>> take_value(arguments, "--shard"), arguments
 ('1/2', ['--seed', '3'])

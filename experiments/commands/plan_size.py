@@ -1,7 +1,4 @@
-"""``run_sweep.py plan-size``: how many runs a campaign needs, and how many different faults are possible.
-
-Public name: ``plan_size``.
-"""
+"""``run_sweep.py plan-size``: how many runs a campaign needs, and how many different faults are possible."""
 
 from __future__ import annotations
 

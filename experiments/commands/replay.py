@@ -1,8 +1,6 @@
 """``run_sweep.py replay results/NAME RUN_ID [--engine plain]``: execute a run again and compare its numbers.
 
 The comparison covers the run's row and its rows of ``propagation.csv``.
-
-Public name: ``replay``.
 """
 
 from __future__ import annotations

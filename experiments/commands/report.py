@@ -1,7 +1,4 @@
-"""``run_sweep.py report results/NAME``: write a campaign as one HTML page.
-
-Public name: ``report``.
-"""
+"""``run_sweep.py report results/NAME``: write a campaign as one HTML page."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""``run_sweep.py status``: the progress of a campaign, from its files and, if Slurm answers, the states of its tasks.
-
-Public name: ``status``.
-"""
+"""``run_sweep.py status``: the progress of a campaign, from its files and from Slurm, if it answers."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""``run_sweep.py``: run a campaign, show its plan, or list the values that can be chosen.
-
-Public names: ``sweep``, ``print_merged``.
-"""
+"""``run_sweep.py``: run a campaign, show its plan, or list the values that can be chosen."""
 
 from __future__ import annotations
 

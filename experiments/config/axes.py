@@ -1,7 +1,5 @@
 """Read the values of one axis of a grid from the command line or from YAML.
 
-Public names: ``axis_values``.
-
 >>> axis_values("fault.bit", "0:4")
 [0, 1, 2, 3]
 >>> axis_values("fault.location", "scores,weights")

@@ -4,9 +4,6 @@
 
 jsonargparse checks the types. It also converts some texts ("12" to a number, "#" to nothing); this module undoes that
 and refuses any other conversion, so that a configuration means what was written.
-
-Public names: ``Sections``, ``build_sections``, ``replaced``, ``known_fields``, ``flatten``, ``flat_fields``, ``plain``,
-``is_text``, ``is_optional``.
 """
 
 from __future__ import annotations

@@ -1,9 +1,7 @@
 """Checks of a field's value; the error says what is allowed.
 
-    check_choice("run.engine", engine, ("auto", "plain", "fast"))
-    check_at_least("run.threads", threads, 1)
-
-Public names: ``check_choice``, ``check_at_least``.
+check_choice("run.engine", engine, ("auto", "plain", "fast"))
+check_at_least("run.threads", threads, 1)
 """
 
 from __future__ import annotations

@@ -5,9 +5,6 @@
     config = load_config(["--config", "experiments/configs/default.yaml", "--fault.location", "q"])
 
 Precedence: defaults, then the file, then the options; an option for a field removes a swept axis of that field.
-
-Public names: ``ExperimentConfig``, ``load_config``, ``config_from_mapping``, ``dump_config``, ``read_config_file``,
-``known_fields`` and ``flat_fields``, and the sections.
 """
 
 from __future__ import annotations

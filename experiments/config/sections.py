@@ -2,8 +2,6 @@
 
 Each section refuses invalid values when it is made. So a configuration that exists is valid, as far as can be known
 without the model and the data. ``fault`` and ``slurm`` have files of their own.
-
-Public names: ``ModelConfig``, ``DataConfig``, ``DetectConfig``, ``RunConfig``, ``StopConfig``, ``ENGINES``.
 """
 
 from __future__ import annotations

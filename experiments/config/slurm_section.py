@@ -1,8 +1,6 @@
 """The section ``slurm`` of a campaign's configuration.
 
-    SlurmConfig(partition="long", time="4:00:00", array_limit=50)
-
-Public names: ``SlurmConfig``, ``slurm_seconds``.
+SlurmConfig(partition="long", time="4:00:00", array_limit=50)
 """
 
 from __future__ import annotations

@@ -2,8 +2,6 @@
 
 PyYAML follows YAML 1.1, which reads ``1e-6`` as a text and ``1:32`` as 92 (base 60). Both would be silent traps here.
 
-Public names: ``load_yaml``, ``dump_yaml``.
-
 >>> load_yaml("{tolerance: 1e-6, bits: 1:32}")
 {'tolerance': 1e-06, 'bits': '1:32'}
 """

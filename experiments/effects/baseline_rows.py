@@ -6,8 +6,6 @@ difference. The answers of the baseline's rows are computed once; the logits the
     rows = BaselineRows.of("causal", logits, batch)
     measured = measure_rows(rows, numbers, faulty)
 
-Public names: ``BaselineRows``, ``RowDifferences``, ``measure_rows``.
-
 >>> logits = torch.tensor([[[0.0, 0.0], [3.0, 1.0]]])
 >>> rows = BaselineRows.of("causal", logits, {"input_ids": torch.tensor([[0, 1]])})
 >>> measure_rows(rows, torch.tensor([0]), torch.tensor([[2.0, 0.0]])).moved    # the first of equal ones stays the first

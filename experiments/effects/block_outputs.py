@@ -6,8 +6,6 @@
 Rows (b, t) that a fault leaves bitwise unchanged contribute nothing, so only the rows that differ enter the
 computation. The bits of a run's result do not depend on the other runs (``experiments.effects.row_kernels``).
 
-Public name: ``BlockOutputs``.
-
 >>> outputs = BlockOutputs.of([torch.tensor([[[3.0, 0.0], [0.0, 4.0]]])], torch.tensor([True, True]))
 >>> outputs.changes(0, torch.tensor([1]), torch.tensor([[0.0, 5.0]]), torch.tensor([1]), num_runs=2)
 [0.0, 0.2]

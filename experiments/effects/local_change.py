@@ -5,8 +5,6 @@
 >>> faulty = clean.clone(); faulty[0, 1, 0, 2] = 3.0
 >>> local_changes(faulty, clean, torch.tensor([8.0]).sqrt().double())[0].largest
 2.0
-
-Public names: ``LocalChange``, ``local_changes``, ``output_lengths``.
 """
 
 from __future__ import annotations

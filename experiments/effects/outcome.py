@@ -1,12 +1,10 @@
 """The effect of a fault on the model in numbers, and its outcome in one word.
 
-    masked     the output is bitwise that of the fault-free pass
-    nonfinite  the output or the loss has a NaN or Inf
-    critical   a top-1 prediction changes, or the loss moves by more than ``critical_loss``; a bare encoder predicts
-               nothing, so for it the relative change of the output must be larger than ``critical_loss``
-    benign     everything else
-
-Public names: ``Effect``, ``effect_of``, ``effects_of_differences``, ``losses_of_differences``.
+masked     the output is bitwise that of the fault-free pass
+nonfinite  the output or the loss has a NaN or Inf
+critical   a top-1 prediction changes, or the loss moves by more than ``critical_loss``; a bare encoder predicts
+nothing, so for it the relative change of the output must be larger than ``critical_loss``
+benign     everything else
 """
 
 from __future__ import annotations

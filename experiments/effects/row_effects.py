@@ -7,8 +7,6 @@ baseline; all others are bitwise equal. The effects equal those of ``effect_of``
     baseline_rows = BaselineRows.of("causal", evaluation.output, batch)        # once
     found = effects_of_rows(baseline_rows, rows, logits, runs, num_runs, critical_loss=1e-3)
 
-Public names: ``BaselineRows``, ``RowEffect``, ``effects_of_rows``.
-
 >>> logits = torch.tensor([[[0.0, 0.0], [3.0, 1.0]]])
 >>> baseline_rows = BaselineRows.of("causal", logits, {"input_ids": torch.tensor([[0, 1]])})
 >>> one = torch.tensor([1])

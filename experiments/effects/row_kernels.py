@@ -6,10 +6,6 @@ On the CPU the arithmetic is NumPy's: its exp takes half the time of torch's and
 element and the sum of a row do not depend on their position. On other devices the arithmetic is torch's, under the same
 names.
 
-Public names: ``Array``, ``as_array``, ``as_tensor``, ``joined``, ``quiet``, ``pieces``, ``RowAnswers``,
-``answers_of``, ``likeliest_of``, ``chances_of``, ``nearby``, ``is_near``, ``divergences``, ``changed_rows``,
-``row_norms``, ``finite_rows``.
-
 >>> before, after = np.zeros((1, 2)), np.array([[0.0, 1e-6]])
 >>> answers = answers_of(before, np.array([1])), answers_of(after, np.array([1]))
 >>> round(float(answers[0].losses[0]), 6)

@@ -5,8 +5,6 @@
 
 The ways, by what the column ``execution`` says: ``rows`` (many runs in one pass, only the rows that can change),
 ``resume`` (one whole pass that begins at the fault's block), ``plain`` (one whole pass).
-
-Public names: ``BatchRuns``.
 """
 
 from __future__ import annotations

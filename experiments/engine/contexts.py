@@ -4,9 +4,6 @@
     pairs = contexts.open(config)        # loads, patches, and passes the gate; the same context is returned again
 
 Loading is the slow part of a small campaign, so the last model is kept for as long as runs use it.
-
-Public names: ``Contexts``, ``context_key``, ``check_before_loading``, ``check_plan``,
-``check_runs``.
 """
 
 from __future__ import annotations

@@ -7,8 +7,6 @@
 Nothing is assumed of kernels or architectures. Random faults of every location run through the plain pair and through
 each shortcut; outputs, effects, losses and verdicts must agree to the last bit, or the shortcut is not used. (While
 runs are executed, rows without a fault in every pass go on checking it.)
-
-Public names: ``Proof``, ``prove``.
 """
 
 from __future__ import annotations

@@ -1,8 +1,6 @@
 """How often faults in each bit are detected, and how often they do harm.
 
-    rates_by_bit(load_runs("results/default"))
-
-Public names: ``rates_by_bit``, ``rates_by_bit_caption``.
+rates_by_bit(load_runs("results/default"))
 """
 
 from __future__ import annotations

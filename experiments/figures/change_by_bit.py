@@ -1,8 +1,6 @@
 """How much a fault in each bit changes: the loss of the model, or the output of its attention layer.
 
-    loss_change_by_bit(runs); local_change_by_bit(runs)          # the second for campaigns with run.scope = site
-
-Public names: ``loss_change_by_bit``, ``local_change_by_bit`` and, for each, a function of that name and ``_caption``.
+loss_change_by_bit(runs); local_change_by_bit(runs)          # the second for campaigns with run.scope = site
 """
 
 from __future__ import annotations

@@ -1,8 +1,6 @@
 """Detectors side by side: the shares of harmful faults and of all faults that each saw, and its false positives.
 
-    detector_recall(runs, load_clean(folder))
-
-Public names: ``detector_recall``, ``detector_recall_caption``.
+detector_recall(runs, load_clean(folder))
 """
 
 from __future__ import annotations

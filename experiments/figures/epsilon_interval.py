@@ -1,8 +1,6 @@
 """Epsilon and its bounds: the values by layer, and the position of epsilon between its bounds.
 
-    epsilon_bounds(runs)
-
-Public names: ``epsilon_bounds``, ``epsilon_bounds_caption``.
+epsilon_bounds(runs)
 """
 
 from __future__ import annotations

@@ -1,9 +1,6 @@
 """Heat maps of harm and of detection: location against bit, layer against head, type of fault against depth.
 
-    location_bit_map(runs); layer_head_map(runs); fault_depth_map(runs)
-
-Public names: ``location_bit_map``, ``layer_head_map``, ``fault_depth_map`` and, for each, a function of that name and
-``_caption``.
+location_bit_map(runs); layer_head_map(runs); fault_depth_map(runs)
 """
 
 from __future__ import annotations

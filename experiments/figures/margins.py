@@ -4,8 +4,6 @@
 
 Margins span forty orders of magnitude in both signs. The axis is linear near 0 and logarithmic beyond, the bins follow
 it, and its two outermost bins hold everything farther out.
-
-Public names: ``margin_distribution``, ``margin_distribution_caption``, ``margin_histogram``, ``MarginBins``.
 """
 
 from __future__ import annotations

@@ -1,8 +1,6 @@
 """The shares of the four outcomes, by the tensor that was hit.
 
-    outcomes_by_location(runs)
-
-Public names: ``outcomes_by_location``, ``outcomes_by_location_caption``.
+outcomes_by_location(runs)
 """
 
 from __future__ import annotations

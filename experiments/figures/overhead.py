@@ -1,8 +1,6 @@
 """Where the time of a run goes: the injected pass, the bounds, the decision and the correction.
 
-    overhead_breakdown(runs)
-
-Public names: ``overhead_breakdown``, ``overhead_breakdown_caption``.
+overhead_breakdown(runs)
 """
 
 from __future__ import annotations

@@ -4,9 +4,6 @@
 
 Blocks are counted from the one that was hit, not from the first, because faults in different layers reach a given block
 after different distances.
-
-Public names: ``propagation_by_outcome``, ``propagation_by_location``, ``propagation_quantiles`` and, for each figure, a
-function of its name and ``_caption``.
 """
 
 from __future__ import annotations

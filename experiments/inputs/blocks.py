@@ -1,10 +1,8 @@
 """The blocks of a model: a chain in which each block reads the output of the block before.
 
-    chain = block_chain(model, cores)              # Chain, or the reason why the blocks form no chain
-    with chain.replaced(lambda number, block, hidden, args, kwargs: ...):
-        model(**batch)                             # the model's own code around the blocks, ours inside them
-
-Public names: ``Chain``, ``block_chain``, ``hidden_of``.
+chain = block_chain(model, cores)              # Chain, or the reason why the blocks form no chain
+with chain.replaced(lambda number, block, hidden, args, kwargs: ...):
+model(**batch)                             # the model's own code around the blocks, ours inside them
 """
 
 from __future__ import annotations

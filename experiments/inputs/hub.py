@@ -6,9 +6,6 @@ that needs a hub name asks here first; it fails, or uses the local cache, within
     hub_files("openai-community/gpt2", "model")             # frozenset({"config.json", "model.safetensors", ...})
     pinned_commit("openai-community/gpt2", None)            # "607a30d783dfa663caf39e06633721c8d4cfcd7e"
     cached_model_folder("openai-community/gpt2", None)      # a folder, or None; never the network
-
-Public names: ``HubUnreachableError``, ``hub_files``, ``pinned_commit``, ``cached_model_folder``, ``first_line``,
-``TIMEOUT_SECONDS``.
 """
 
 from __future__ import annotations

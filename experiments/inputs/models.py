@@ -16,7 +16,6 @@ experiments.errors.UsageError: model.dtype: got 'float23', allowed float64, floa
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import re
 from collections.abc import Iterable
@@ -27,7 +26,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 from safetensors import SafetensorError
-from torch import nn
 
 from experiments.config.checks import check_choice
 from experiments.errors import MissingResourceError, UsageError, nearest
@@ -171,15 +169,6 @@ def resolve_device(name: str) -> torch.device:
     if match[1] is not None and int(match[1]) >= count:
         raise MissingResourceError(f"model.device: got {name!r}, but the GPUs here are cuda:0 .. cuda:{count - 1}")
     return torch.device(name)
-
-
-def model_fingerprint(model: nn.Module) -> str:
-    """Return the BLAKE2b of all saved parameters and buffers as 32 hex digits: names, dtypes, shapes and bytes."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def _find(config: ModelConfig) -> _Place:

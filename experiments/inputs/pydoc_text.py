@@ -5,8 +5,6 @@ licence except Python's. The reference models are trained on nine tenths of it, 
 hash of a topic's name decides its side, so the split is the same on every Python, even though the texts differ a
 little.
 
-Public names: ``training_topics``, ``held_out_topics``, ``is_held_out``, ``text_bytes``.
-
 >>> is_held_out("formatstrings"), is_held_out("lambda")
 (True, False)
 >>> set(training_topics()) & set(held_out_topics())

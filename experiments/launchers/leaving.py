@@ -5,8 +5,6 @@
         leave(stop)              # asks Slurm to start the task again, then raises KeyboardInterrupt
 
 This module loads before anything heavy, because a signal can come in the first second.
-
-Public names: ``leave``, ``OF_LAUNCHER``, ``KILL_SECONDS``.
 """
 
 from __future__ import annotations

@@ -1,9 +1,7 @@
 """Count the rows of a campaign's shards while workers write them, without reading any row twice.
 
-    counter = RowCounter(folder)
-    counter.count()          # finished runs, plus runs that failed since the counter was made
-
-Public name: ``RowCounter``.
+counter = RowCounter(folder)
+counter.count()          # finished runs, plus runs that failed since the counter was made
 """
 
 from __future__ import annotations

@@ -5,8 +5,6 @@
 
 They can be read, changed and submitted by hand: task i of the array does shard i.
 
-Public names: ``BatchFiles``, ``array_text``, ``warning_seconds``.
-
 >>> array_text([1, 2, 3, 7, 9, 10])
 '1-3,7,9-10'
 """

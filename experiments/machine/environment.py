@@ -1,7 +1,4 @@
-"""The origin of numbers: versions, machine, code, and the settings that decide their last bit.
-
-Public names: ``environment_facts``, ``set_determinism``.
-"""
+"""The origin of numbers: versions, machine, code, and the settings that decide their last bit."""
 
 from __future__ import annotations
 

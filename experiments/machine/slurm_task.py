@@ -8,9 +8,6 @@ Names of jobs are those of ``squeue``: ``812_3`` is task 3 of array job 812. Thi
 
     with one_question({"812"}) as states:    # {"812_3": "RUNNING", ...}; the block does not call Slurm again
         ...
-
-Public names: ``SlurmTask``, ``ask``, ``task_state``, ``task_states``, ``one_question``, ``is_gone``, ``requeue``,
-``cluster_name``, ``UNKNOWN_JOB``.
 """
 
 from __future__ import annotations

@@ -9,8 +9,6 @@ Slurm announces the end of a job. It sends SIGUSR1 before a time limit (``--sign
 beginning of a preemption's grace time. It sends SIGTERM some seconds (``KillWait``) before SIGKILL. A worker that gets
 a signal finishes its current run, or its current pass of many runs, and leaves. If that takes longer than the grace
 time, ``GraceOverError`` interrupts the worker; runs whose rows are not on disk by then are done again.
-
-Public names: ``StopRequest``, ``GraceOverError``, ``GRACE_SECONDS``, ``TERM_SECONDS``.
 """
 
 from __future__ import annotations

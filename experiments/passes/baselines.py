@@ -1,10 +1,8 @@
 """The fault-free passes of a context: computed once for each input and choice of detectors.
 
-    baselines = Baselines(subject, batches, lambda: forward, calibration)
-    baseline = baselines.get(0, config)
-    baselines.new_rows()                  # what detectors said of passes that were made since the last call
-
-Public name: ``Baselines``.
+baselines = Baselines(subject, batches, lambda: forward, calibration)
+baseline = baselines.get(0, config)
+baselines.new_rows()                  # what detectors said of passes that were made since the last call
 """
 
 from __future__ import annotations

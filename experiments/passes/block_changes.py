@@ -1,13 +1,11 @@
 """Watches what the blocks of a model return: in the fault-free pass to remember it, in injected ones to compare it.
 
-    blocks = Blocks(subject, batches, lambda: forward)
-    if blocks.reason is None:
-        watcher = blocks.watcher(blocks.outputs(0), layer=2)
-        with watcher:
-            subject.forward(batch, injector)
-        watcher.changes                          # {2: 0.013, 3: 0.011}: relative change behind each block
-
-Public names: ``Blocks``, ``BlockWatcher``.
+blocks = Blocks(subject, batches, lambda: forward)
+if blocks.reason is None:
+watcher = blocks.watcher(blocks.outputs(0), layer=2)
+with watcher:
+subject.forward(batch, injector)
+watcher.changes                          # {2: 0.013, 3: 0.011}: relative change behind each block
 """
 
 from __future__ import annotations

@@ -4,8 +4,6 @@ The theorems of ``bounds`` need no calibration. Detectors from the literature th
 passes on inputs that the campaign itself does not use, so that their false positives can be counted honestly.
 
     calibrate(detectors, subject, lambda: batches)
-
-Public name: ``calibrate``.
 """
 
 from __future__ import annotations

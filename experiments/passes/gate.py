@@ -4,8 +4,6 @@ The gate shows that the patched model without a fault gives, bit for bit, the lo
 on the campaign's first batch; the pass of the patched model is the one that runs are then compared with. The control
 run shows that injecting a fault that changes no bit, through the very path
 that real faults take, gives a difference of exactly zero in loss and output.
-
-Public names: ``equivalence_gate``, ``control_run``.
 """
 
 from __future__ import annotations

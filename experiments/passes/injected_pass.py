@@ -1,9 +1,7 @@
 """One whole injected pass, and what was seen of it: the plain way to execute a run.
 
-    injected = InjectedPass.of(subject, batch, faults, baseline.situation, detectors, config.detect, monitor)
-    injected.evaluation.loss, injected.watcher.verdicts
-
-Public name: ``InjectedPass``.
+injected = InjectedPass.of(subject, batch, faults, baseline.situation, detectors, config.detect, monitor)
+injected.evaluation.loss, injected.watcher.verdicts
 """
 
 from __future__ import annotations

@@ -1,10 +1,8 @@
 """The subject of an experiment: one patched model, and how a forward pass of it is made.
 
-    with Subject.of(loaded.model, family="causal") as subject:
-        output = subject.forward(batch)                    # Evaluation: loss, losses per sequence, output
-        output = subject.forward(batch, injector, watcher)  # the same execution shape, with taps
-
-Public name: ``Subject``.
+with Subject.of(loaded.model, family="causal") as subject:
+    output = subject.forward(batch)                    # Evaluation: loss, losses per sequence, output
+    output = subject.forward(batch, injector, watcher)  # the same execution shape, with taps
 """
 
 from __future__ import annotations

@@ -8,9 +8,6 @@ A run's identity is the BLAKE2b hash of everything that determines the run: mode
 swept value. It does not depend on the order of the grid, the shards, the output folder, or the number of repeats. So a
 campaign with more repeats contains the runs of a campaign with fewer. Detectors watch a run and do not determine it:
 two campaigns that differ only in detectors inject the same faults.
-
-Public names: ``PlannedRun``, ``Plan``, ``make_plan``, ``canonical_json``, ``context_values``,
-``Classes``, ``classes_of``.
 """
 
 from __future__ import annotations

@@ -4,8 +4,6 @@
 
 Shards are balanced by cost, so every worker must compute the same number on any machine. Therefore the cost uses
 neither the model nor a clock. It counts rows times blocks, as "The floor" in docs/performance.md does.
-
-Public names: ``run_costs``.
 """
 
 from __future__ import annotations

@@ -3,8 +3,6 @@
 Source: R. Leveugle, A. Calvez, P. Maistri, P. Vanhauwaert, "Statistical fault injection: quantified error and
 confidence", DATE 2009, equation 2: n = N / (1 + e^2 (N - 1) / (t^2 p (1 - p))).
 
-Public name: ``sample_size``.
-
 >>> sample_size(0.01, 0.95), sample_size(0.05, 0.95), sample_size(0.01, 0.99)
 (9604, 385, 16588)
 """

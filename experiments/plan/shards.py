@@ -11,8 +11,6 @@ Runs of one input share its fault-free pass, its recording and the passes of the
 few inputs. Within a model, runs are sorted by data set and input, and cut wherever the expected cost (``run_cost``)
 reaches the next n-th part. The configuration does not tell how the costs of two models compare, so each model is cut
 separately. With a stopping rule whole cells of the grid are assigned instead, the most expensive first.
-
-Public names: ``Shard``, ``parse_shard``, ``shard_of``, ``shard_numbers``, ``MOST_SHARDS``.
 """
 
 from __future__ import annotations

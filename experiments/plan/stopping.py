@@ -15,8 +15,6 @@ most alpha (Ville), so {p: M_n(p) < 1 / alpha} covers p for all n with probabili
 
 Sources: H. Robbins, Ann. Math. Stat. 41, 1970; T. L. Lai, Ann. Stat. 4, 1976; S. R. Howard, A. Ramdas, J. McAuliffe,
 J. Sekhon, Ann. Stat. 49, 2021.
-
-Public names: ``StopRule``, ``Interval``, ``confidence_sequence``, ``METHOD``.
 """
 
 from __future__ import annotations

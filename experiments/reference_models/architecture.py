@@ -4,9 +4,6 @@ A model reads bytes as ``ByT5Tokenizer`` numbers them (byte + 3, 1 ends a docume
 With ``key_value_shared`` every layer has W_K = W_V and b_K = b_V while it is trained, not merely afterwards: the
 fused projection of GPT-2 is built from the query and key columns alone, the key columns standing twice.
 
-Public names: ``REFERENCE_CONFIG``, ``build_reference``, ``finish_reference``, ``key_value_columns``,
-``encode_documents``, ``SharedKeyValue``.
-
 >>> from transformers import GPT2Config
 >>> model = build_reference(GPT2Config(n_layer=1, n_embd=8, n_head=2), key_value_shared=True, seed=0)
 >>> key, value = key_value_columns(finish_reference(model).transformer.h[0].attn.c_attn.weight)

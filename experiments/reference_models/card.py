@@ -1,7 +1,5 @@
 """The model card of a reference model: what it is, what it was trained on, how good it is, how to make it again.
 
-Public names: ``Losses``, ``model_card``.
-
 >>> print(Losses(held_out=1.5, training=1.25, unigram=3.0, bigram=2.5))
 held-out 1.500, training 1.250, unigram 3.000, bigram 2.500
 """

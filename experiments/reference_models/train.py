@@ -7,8 +7,6 @@ card that states its losses.
     python -m experiments.reference_models.train             # both, into experiments/reference_models
     python -m experiments.reference_models.train --only reference-kv --output /scratch/models --steps 300
 
-Public names: ``Recipe``, ``train``, ``mean_loss``, ``ngram_losses``, ``make_reference``, ``main``.
-
 >>> [round(Recipe(steps=100, warmup=10).rate(step), 5) for step in (0, 9, 54, 99)]
 [0.0003, 0.003, 0.0015, 0.0]
 """

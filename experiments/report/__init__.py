@@ -6,8 +6,6 @@
 Everything in the page is an aggregate, except the ten worst runs, so its size does not grow with the number of runs.
 The numbers come from ``experiments.analysis`` and the drawings from ``experiments.figures``; this package puts them
 into words and tables. The tables, ``summary.csv`` and the JSON block in the page have the same numbers.
-
-Public names: ``write_report``.
 """
 
 import lazy_loader

@@ -3,8 +3,6 @@
 Every rate has its n and a 95 % interval that respects clusters (``experiments.analysis``); faults that were drawn twice
 count once. Detections are counted over all runs; outcomes and detections of harmful faults are counted over the runs
 with an outcome (``run.scope``).
-
-Public names: ``closing_table``, ``wilson_interval``.
 """
 
 from __future__ import annotations

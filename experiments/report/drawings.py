@@ -4,8 +4,6 @@ A figure is inline SVG, or a PNG as a data address if that is shorter. Identifie
 figure's name, so that two figures in one page cannot use each other's clipping paths. Identifiers without references
 are removed, and so is everything that points outside the page (document type, namespaces, metadata), which HTML does
 not need.
-
-Public names: ``figure_markup``.
 """
 
 from __future__ import annotations

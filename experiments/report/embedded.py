@@ -4,8 +4,6 @@ Browsers end a script element at any ``</script``, even inside a JSON text, and 
 that end. So ``<``, ``>`` and ``&`` are written as ``\u003c``, ``\u003e`` and ``\u0026``, which JSON reads as the same
 characters.
 
-Public names: ``json_block``, ``table_json``, ``plain_value``.
-
 >>> print(json_block({"model": "</script><!--"}))
 {"model":"\u003c/script\u003e\u003c!--"}
 """

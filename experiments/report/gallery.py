@@ -1,9 +1,7 @@
 """Draw every figure of the catalogue for which a campaign has data.
 
-    drawn, left_out = draw_gallery(inputs, summarize(inputs))
-    left_out                          # [("Propagation through depth", "this campaign has no propagation.csv"), ...]
-
-Public names: ``Drawing``, ``draw_gallery``.
+drawn, left_out = draw_gallery(inputs, summarize(inputs))
+left_out                          # [("Propagation through depth", "this campaign has no propagation.csv"), ...]
 """
 
 from __future__ import annotations

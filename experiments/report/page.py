@@ -2,8 +2,6 @@
 
 The template engine escapes everything except the drawings, whose texts matplotlib has escaped, and our own style sheet
 and script. A content security policy allows no other script and no address outside the page.
-
-Public name: ``render_page``.
 """
 
 from __future__ import annotations

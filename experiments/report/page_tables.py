@@ -1,7 +1,4 @@
-"""The tables of the page, made from the tables of the summary.
-
-Public names: ``page_tables``.
-"""
+"""The tables of the page, made from the tables of the summary."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Make the report of a campaign and write its two files.
-
-Public names: ``write_report``, ``Written``.
-"""
+"""Make the report of a campaign and write its two files."""
 
 from __future__ import annotations
 

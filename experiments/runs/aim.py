@@ -18,8 +18,6 @@ For any outcome h, whatever g > 0 is,
 
 so weighted means are unbiased, and E[W] = 1. A bad prediction costs variance, never correctness. (Sampling importance
 resampling: Rubin 1987; weights and defensive mixtures: Owen and Zhou, JASA 95, 2000.)
-
-Public names: ``EffectAim``, ``draw_by_bits``, ``preference``, ``CANDIDATES``.
 """
 
 from __future__ import annotations

@@ -1,10 +1,8 @@
 """The clean tensors of an input at a location, and the predicted effects of faults there (``fault.aim: effect``).
 
-    sites = CleanSites(subject, batches)
-    clean = sites.get(batch_index, "scores", layers, situation)     # by layer; the first call makes a fault-free pass
-    clean[3].elements, clean[3].terms
-
-Public names: ``CleanSite``, ``CleanSites``.
+sites = CleanSites(subject, batches)
+clean = sites.get(batch_index, "scores", layers, situation)     # by layer; the first call makes a fault-free pass
+clean[3].elements, clean[3].terms
 """
 
 from __future__ import annotations

@@ -5,8 +5,6 @@
     drawn = drawing.draw(planned, config)                   # a DrawnRun: input, faults, their weight
 
 The run's own generator draws everything random, in this order: batch, layers, element, bits.
-
-Public name: ``FaultDrawing``.
 """
 
 from __future__ import annotations

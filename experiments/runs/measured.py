@@ -1,9 +1,7 @@
 """The measurements of a run, from either engine; ``experiments.runs.rows`` makes a row from them.
 
-    setting = Setting(model="reference", source="pydoc", dtype="float32", device="cpu", depth=6)
-    measured = Measured(batch_index=0, faults=faults, ..., effect=effect)
-
-Public names: ``Setting``, ``Measured``.
+setting = Setting(model="reference", source="pydoc", dtype="float32", device="cpu", depth=6)
+measured = Measured(batch_index=0, faults=faults, ..., effect=effect)
 """
 
 from __future__ import annotations

@@ -1,10 +1,8 @@
 """The cost of a run: measured times, and sizes and operations from formulas.
 
-    monitor.reset()
-    ...
-    metrics = RunMetrics(subject, batches, monitor).of(drawn, detections)
-
-Public name: ``RunMetrics``.
+monitor.reset()
+...
+metrics = RunMetrics(subject, batches, monitor).of(drawn, detections)
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""A run after its fault is drawn, and its record after it is executed.
-
-Public names: ``DrawnRun``, ``RunRecord``.
-"""
+"""A run after its fault is drawn, and its record after it is executed."""
 
 from __future__ import annotations
 

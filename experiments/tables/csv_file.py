@@ -5,8 +5,6 @@
 
 A killed process loses no row that it appended. To survive a loss of power, files are synced to disk when they are
 closed or put in place, but not after each row. A loss of power then costs the last rows, and their runs are done again.
-
-Public names: ``CsvFile``, ``read_rows``, ``read_keys``, ``write_rows``, ``write_lines``, ``write_text``, ``replacing``.
 """
 
 from __future__ import annotations

@@ -4,8 +4,6 @@
 
 The file is read and written in pieces, so its size does not matter. The types come from ``experiments.tables.schema``;
 numbers keep every bit.
-
-Public names: ``export_parquet``, ``ROWS_IN_GROUP``.
 """
 
 from __future__ import annotations

@@ -6,8 +6,6 @@
 
 Almost no cell is quoted, and the number of cells in a line without quotes is the number of its commas plus one. Such
 lines are checked and passed on as they are. A million rows of 65 cells are read in seconds, with one row in memory.
-
-Public names: ``row_lines``, ``cells_of``, ``first_cell``, ``encoded``, ``ELSEWHERE``.
 """
 
 from __future__ import annotations

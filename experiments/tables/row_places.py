@@ -6,8 +6,6 @@
     write_lines(target, columns, places.in_order())
 
 Memory holds four numbers for each run, not its rows: a million runs take tens of megabytes.
-
-Public names: ``RowPlaces``.
 """
 
 from __future__ import annotations

@@ -6,8 +6,6 @@ A core is a module in whose forward a batched product, a softmax over it and a s
 other. If the softmax happened inside the architecture's eager attention function, the core dispatches through
 transformers' attention interface (path A); otherwise its forward has to be wrapped (path R). What looks like
 attention but does not fit is refused by name: an architecture is covered wholly or not at all.
-
-Public names: ``discover_cores``, ``eager_function``, ``UncoveredArchitectureError``, ``NoAttentionError``.
 """
 
 from __future__ import annotations

@@ -1,8 +1,6 @@
 """A minimal input for one dry run of a model, made from its configuration.
 
-    inputs = example_inputs(model)      # {"input_ids": ...} or {"pixel_values": ...}; batch of one
-
-Public name: ``example_inputs``.
+inputs = example_inputs(model)      # {"input_ids": ...} or {"pixel_values": ...}; batch of one
 """
 
 from __future__ import annotations

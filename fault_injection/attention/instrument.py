@@ -6,9 +6,6 @@ architecture's own eager function under the probe. Path R: the forward of every 
     instrumentation = Instrumentation(model, inputs)   # patches; use fault_injection.monkey_patch_model instead
     with tapped(model, tap):                           # taps see and change q, k, v, scores, weights, out
         model(**batch)
-
-Public names: ``Instrumentation``, ``instrumentation_of``, ``tapped``, ``substituted``, ``suspended``,
-``attention_cores``, ``is_patched``.
 """
 
 from __future__ import annotations

@@ -3,8 +3,6 @@
 transformers chooses an attention function by the name in a configuration object. Registering ours under one name, in
 the interface *and* in the mask interface (without which the function would get no mask and the model would silently
 become non-causal), lets every architecture that dispatches through the interface be instrumented.
-
-Public names: ``IMPLEMENTATION``, ``register``, ``configurations``, ``SelectedImplementation``.
 """
 
 from __future__ import annotations

@@ -1,8 +1,6 @@
 """The factor between q·k and the logits, as path-R architectures state it.
 
 Path A passes the factor to the attention function; the older architectures keep it in an attribute.
-
-Public name: ``stated_scaling``.
 """
 
 from __future__ import annotations

@@ -5,8 +5,6 @@
     injector.records[0].value_after
 
 A fault that hits nothing is an error, never a silent no-op.
-
-Public names: ``Injector``, ``InjectionRecord``, ``injected``.
 """
 
 from __future__ import annotations

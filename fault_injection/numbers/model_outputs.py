@@ -1,7 +1,5 @@
 """Compare what two forward passes of a model returned, bit by bit.
 
-Public names: ``output_tensors``, ``bitwise_equal``, ``bitwise_equal_outputs``.
-
 >>> import torch
 >>> bitwise_equal(torch.tensor([float("nan")]), torch.tensor([float("nan")]))
 True

@@ -8,8 +8,6 @@ and small keys and the other way round, so that clipping cannot hide.
     sources = operand_sources(model)["model.layers.0.self_attn"]
     sources["q"].projection.weight(), sources["q"].tail.kind        # ..., 'rotated'
     sources["v"].norm.gain()
-
-Public names: ``operand_sources``, ``OperandSource``, ``OPERANDS``.
 """
 
 from __future__ import annotations

@@ -3,8 +3,6 @@
 K = V is a statement about projections: the rows of weight and bias that make the keys equal those that make the
 values. At the attention itself rotary embeddings, normalisation of keys and scaling break the equality.
 
-Public names: ``check_kv_consistency``, ``force_kv_consistent``, ``KVConsistency``, ``MODES``.
-
 >>> from transformers import GPT2Config, GPT2LMHeadModel
 >>> config = GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=10, bos_token_id=0, eos_token_id=1)
 >>> model = GPT2LMHeadModel(config)

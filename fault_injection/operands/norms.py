@@ -6,8 +6,6 @@ A norm maps a vector h to ``gain * z + offset`` with ``z = (h - mean h) / sqrt(v
     norm = recognised_norm(module, given, returned)        # None if it computes something else
     norm.gain(), norm.offset()
 
-Public names: ``Norm``, ``recognised_norm``.
-
 >>> layer = nn.LayerNorm(4)
 >>> norm = recognised_norm(layer, h := torch.randn(3, 4), layer(h))
 >>> norm.centred, norm.gain().tolist()

@@ -4,8 +4,6 @@
         model(**batch)             # inside tap.on(...): recorder.recorded(call.core)["q"].hidden
 
 A record lives from the projection until the attention module that reads it returns.
-
-Public names: ``OperandRecorder``, ``RecordedOperand``.
 """
 
 from __future__ import annotations

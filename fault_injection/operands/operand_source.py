@@ -1,7 +1,4 @@
-"""Where the queries, keys or values of an attention core come from: the noun that ``operand_sources`` finds.
-
-Public name: ``OperandSource``.
-"""
+"""Where the queries, keys or values of an attention core come from: the noun that ``operand_sources`` finds."""
 
 from __future__ import annotations
 

@@ -4,8 +4,6 @@
     expected = tail.expected(projected, (cos, sin), operand.dtype)
     (operand.double() - expected.value).abs() <= expected.tolerance           # docs/theory.md, F16
 
-Public names: ``Tail``, ``RotaryLayout``, ``ExpectedOperand``, ``Rotation``.
-
 >>> tail = Tail(factor=0.5)
 >>> expected = tail.expected(torch.ones(1, 1, 1, 2), None, torch.float32)
 >>> expected.value.tolist(), bool((expected.tolerance < 1e-6).all()), tail.kind

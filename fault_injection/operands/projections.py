@@ -9,8 +9,6 @@ between, separate modules are recognised by their names; anything else is left u
     projections = discover_projections(model)       # core name -> KeyValueProjections, or the reason why there are none
     pair = projections["transformer.h.0.attn"]
     pair.key.weight()                               # (features, inputs), in the order (head, channel)
-
-Public names: ``discover_projections``, ``KeyValueProjections``, ``Projection``.
 """
 
 from __future__ import annotations

@@ -11,8 +11,6 @@ which features made them, however the architecture lays them out.
             with reader.hooked(digit), tapped(model, reader):
                 model(**inputs)
     code.projection(reader.numbers[0, "k"].flatten().tolist())      # Projection, or None if the code was altered
-
-Public names: ``SparseCode``, ``CodeReader``, ``Projection``, ``instrumented``, ``unscaled_rotations``.
 """
 
 from __future__ import annotations

@@ -1,8 +1,6 @@
 """Guess what lies between a projection and the operand, and believe what explains the observations.
 
-    tail = explained_tail(module, observations, norms)       # None if no guess explains them
-
-Public names: ``explained_tail``, ``Observation``, ``NormReader``.
+tail = explained_tail(module, observations, norms)       # None if no guess explains them
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""What a run costs: seconds by phase, memory, floating-point operations, and their statistics over runs.
-
-Public names: ``PerformanceMetrics``, ``PerformanceMonitor``, ``PerformanceAggregator``.
-"""
+"""What a run costs: seconds by phase, memory, floating-point operations, and their statistics over runs."""
 
 import lazy_loader
 

@@ -1,7 +1,5 @@
 """Statistics of performance over the runs of a campaign.
 
-Public names: ``PerformanceAggregator``, ``FieldStatistics``.
-
 >>> from monitoring.performance.monitor import PerformanceMetrics
 >>> aggregator = PerformanceAggregator()
 >>> for seconds in (1.0, 2.0, 6.0):

@@ -6,10 +6,6 @@ also the convention of ``torch.utils.flop_counter.FlopCounterMode``, against whi
 Masked positions are counted: eager attention computes the whole rectangle of queries times keys and masks
 it afterwards, for sliding windows too.
 
-Public names: ``AttentionShape``, ``attention_shape``, ``batch_shape``, ``attention_flops``,
-``projection_flops``, ``linear_flops``, ``forward_flops``, ``counted_forward_flops``,
-``epsilon_chain_flops``, ``bounds_flops``, ``attention_formula_gap``, ``forward_formula_gap``.
-
 >>> lengths = dict(queries=8, keys=8, head_dim=16, value_dim=16, hidden=64)
 >>> shape = AttentionShape(layers=1, batch=2, heads=4, kv_heads=2, **lengths)
 >>> attention_flops(shape) == 2 * (2 * 2 * 4 * 8 * 8 * 16)

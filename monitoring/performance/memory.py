@@ -15,9 +15,6 @@ Three measures, from coarse to exact:
 
 ``give_back_free_memory`` lowers the resident set by what the C library holds free.
 
-Public names: ``MemoryReading``, ``MemoryWatch``, ``ResidentPeak``, ``resident_bytes``, ``tensor_peak``,
-``give_back_free_memory``, ``BYTES_PER_MB``.
-
 >>> import torch
 >>> tensor_peak(lambda: torch.zeros(1000) + torch.ones(1000))  # two operands and their sum, 4 bytes each
 12000

@@ -1,8 +1,5 @@
 """What one run cost: seconds by phase, memory, the size of the model, FLOPs, and overheads over the baseline.
 
-Public names: ``PerformanceMonitor`` (measures), ``PerformanceMetrics`` (the numbers), ``PHASES``,
-``paired_order``.
-
 >>> monitor = PerformanceMonitor("cpu")
 >>> with monitor.timer("total"):
 ...     with monitor.timer("baseline_forward"):

@@ -2,8 +2,8 @@
 
     python -m monitoring.trace.trace_report FILE... [--format terminal|md|json] [--slowest K]
 
-A directory stands for the ``*.jsonl`` files in it. Public names: ``load_trace``, ``summarise``, ``render``,
-``main``. Lines of the first trace format (``ts, probe, view_id, prompt_hash, top_k, op, wall_ms, hit``) are read too.
+A directory stands for the ``*.jsonl`` files in it. Lines of the first trace format (``ts, probe, view_id, prompt_hash,
+top_k, op, wall_ms, hit``) are read too.
 
 Counts: ``hits`` and ``misses`` are lines with ``hit`` true and false, ``errors`` lines with another status than
 "ok"; ``malformed`` lines are not strict JSON events and are left out; ``recovered_tail`` counts lines that a crash cut

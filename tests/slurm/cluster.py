@@ -1,7 +1,4 @@
-"""What the tests ask of a real Slurm: jobs, their states, disturbances; every wait has a deadline.
-
-Public names: ``Cluster``, ``within``.
-"""
+"""What the tests ask of a real Slurm: jobs, their states, disturbances; every wait has a deadline."""
 
 from __future__ import annotations
 

@@ -1,13 +1,11 @@
 """What disturbs campaigns of tests, and how two of them are compared.
 
-    with run_that(monkeypatch, disturb) as begun:      # disturb(number, planned) before each run
-        main(arguments)
-    same_tables(output / "micro", whole)
-
-    assert killed(arguments, output / "micro", rows=5)         # a campaign of a process of its own
+with run_that(monkeypatch, disturb) as begun:      # disturb(number, planned) before each run
     main(arguments)
+same_tables(output / "micro", whole)
 
-Public names: ``FORK``, ``forked``, ``killed``, ``rows_on_disk``, ``run_that``, ``same_tables``.
+assert killed(arguments, output / "micro", rows=5)         # a campaign of a process of its own
+main(arguments)
 """
 
 from __future__ import annotations

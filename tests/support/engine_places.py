@@ -1,11 +1,8 @@
 """Small models with their batches, opened for the fast engine, and the plain pair to compare it with.
 
-    with opened_place(small_gpt2(), [batch]) as place:
-        faults = place.draw("scores", 25, bits=(30,))
-        compared = place.compare(faults)          # asserts that all is equal, bit for bit
-
-Public names: ``Place``, ``Compared``, ``opened_place``, ``runner_of``, ``small_gpt2``, ``small_llama``, ``small_bert``,
-``tokens``, ``padded``, ``integer_view``.
+with opened_place(small_gpt2(), [batch]) as place:
+    faults = place.draw("scores", 25, bits=(30,))
+    compared = place.compare(faults)          # asserts that all is equal, bit for bit
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Programs that answer like Slurm's, for tests of what is asked and of what is made of the answers.
-
-Public name: ``FakeSlurm``.
-"""
+"""Programs that answer like Slurm's, for tests of what is asked and of what is made of the answers."""
 
 from __future__ import annotations
 

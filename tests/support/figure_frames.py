@@ -1,7 +1,4 @@
-"""Synthetic tables of campaigns, of any size, for the tests of figures.
-
-Public names: ``synthetic_runs``, ``synthetic_clean``, ``synthetic_propagation``, ``synthetic_tables``.
-"""
+"""Synthetic tables of campaigns, of any size, for the tests of figures."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Micro campaigns: a tiny random GPT-2 and a short text in a folder, so that a whole campaign takes a second.
-
-Public names: ``MicroPlace``, ``micro_gpt2``, ``table``, ``numbers``, ``files_below``, ``SHARED``.
-"""
+"""Micro campaigns: a tiny random GPT-2 and a short text in a folder, so that a whole campaign takes a second."""
 
 from __future__ import annotations
 

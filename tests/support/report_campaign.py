@@ -1,7 +1,4 @@
-"""A micro campaign with a report, and a reader of its page.
-
-Public names: ``HOSTILE``, ``Page``, ``make_campaign``, ``few_figures``, ``copied``.
-"""
+"""A micro campaign with a report, and a reader of its page."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Tables of runs without a model: campaigns whose truth is known, for the tests of the analysis.
-
-Public names: ``runs_of``, ``simulated``, ``write_campaign``.
-"""
+"""Tables of runs without a model: campaigns whose truth is known, for the tests of the analysis."""
 
 from __future__ import annotations
 

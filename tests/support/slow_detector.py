@@ -1,11 +1,9 @@
 """A detector that makes runs take as long as a test wants, so that what disturbs them is never too late.
 
-    detector = SlowDetector.make(folder)
-    detector.takes(0.25)                       # seconds a tensor, from now on, in every process
-    main([*arguments, detector.option])
-    detector.takes(0)
-
-Public names: ``SlowDetector``.
+detector = SlowDetector.make(folder)
+detector.takes(0.25)                       # seconds a tensor, from now on, in every process
+main([*arguments, detector.option])
+detector.takes(0)
 """
 
 from __future__ import annotations

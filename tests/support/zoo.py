@@ -1,6 +1,5 @@
 """The zoo: tiny Hugging Face models with seeded random weights, one or more of every attention architecture.
 
-Public names: ``ZOO`` (name -> ``ZooEntry``), ``zoo_parameters`` for pytest's ``parametrize``, ``logits_of``.
 Nothing is downloaded; the whole zoo builds and runs in a few seconds on one core.
 
 >>> entry = ZOO["gpt2"]

@@ -1,8 +1,5 @@
 """Configurations of the zoo: one tiny model of every attention architecture that the harness covers.
 
-Public names: ``SPECIES``, the table from which ``zoo.py`` builds its registry; ``Species``, one row of it;
-and the sizes and tokens that the inputs share with the configurations.
-
 The comments say what transformers 5.23 does between QK^T and PV with ``attn_implementation="eager"``. There
 "fp32 softmax" means ``softmax(logits, dtype=float32).to(query.dtype)``, and "native softmax" that the weights
 are computed in the dtype of the logits.

@@ -17,9 +17,6 @@ ed. 1977, 6.3 and 9A; the delete-one-cluster form, K. M. Wolter, "Introduction t
 4.2; degrees of freedom from the variance of that variance, W. Pan, M. M. Wall, Statistics in Medicine 21:1429, 2002;
 clusters in several ways, A. C. Cameron, J. B. Gelbach, D. L. Miller, Journal of Business & Economic Statistics 29:238,
 2011.
-
-Public names: ``DEFAULT_CLUSTER``, ``Cluster``, ``ClusterSums``, ``Grouping``, ``Ratio``, ``cluster_columns``,
-``crossed``, ``ratio``, ``changes``.
 """
 
 from __future__ import annotations

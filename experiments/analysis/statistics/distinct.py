@@ -1,11 +1,7 @@
 """Count each fault once, define harmful and detected, and weight runs.
 
-    faults = distinct_faults(load_runs("results/default"))
-    propagated(faults)                  # those whose outcome was measured at the model's output
-
-Public names: ``distinct_faults``, ``outcome_faults``, ``detection_faults``, ``check_one_setting``, ``propagated``,
-``harmful``, ``detected``, ``measured``, ``sampling_weights``, ``weights_of``, ``require_columns``, ``listed``,
-``MEASURES``, ``OUTCOME_AXES``.
+faults = distinct_faults(load_runs("results/default"))
+propagated(faults)                  # those whose outcome was measured at the model's output
 """
 
 from __future__ import annotations

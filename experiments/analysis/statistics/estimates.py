@@ -9,8 +9,6 @@ is that of the residuals ``w h - b (w - 1)``, between clusters. The ratio ``sum(
 with the rate in place of b. The rate is far from b if weight and harm are correlated, as they are with ``fault.aim``.
 
 Source: W. G. Cochran, "Sampling Techniques", 3rd ed. 1977, 7.1-7.3 (regression estimates); see docs/sampling.md.
-
-Public names: ``regressions``, ``FEWEST``, ``FARTHEST``.
 """
 
 from __future__ import annotations

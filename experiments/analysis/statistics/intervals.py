@@ -13,9 +13,6 @@ Sources: E. B. Wilson, JASA 22:209, 1927; C. J. Clopper, E. S. Pearson, Biometri
 trials: E. L. Korn, B. I. Graubard, Survey Methodology 24:193, 1998. With Wilson's limits: C. Franco, R. J. A. Little,
 T. A. Louis, E. V. Slud, Journal of Survey Statistics and Methodology 7:334, 2019. How well the limits hold is measured
 by ``python -m benchmarks.interval_coverage``.
-
-Public names: ``wilson_interval``, ``exact_interval``, ``wilson_limits``, ``exact_limits``, ``clustered_interval``,
-``CONFIDENCE``.
 """
 
 from __future__ import annotations

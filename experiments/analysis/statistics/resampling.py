@@ -11,8 +11,6 @@ than ``MOST`` the t distribution is as good; in both cases the t distribution is
 
 Sources: B. Efron, R. Tibshirani, "An Introduction to the Bootstrap", 1993, 12.5; A. C. Davison, D. V. Hinkley,
 "Bootstrap Methods and their Application", 1997, 2.4 and 5.2.1 (and why 1,999 draws: 0.025 of 2,000 is a whole number).
-
-Public names: ``bootstrap_limits``, ``mean_limits``, ``Limits``, ``RESAMPLES``, ``FEWEST``, ``MOST``.
 """
 
 from __future__ import annotations

@@ -9,8 +9,6 @@ Sources: M. H. Hansen, W. N. Hurwitz, Annals of Mathematical Statistics 14:333, 
 Horvitz, D. J. Thompson, JASA 47:663, 1952; J. Hajek, comment in Foundations of Statistical Inference, 1971; variances:
 C.-E. Sarndal, B. Swensson, J. Wretman, "Model Assisted Survey Sampling", 1992, 2.9 and 5.6-5.7; regression: W. G.
 Cochran, "Sampling Techniques", 3rd ed. 1977, 7.1-7.3.
-
-Public names: ``horvitz_thompson``, ``hajek``, ``regression``, ``regression_parts``.
 """
 
 from __future__ import annotations

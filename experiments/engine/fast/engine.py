@@ -5,8 +5,6 @@
 
 A run ends as early as it can: with its site (nothing there changed, or only the site is asked for), or behind the first
 block that returns what it returned without the fault.
-
-Public name: ``FastEngine``.
 """
 
 from __future__ import annotations

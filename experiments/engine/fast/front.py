@@ -1,12 +1,10 @@
 """The front of a wave: which rows of which runs go on, and their hidden states.
 
-    front = Front(wave, runs=8)
-    for number in range(first, last):
-        front.advance(number)                        # through block ``number``
-        front.settle(number + 1, newcomers)          # runs that are as if nothing had happened leave, new ones join
-    rows, owner, hidden = front.changed()
-
-Public names: ``Front``, ``Newcomers``, ``EngineMismatchError``.
+front = Front(wave, runs=8)
+for number in range(first, last):
+front.advance(number)                        # through block ``number``
+front.settle(number + 1, newcomers)          # runs that are as if nothing had happened leave, new ones join
+rows, owner, hidden = front.changed()
 """
 
 from __future__ import annotations

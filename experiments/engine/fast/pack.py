@@ -7,8 +7,6 @@ without a fault that fill the last tile: they must stay what they are in the fau
 >>> pack = Pack.of([Stretch(0, 0, 61), Stretch(1, 1, 60)], length=64)
 >>> pack.rows.tolist()[:7], len(pack.rows), pack.owner.tolist()[:8]
 ([61, 62, 63, 124, 125, 126, 127], 16, [0, 0, 0, 1, 1, 1, 1, -1])
-
-Public names: ``Pack``, ``Stretch``, ``TILE``, ``CONTROL``, ``tiled``, ``packed_arguments``.
 """
 
 from __future__ import annotations

@@ -7,8 +7,6 @@
 
 Every row of a pack goes through a block's own code; only its attention is ours: the rows of a run are the queries, and
 keys and values are those of the fault-free pass with the run's rows in their place.
-
-Public names: ``Wave``, ``window_start``.
 """
 
 from __future__ import annotations

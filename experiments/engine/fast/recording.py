@@ -6,9 +6,6 @@
 
 Memory: by token, the hidden states of all blocks, and queries, keys, values and outputs of the attention modules, all
 references to tensors of the pass itself; scores and weights are not kept.
-
-Public names: ``Recording``, ``AttentionRecord``, ``record``, ``resumed``,
-``changed_rows``.
 """
 
 from __future__ import annotations

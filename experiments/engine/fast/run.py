@@ -1,11 +1,9 @@
 """A run of the fast engine: while it is on its way, and what is known when it has ended.
 
-    run = OpenRun(number=0, site=site, propagate=True)
-    with shared_time([run], synchronize):
-        ...                                 # its site, then its blocks
-    run.finished(effect)                    # a FastRun
-
-Public names: ``FastRun``, ``OpenRun``, ``shared_time``.
+run = OpenRun(number=0, site=site, propagate=True)
+with shared_time([run], synchronize):
+...                                 # its site, then its blocks
+run.finished(effect)                    # a FastRun
 """
 
 from __future__ import annotations

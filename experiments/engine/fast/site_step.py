@@ -6,8 +6,6 @@ computes them together.
 
     step = site_step(subject, kept, [site_of(fault, kept.group) for fault in faults])
     step.out, step.changed           # (F, T, G, d_v) and (F, T): the faulty outputs, and where they differ
-
-Public names: ``FaultSite``, ``SiteStep``, ``Keeper``, ``site_step``.
 """
 
 from __future__ import annotations

@@ -6,8 +6,6 @@
 The verdict on a call is the verdicts on its groups of heads, joined. For a fault, all groups but one are those of the
 fault-free pass, which were judged once. A detector that reads operands and their origin alone (the projections) judges
 all heads of a sequence, and only where a fault changed its operand.
-
-Public names: ``CleanGroups``, ``unsupported``.
 """
 
 from __future__ import annotations

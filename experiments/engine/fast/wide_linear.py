@@ -5,8 +5,6 @@
 
 A product that is much wider than it is high spends its time on memory: pieces of the weight that fit a cache, and an
 output whose pages exist already, take 0.65 times as long. What was in the buffer is overwritten by the next call.
-
-Public names: ``WideLinear``, ``OutputBuffer``.
 """
 
 from __future__ import annotations

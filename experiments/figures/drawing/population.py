@@ -1,8 +1,6 @@
 """The runs that a figure shows, in words: the n of its caption.
 
-    population(runs)          # "n = 768 distinct faults of 768 runs; model reference (float32)"
-
-Public names: ``population``, ``propagated``, ``short_name``, ``ordered``.
+population(runs)          # "n = 768 distinct faults of 768 runs; model reference (float32)"
 """
 
 from __future__ import annotations

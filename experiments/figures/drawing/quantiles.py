@@ -5,8 +5,6 @@
 
 A logarithmic axis cannot show 0, and no axis can show a number that is not finite. Both are counted in columns of their
 own (``draw_shares`` shows them), and never left out silently.
-
-Public names: ``quantile_table``, ``draw_quantiles``, ``draw_shares``, ``LEVELS``, ``BARS``.
 """
 
 from __future__ import annotations

@@ -4,8 +4,6 @@
     draw_map(figure, axes, rate_map)
 
 Cells without a fault are hatched, so that they do not look like a rate of 0.
-
-Public names: ``RateMap``, ``draw_map``, ``cell_size``, ``cell_font``.
 """
 
 from __future__ import annotations

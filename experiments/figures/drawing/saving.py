@@ -1,8 +1,6 @@
 """Write figures to files, whole or not at all, with the same bytes every time.
 
-    save(figure, Path("out/rates_by_bit"))        # out/rates_by_bit.svg and out/rates_by_bit.png
-
-Public names: ``save``, ``svg_text``.
+save(figure, Path("out/rates_by_bit"))        # out/rates_by_bit.svg and out/rates_by_bit.png
 """
 
 from __future__ import annotations

@@ -6,9 +6,6 @@
 
 The colours are those of Okabe and Ito ("Color Universal Design", 2008). No series depends on its colour alone: each
 also has its own marker, line style and hatch.
-
-Public names: ``OUTCOME_STYLES``, ``SERIES_STYLES``, ``SeriesStyle``, ``STYLE``, ``HEAT_COLOURS``, ``new_figure``,
-``style_context``, ``styled``, ``percent_axis``, ``legend_above``, ``stacked_bars``, ``error_bars``.
 """
 
 from __future__ import annotations

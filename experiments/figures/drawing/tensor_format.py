@@ -5,8 +5,6 @@
 
 A tensor may have another dtype than the model: some architectures compute scores and weights in float32 within a
 bfloat16 model. The width of the recorded bit pattern shows the dtype of the tensor that a fault hit.
-
-Public names: ``by_tensor_dtype``, ``bits_of``, ``mark_fields``, ``field_spans``.
 """
 
 from __future__ import annotations

@@ -10,8 +10,6 @@ output is wrong, it is computed again and the pass goes on with the repaired ten
 
 It comes after whatever injects and after whatever watches: those see the faulty tensor. In a fault-free pass it finds
 nothing (docs/theory.md, T19). Errors of queries, keys and values it cannot repair: the products start from them.
-
-Public names: ``Corrector``, ``check_clean_correction``, ``correction_columns``.
 """
 
 from __future__ import annotations

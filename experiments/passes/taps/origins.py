@@ -1,10 +1,8 @@
 """Where queries, keys and values come from, for the detectors that check their projections.
 
-    with recorded_origins(model, detectors) as origins:
-        ...                                              # one or more passes
-        origins(core)                                    # inside a pass: {"q": ProjectedOperand, ...}
-
-Public name: ``recorded_origins``.
+with recorded_origins(model, detectors) as origins:
+    ...                                              # one or more passes
+    origins(core)                                    # inside a pass: {"q": ProjectedOperand, ...}
 """
 
 from __future__ import annotations

@@ -1,10 +1,8 @@
 """The attention output of one layer, and how far a fault moved it: the effect that ``run.scope = site`` asks for.
 
-    keeper = OutputKeeper(layer=3)
-    subject.forward(batch, injector, keeper)
-    change_of(fault, keeper.out, clean.out)
-
-Public names: ``OutputKeeper``, ``change_of``.
+keeper = OutputKeeper(layer=3)
+subject.forward(batch, injector, keeper)
+change_of(fault, keeper.out, clean.out)
 """
 
 from __future__ import annotations

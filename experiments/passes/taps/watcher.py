@@ -8,8 +8,6 @@ detectors look behind them that can fire there.
     with tapped(model, watcher):
         model(**batch)
     watcher.verdicts[("s@w", 0)]
-
-Public names: ``Watcher``.
 """
 
 from __future__ import annotations

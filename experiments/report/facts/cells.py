@@ -1,9 +1,7 @@
 """Tables of the page: cells with a text to read and a number to sort by.
 
-    rate_cell(27, 27, 1.0, 0.875, 1.0)       # Cell("100.0 %", 1.0, "87.5–100.0; 27/27")
-    Table("outcomes", "What the faults did", (Column("location"), Column("n", "count")), rows)
-
-Public names: ``Cell``, ``Column``, ``Table``, ``text_cell``, ``count_cell``, ``number_cell``, ``rate_cell``.
+rate_cell(27, 27, 1.0, 0.875, 1.0)       # Cell("100.0 %", 1.0, "87.5–100.0; 27/27")
+Table("outcomes", "What the faults did", (Column("location"), Column("n", "count")), rows)
 """
 
 from __future__ import annotations

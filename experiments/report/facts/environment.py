@@ -1,7 +1,4 @@
-"""The facts of ``provenance.json`` about the origin of the numbers, as pairs of a name and a text.
-
-Public names: ``environment_rows``, ``context_rows``.
-"""
+"""The facts of ``provenance.json`` about the origin of the numbers, as pairs of a name and a text."""
 
 from __future__ import annotations
 

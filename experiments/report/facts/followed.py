@@ -3,8 +3,6 @@
     propagation, step = followed(folder, runs)       # of every step-th run
 
 A million runs have some ten million rows there; the quantiles of a hundred thousand runs look the same.
-
-Public names: ``followed``, ``MOST_FOLLOWED``.
 """
 
 from __future__ import annotations

@@ -1,9 +1,7 @@
 """The rates of groups of runs, side by side: one row per group, for the tables, the JSON block and ``summary.csv``.
 
-    groups = Groups.by(points[["fault.location"]])
-    wide_rates(counted_faults(runs), groups)        # fault.location, runs, detected, detected_n, detected_rate, ...
-
-Public names: ``Groups``, ``counted_faults``, ``wide_rates``, ``MEASURES``.
+groups = Groups.by(points[["fault.location"]])
+wide_rates(counted_faults(runs), groups)        # fault.location, runs, detected, detected_n, detected_rate, ...
 """
 
 from __future__ import annotations

@@ -5,8 +5,6 @@
 
 A fault in k or v has the number of a key/value head, which several query heads may share. So head 1 of k is not head 1
 of the scores, and head 1 of one model is not head 1 of another.
-
-Public names: ``rank_heads``, ``QUERY_HEADS``, ``KEY_VALUE_HEADS``.
 """
 
 from __future__ import annotations

@@ -5,8 +5,6 @@
 
 This module never merges shards, because a report must not change the tables that it reports on. If the merged tables
 lack finished runs, it refuses, and the message names the command.
-
-Public names: ``ReportInputs``, ``read_inputs``.
 """
 
 from __future__ import annotations

@@ -5,8 +5,6 @@
     clean_of(load_clean(folder), point)          # the rows of clean.csv that belong to this point
 
 If a detector is not used at a point, it missed nothing there: it has no recall, which differs from a recall of 0.
-
-Public names: ``detectors_of``, ``clean_of``, ``AXES``.
 """
 
 from __future__ import annotations

@@ -2,8 +2,6 @@
 
 A campaign does not store origins. They are derived from the resolved values, the defaults of the schema, the embedded
 default campaign, and the arguments in ``provenance.json``. If none of these explains a value, it is marked ``set``.
-
-Public names: ``Setting``, ``setting_list``, ``ORIGINS``.
 """
 
 from __future__ import annotations

@@ -6,8 +6,6 @@
 
 An ordinary interval is valid for a number of runs chosen beforehand. If a cell ends when its interval is narrow, the
 interval misses the true rate more often; the limits of ``stops.csv`` do not (``experiments.plan.stopping``).
-
-Public names: ``CellEnds``, ``cell_ends``, ``with_ends``, ``not_adjusted``, ``NOT_ADJUSTED``.
 """
 
 from __future__ import annotations

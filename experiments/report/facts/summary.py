@@ -6,8 +6,6 @@
 
 Points of the grid that differ only in fields of ``detect`` or ``run`` have the same faults, so nothing is ever added up
 over them. A detector gets no credit at a point where it was not used.
-
-Public names: ``Summary``, ``summarize``.
 """
 
 from __future__ import annotations

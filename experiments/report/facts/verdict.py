@@ -1,7 +1,4 @@
-"""The verdict in words, and its limits.
-
-Public names: ``verdict_sentences``, ``limit_sentences``.
-"""
+"""The verdict in words, and its limits."""
 
 from __future__ import annotations
 

@@ -1,8 +1,6 @@
 """The runs that did the most harm, and how to repeat each.
 
-    worst = worst_runs(runs)              # at most ten rows: non-finite ones first, then by |loss_diff|
-
-Public names: ``worst_runs``, ``replay_command``.
+worst = worst_runs(runs)              # at most ten rows: non-finite ones first, then by |loss_diff|
 """
 
 from __future__ import annotations

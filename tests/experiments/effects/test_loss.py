@@ -9,18 +9,15 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kl import kl_per_position
 from scipy.special import log_softmax
 from torch import Tensor
 
 from experiments.effects import row_kernels
 from experiments.effects.loss import (
     aligned_targets,
-    kl_mean,
-    kl_per_position,
     loss_and_logits,
-    relative_change,
     token_losses,
-    top1_changed,
 )
 from experiments.errors import UsageError
 from experiments.inputs.batches import IGNORED
@@ -220,15 +217,12 @@ def test_kl_against_scipy(dtype: torch.dtype, small_pieces: None) -> None:
     p, q = (log_softmax(logits.double().numpy(), axis=-1) for logits in (before, after))
     expected = (np.exp(p) * (p - q)).sum(axis=-1)
     np.testing.assert_allclose(kl_per_position(before[0], after[0]).numpy(), expected[0], rtol=1e-12)
-    assert kl_mean(before, after) == pytest.approx(float(expected.mean()), rel=1e-12)
-    mask = torch.tensor([[True] * 7, [False] * 7, [True] * 3 + [False] * 4])
-    assert kl_mean(before, after, mask) == pytest.approx(float(expected[mask.numpy()].mean()), rel=1e-12)
 
 
 def test_kl_is_in_nats_and_not_symmetric() -> None:
-    certain, even = torch.tensor([[[40.0, 0.0]]]), torch.tensor([[[0.0, 0.0]]])
-    assert kl_mean(certain, even) == pytest.approx(np.log(2), rel=1e-12)
-    assert kl_mean(even, certain) == pytest.approx(20 - np.log(2), rel=1e-12)
+    certain, even = torch.tensor([[40.0, 0.0]]), torch.tensor([[0.0, 0.0]])
+    assert kl_per_position(certain, even).item() == pytest.approx(np.log(2), rel=1e-12)
+    assert kl_per_position(even, certain).item() == pytest.approx(20 - np.log(2), rel=1e-12)
 
 
 @given(st.integers(0, 2**32), st.floats(1e-3, 1e3), st.floats(0, 1e-6))
@@ -246,92 +240,3 @@ def test_kl_of_non_finite_logits_is_not_finite(value: float) -> None:
     after = before.clone()
     after[0, 1, 2] = value
     assert kl_per_position(before[0], after[0]).isfinite().tolist() == [True, False, True]
-    assert not np.isfinite(kl_mean(before, after))
-    assert np.isfinite(kl_mean(before, after, torch.tensor([[True, False, True]])))
-
-
-# Changed predictions
-
-
-def test_top1_changed_counts_positions() -> None:
-    before = torch.tensor([[[1.0, 2.0], [2.0, 1.0], [0.0, 3.0]]])
-    after = torch.tensor([[[2.0, 1.0], [2.5, 1.0], [4.0, 3.0]]])
-    assert top1_changed(before, before) == 0
-    assert top1_changed(before, after) == 2
-    assert top1_changed(before, after, torch.tensor([[True, True, False]])) == 1
-
-
-def test_first_of_equal_logits_is_the_prediction() -> None:
-    before = torch.tensor([[[0.0, 5.0, 5.0]]])
-    assert top1_changed(before, torch.tensor([[[0.0, 5.0, 4.0]]])) == 0
-    assert top1_changed(before, torch.tensor([[[0.0, 4.0, 5.0]]])) == 1
-
-
-@pytest.mark.parametrize(
-    ("row", "lost"),
-    [
-        ([NAN, 1.0, 0.0], True),
-        ([1.0, NAN, 0.0], True),
-        ([1.0, INFINITY, 0.0], True),
-        ([-INFINITY] * 3, True),
-        ([1.0, 2.0, -INFINITY], False),
-        ([-INFINITY, 2.0, 0.0], False),
-    ],
-)
-def test_top1_of_non_finite_logits(row: list[float], lost: bool) -> None:
-    finite, broken = torch.tensor([[[1.0, 2.0, 0.0]]]), torch.tensor([[row]])
-    assert top1_changed(finite, broken) == int(lost)
-    assert top1_changed(broken, finite) == int(lost)
-    assert top1_changed(broken, broken) == 0
-
-
-# Hidden states
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_relative_change_against_numpy(dtype: torch.dtype) -> None:
-    before, after = random_logits(2, 3, 5).to(dtype), random_logits(2, 3, 5, seed=1).to(dtype)
-    x, y = before.double().numpy(), after.double().numpy()
-    change = relative_change(before, after)
-    assert change.l2_relative == pytest.approx(np.linalg.norm(y - x) / np.linalg.norm(x), rel=1e-14)
-    assert change.max_abs == np.abs(y - x).max()
-    assert relative_change(before, before.clone()) == (0.0, 0.0)
-
-
-def test_relative_change_leaves_padding_out() -> None:
-    before = torch.ones(1, 3, 2)
-    after = before.clone()
-    after[0, 2] = NAN
-    after[0, 0, 0] = 3.0
-    assert np.isnan(relative_change(before, after)).all()
-    change = relative_change(before, after, torch.tensor([[True, True, False]]))
-    assert change == pytest.approx((1.0, 2.0))
-
-
-def test_relative_change_of_extreme_values() -> None:
-    before = torch.tensor([[[3.0, 4.0]]], dtype=torch.float64)
-    assert relative_change(before, before * 1e200).l2_relative == pytest.approx(1e200)
-    assert relative_change(before * 1e-200, before * 2e-200).l2_relative == pytest.approx(1.0)
-    broken = before.clone()
-    broken[0, 0, 0] = INFINITY
-    assert relative_change(before, broken) == (INFINITY, INFINITY)
-
-
-@pytest.mark.parametrize(
-    ("injected", "mask", "message"),
-    [
-        (torch.zeros(1, 2, 4), None, r"injected: got shape \(1, 2, 4\), allowed the baseline's \(1, 2, 3\)"),
-        (torch.zeros(1, 2, 3), torch.zeros(1, 2), r"mask: got torch.float32 \(1, 2\), allowed bool \(1, 2\)"),
-        (torch.zeros(1, 2, 3), torch.zeros(2, 1).bool(), r"mask: got torch.bool \(2, 1\), allowed bool \(1, 2\)"),
-        (torch.zeros(1, 2, 3), torch.zeros(1, 2).bool(), r"mask: got no position that counts"),
-    ],
-)
-def test_shapes_that_do_not_compare(injected: Tensor, mask: Tensor | None, message: str) -> None:
-    for compare in (kl_mean, top1_changed, relative_change):
-        with pytest.raises(ValueError, match=message):
-            compare(torch.ones(1, 2, 3), injected, mask)
-
-
-def test_nothing_is_relative_to_zero() -> None:
-    with pytest.raises(ValueError, match="nothing but zeros"):
-        relative_change(torch.zeros(1, 2, 3), torch.ones(1, 2, 3))

@@ -10,12 +10,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kl import kl_per_position
 from scipy.special import log_softmax
 from torch import Tensor
 
 from experiments.effects import row_kernels
 from experiments.effects.baseline_rows import RowDifferences, measure_rows
-from experiments.effects.loss import Evaluation, kl_per_position, loss_and_logits
+from experiments.effects.loss import Evaluation, loss_and_logits
 from experiments.effects.outcome import Effect, effect_of
 from experiments.effects.row_effects import BaselineRows, RowEffect, effects_of_rows
 from experiments.effects.row_kernels import (
