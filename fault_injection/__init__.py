@@ -1,4 +1,4 @@
-"""What is broken: bits, faults, sites and the instrumented attention.
+"""Fault injection: bits, faults, sites and the instrumented attention.
 
 from fault_injection import FaultSpec, SiteSurvey, draw_fault, injected, patched, tapped
 
@@ -13,5 +13,5 @@ with patched(model):
 
 import lazy_loader
 
-# What is handed on, and from where, stands in the stub beside; nothing is loaded before it is used.
+# The stub beside this file lists the exported names and their modules; a module is loaded when a name is first used.
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -2,8 +2,8 @@
 
     scores = q k^T  ->  logits (scale, bias, mask)  ->  weights = softmax  ->  mass (cast, dropout)  ->  out = mass v
 
-A row says where in this computation its tensor lies. What a fault there changes, which products read it and which
-heads share it follow from the rows alone; everything else in the project reads them. torch is not needed here.
+A row says where its tensor is in this computation. The rows alone determine which tensors a fault there changes, which
+products read it and which heads share it; everything else in the project reads them. This module does not need torch.
 
 >>> LOCATIONS
 ('q', 'k', 'v', 'scores', 'weights', 'out')
@@ -23,16 +23,16 @@ class Location:
     """One place in the evaluation of attention.
 
     Attributes:
-        name: what configurations, rows and run identities call it.
+        name: its name in configurations, rows and run identities.
         meaning: one clause for people.
-        tensor: the tensor of attention that it is, by the name of its field in ``bounds.AttentionState``. Two
-            locations may share one: taps then see it twice, in the order of the table.
-        axes: what each of its four axes counts.
-        computed_from: the tensors that the step reads which gives this one; empty for what attention is handed.
+        tensor: its tensor, by the name of the field in ``bounds.AttentionState``. Two locations may share a tensor:
+            taps then see it twice, in the order of the table.
+        axes: the meaning of each of its four axes.
+        computed_from: the tensors from which this one is computed; empty for the inputs of attention.
         aliases: other names that a configuration may use; results have the name.
-        default: whether it belongs to the set that campaigns, checks and proofs go through unasked.
-        closed_form: whether ``bounds.effects`` predicts what a fault here does (``fault.aim: effect``, the atlas, the
-            certificate T26).
+        default: whether it belongs to the default set of campaigns, checks and proofs.
+        closed_form: whether ``bounds.effects`` predicts the effect of a fault here (``fault.aim: effect``, the atlas,
+            the certificate T26).
         widened: whether architectures compute it in float32 within a narrower model.
     """
 
@@ -48,7 +48,7 @@ class Location:
 
     @property
     def changes(self) -> frozenset[str]:
-        """The tensors that a fault here can change: its own, and whatever is computed from one of them."""
+        """The tensors that a fault here can change: its own, and all that are computed from it."""
         changed, before = {self.tensor}, 0
         while len(changed) > before:
             before = len(changed)
@@ -57,12 +57,12 @@ class Location:
 
     @property
     def through_softmax(self) -> bool:
-        """Whether a fault here acts by changing what the softmax receives."""
+        """Whether a fault here acts by changing the input of the softmax."""
         return "logits" in self.changes
 
     @property
     def operand(self) -> bool:
-        """Whether attention is handed this tensor rather than computing it."""
+        """Whether this tensor is an input of attention."""
         return not self.computed_from
 
     @property
@@ -86,7 +86,7 @@ _QUERIES = ("sequence", HEAD, "query", "channel")
 _KEYS = ("sequence", KEY_HEAD, "key", "channel")
 _PAIRS = ("sequence", HEAD, "query", "key")
 
-# The default set first, in the order of its names everywhere; then what is injected into only when it is asked for.
+# The default set comes first, in the order used everywhere; then locations that are injected into only on request.
 LOCATION_TABLE = Table(
     "fault.location",
     [
@@ -173,17 +173,17 @@ LOCATION_TABLE = Table(
 """The table. ``LOCATION_TABLE.register`` adds a row, ``LOCATION_TABLE.registered`` for the duration of a block."""
 
 LOCATIONS = tuple(row.name for row in LOCATION_TABLE if row.default)
-"""The default set: where faults are injected unless something else is asked for."""
+"""The default set: the locations of faults unless a configuration names others."""
 
 OBSERVED = LOCATION_TABLE.names()
-"""Every location: one tensor of attention each. A tap sees them, and may replace any."""
+"""Every location. A tap sees the tensor of each, and may replace it."""
 
 OPERAND_TENSORS = {row.name: row.tensor for row in LOCATION_TABLE if row.operand}
 """Queries, keys and values: the field of ``bounds.AttentionState`` by location."""
 
 
 def at(tensor: str) -> tuple[Location, ...]:
-    """Return the locations that lie at a tensor of attention, in the order in which taps see them.
+    """Return the locations at a tensor of attention, in the order in which taps see them.
 
     >>> [row.name for row in at("query")]
     ['q']

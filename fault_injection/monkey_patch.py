@@ -45,11 +45,11 @@ def monkey_patch_model(
             their first evaluation in a forward pass.
         force_kv_equal: make V's projection equal to K's until the model is unpatched (``force_kv_consistent``).
         example_inputs: keyword arguments of one small forward pass, for models whose input cannot be guessed, or to
-            reach a vision tower that text alone does not.
+            reach a vision tower that text alone does not reach.
 
     Raises:
-        ValueError: already patched, another model type, a layer that does not exist.
-        NoAttentionError, UncoveredArchitectureError: the model cannot be covered wholly. It is left as it was.
+        ValueError: the model is already patched or has another type, or a layer does not exist.
+        NoAttentionError, UncoveredArchitectureError: the model cannot be covered completely. It stays unchanged.
     """
     if is_patched(model):
         raise ValueError(f"{type(model).__name__} is already patched; call unpatch_model(model) first")
@@ -77,7 +77,7 @@ def _checked_layers(layers: Sequence[int] | None, count: int) -> tuple[int, ...]
 
 
 def unpatch_model(model: Model) -> Model:
-    """Undo ``monkey_patch_model``; ``ValueError`` if the model is not patched."""
+    """Undo ``monkey_patch_model``; raise ``ValueError`` if the model is not patched."""
     instrumentation_of(model)
     forcing = _forced.pop(model, None)
     if forcing is not None:
@@ -88,7 +88,7 @@ def unpatch_model(model: Model) -> Model:
 
 @contextmanager
 def patched(model: Model, **options: Any) -> Iterator[Model]:
-    """Instrument ``model`` for the duration of the block; ``options`` are those of ``monkey_patch_model``."""
+    """Instrument ``model`` until the block ends; ``options`` are those of ``monkey_patch_model``."""
     monkey_patch_model(model, **options)
     try:
         yield model

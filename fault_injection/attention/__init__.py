@@ -1,1 +1,1 @@
-"""The instrumented attention: cores found, probed and shown to taps."""
+"""The instrumented attention: it finds the cores, probes them and shows their tensors to taps."""

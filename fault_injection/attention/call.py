@@ -1,4 +1,4 @@
-"""The words of instrumented attention: locations, cores, calls and taps.
+"""The terms of instrumented attention: locations, cores, calls and taps.
 
 An *attention core* is a module that evaluates softmax(QK^T)V. Each evaluation is an ``AttentionCall``. While it
 runs, every tensor it produces is offered to the *taps*, in the order of computation; a tap may look (return
@@ -31,8 +31,8 @@ class AttentionCore:
         name: qualified module name, e.g. ``transformer.h.0.attn``.
         path: ``A`` if the module dispatches through transformers' attention interface, ``R`` if its forward is wrapped.
         reference: the module, held weakly: a patched model that is dropped must be freed.
-        score_product, out_product: which batched products of an evaluation give the scores and the output (0 and 1
-            unless there are others).
+        score_product, out_product: the numbers of the batched products that give the scores and the output (0 and 1
+            unless the evaluation has other products).
     """
 
     index: int
@@ -44,7 +44,7 @@ class AttentionCore:
 
     @property
     def module(self) -> nn.Module:
-        """The module; ``ReferenceError`` once the model is gone."""
+        """The module; raises ``ReferenceError`` once the model is gone."""
         module = self.reference()
         if module is None:
             raise ReferenceError(f"{self.name}: the model this attention belonged to is gone")
@@ -53,7 +53,7 @@ class AttentionCore:
 
 @dataclass(frozen=True, eq=False)
 class ScoreProduct:
-    """What the score product of a call computes: ``factor * QK^T + addend``.
+    """The score product of a call: ``factor * QK^T + addend``.
 
     Attributes:
         factor: 1 for a plain product.
@@ -67,14 +67,14 @@ class ScoreProduct:
 
 @dataclass(eq=False)
 class AttentionCall:
-    """One evaluation of a core. Taps keep tensors by it (``CallTensors``): two evaluations are never equal.
+    """One evaluation of a core. Taps use it as a key for tensors (``CallTensors``): two evaluations are never equal.
 
     Attributes:
         core: the core that is evaluated.
         number: how often this core was evaluated before in the session of the tap that is called (0 for an ordinary
             forward pass). A recomputation by gradient checkpointing has the number of the evaluation it repeats.
-        scaling: the factor between QK^T and the logits where the architecture states it, else ``None``.
-        product: how the scores come from queries and keys; known from the scores on.
+        scaling: the factor between QK^T and the logits if the architecture states it, else ``None``.
+        product: how the scores follow from queries and keys; known from the scores on.
     """
 
     core: AttentionCore
@@ -84,7 +84,7 @@ class AttentionCall:
 
 
 class Tap(Protocol):
-    """Something that looks at, or changes, the tensors of attention calls."""
+    """An object that observes or changes the tensors of attention calls."""
 
     @property
     def locations(self) -> AbstractSet[str]:
@@ -95,4 +95,4 @@ class Tap(Protocol):
         """The indices of the cores this tap is called for; ``None`` for all."""
 
     def on(self, location: str, tensor: Tensor, call: AttentionCall) -> Tensor | None:
-        """Look at ``tensor``; return a replacement, or ``None`` to leave it."""
+        """Observe ``tensor``; return a replacement, or ``None`` to keep it."""

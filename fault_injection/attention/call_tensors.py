@@ -1,11 +1,11 @@
-"""What one tap keeps of attention calls while they run.
+"""The tensors that one tap keeps from attention calls while they run.
 
-A tap sees the tensors of a call one after the other, and often needs several of them at once. What it keeps is its own:
-other taps of the same pass neither see it nor clear it. It is freed when the call ends, also after an exception.
+A tap sees the tensors of a call one after the other, and often needs several of them at once. Every tap keeps its own:
+other taps of the same pass neither see nor clear them. They are freed when the call ends, also after an exception.
 
     kept = CallTensors()                  # in the tap
     kept.keep(call, "q", tensor)          # at an event of the call
-    kept.take(call)["q"]                  # at its last one; nothing is kept of the call any more
+    kept.take(call)["q"]                  # at its last event; afterwards nothing of the call is kept
 
 >>> import torch, weakref
 >>> from fault_injection import AttentionCore
@@ -35,20 +35,20 @@ class CallTensors:
     """The tensors that one tap keeps, by call and location."""
 
     def __init__(self) -> None:
-        # Weak keys: a call that an exception ends reaches no last event.
+        # Weak keys: a call that ends by an exception reaches no last event.
         self._kept: WeakKeyDictionary[AttentionCall, dict[str, Tensor]] = WeakKeyDictionary()
 
     def __len__(self) -> int:
         return len(self._kept)
 
     def keep(self, call: AttentionCall, location: str, tensor: Tensor) -> None:
-        """Keep a tensor of a call that runs."""
+        """Keep a tensor of a running call."""
         self._kept.setdefault(call, {})[location] = tensor
 
     def of(self, call: AttentionCall) -> dict[str, Tensor]:
-        """Return what is kept of a call, by location."""
+        """Return the tensors kept from a call, by location."""
         return self._kept.setdefault(call, {})
 
     def take(self, call: AttentionCall) -> dict[str, Tensor]:
-        """Return what was kept of a call, and keep it no longer."""
+        """Return the tensors kept from a call, and forget them."""
         return self._kept.pop(call, {})

@@ -59,9 +59,9 @@ def eager_function(module: nn.Module) -> Callable[..., Any] | None:
 class _Event:
     """One operation that attention is made of: ``product``, ``softmax``, ``einsum`` or ``fused``.
 
-    ``shape`` is that of the result, ``left`` that of the left factor. ``interface_call`` numbers the calls of the
-    architecture's eager function within one forward; ``None`` is outside. ``ordinal`` counts the batched
-    products, those of child modules included, since the eager function or else the forward began.
+    ``shape`` is the shape of the result, ``left`` the shape of the left factor. ``interface_call`` numbers the calls of
+    the architecture's eager function within one forward; ``None`` is outside. ``ordinal`` counts the batched products
+    (with those of child modules) since the eager function, or otherwise the forward, began.
     """
 
     kind: str
@@ -73,7 +73,7 @@ class _Event:
 
 @dataclass
 class _Evaluation:
-    """What one forward of one module did, in order."""
+    """The operations of one forward of one module, in order."""
 
     name: str
     module: nn.Module
@@ -107,7 +107,7 @@ FUSED: frozenset[Any] = frozenset(
         torch._transformer_encoder_layer_fwd,
     }
 )
-"""Attention that torch evaluates inside one function, where nothing can be seen."""
+"""Functions in which torch evaluates attention as a whole, so that the probe sees no intermediate tensor."""
 
 
 class _Scout(TorchFunctionMode):
@@ -213,7 +213,7 @@ def _attention_in(evaluation: _Evaluation) -> Iterator[tuple[str, tuple[int, int
 
 
 def _products(evaluation: _Evaluation, events: list[_Event]) -> tuple[int, int] | None:
-    """Return which products give scores and output, ``None`` if these events are no attention."""
+    """Return the numbers of the products that give scores and output; ``None`` if these events are no attention."""
     kinds = [event.kind for event in events]
     if "fused" in kinds:
         raise _uncovered(evaluation, "uses a fused attention kernel although eager attention was asked for")
@@ -243,7 +243,7 @@ def _outputs_after(events: list[_Event], softmax: int) -> list[_Event]:
     return [
         event
         for event in events[softmax + 1 :]
-        # A learned sink has a column in the softmax and none in the weights.
+        # A learned sink has a column in the softmax but not in the weights.
         if event.kind == "product" and event.left[-2] == rows and event.left[-1] in (columns, columns - 1)
     ]
 

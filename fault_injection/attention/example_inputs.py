@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 TOKENS = 7
-"""Length of the dry run's text: no attention core may see equal query, key and channel counts by chance."""
+"""Length of the dry run's text, chosen so that query, key and channel counts are not equal by chance."""
 
 
 def example_inputs(model: nn.Module) -> dict[str, Tensor]:
@@ -21,7 +21,7 @@ def example_inputs(model: nn.Module) -> dict[str, Tensor]:
     Text, encoder-decoder, vision and audio models are recognised by ``main_input_name`` and the configuration.
 
     Raises:
-        ValueError: the kind of input is not known; pass ``example_inputs=`` to the patching call instead.
+        ValueError: the kind of input is unknown; then pass ``example_inputs=`` to the patching call.
     """
     main = getattr(model, "main_input_name", "input_ids")
     config = getattr(model, "config", None)

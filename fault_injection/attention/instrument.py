@@ -41,12 +41,12 @@ _owners: WeakKeyDictionary[nn.Module, tuple[Instrumentation, AttentionCore]] = W
 
 
 def is_patched(model: nn.Module) -> bool:
-    """Whether ``model`` is instrumented now."""
+    """Return whether ``model`` is instrumented now."""
     return model in _instrumented
 
 
 def instrumentation_of(model: nn.Module) -> Instrumentation:
-    """Return the instrumentation of a patched model; ``ValueError`` if it is not patched."""
+    """Return the instrumentation of a patched model; raise ``ValueError`` if it is not patched."""
     try:
         return _instrumented[model]
     except KeyError:
@@ -60,9 +60,9 @@ def attention_cores(model: nn.Module) -> list[AttentionCore]:
 
 @contextmanager
 def tapped(model: nn.Module, *taps: Tap) -> Iterator[None]:
-    """Let ``taps`` see the attention of ``model``, in the order given: put injectors before observers.
+    """Show the attention of ``model`` to ``taps``, in their order: put injectors before observers.
 
-    Sessions nest: the taps of an outer one see the tensors first. Each session counts evaluations from its own start.
+    Sessions nest: the taps of an outer session see the tensors first. Each session counts evaluations from its start.
     """
     with instrumentation_of(model).session(taps):
         yield
@@ -70,11 +70,11 @@ def tapped(model: nn.Module, *taps: Tap) -> Iterator[None]:
 
 @contextmanager
 def substituted(model: nn.Module, evaluate: Evaluate) -> Iterator[None]:
-    """Let ``evaluate`` stand for the attention of the path-A cores of a patched model, for the duration of the block.
+    """Replace the attention of the path-A cores of a patched model by ``evaluate``, until the block ends.
 
-    It is called as ``evaluate(core, (query, key, value), mask, keywords)`` and returns what an attention function of
-    transformers returns: out ``(batch, query, head, channel)`` and weights or ``None``. What the patched model would do
-    itself is ``instrumentation_of(model).evaluate_interface`` with the same arguments.
+    It is called as ``evaluate(core, (query, key, value), mask, keywords)`` and returns the results of an attention
+    function of transformers: out ``(batch, query, head, channel)`` and weights or ``None``. To call the patched model's
+    own evaluation, use ``instrumentation_of(model).evaluate_interface`` with the same arguments.
     """
     instrumentation = instrumentation_of(model)
     outer, instrumentation.substitute = instrumentation.substitute, evaluate
@@ -86,7 +86,7 @@ def substituted(model: nn.Module, evaluate: Evaluate) -> Iterator[None]:
 
 @contextmanager
 def suspended(model: nn.Module) -> Iterator[None]:
-    """Let a patched model run its own eager attention for the duration of the block, as if it were not patched."""
+    """Let a patched model run its own eager attention until the block ends, as if it were not patched."""
     with instrumentation_of(model).suspended():
         yield
 
@@ -99,7 +99,7 @@ class Instrumentation:
         inputs: keyword arguments of one small forward pass, for discovery and for the check that ends patching.
 
     Raises:
-        NoAttentionError, UncoveredArchitectureError: the model cannot be covered wholly; it is left as it was.
+        NoAttentionError, UncoveredArchitectureError: the model cannot be covered completely; it stays unchanged.
     """
 
     def __init__(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
@@ -129,7 +129,7 @@ class Instrumentation:
         register(_instrumented_attention)
         through_interface = [core.module for core in self.cores if core.path == "A"]
         if through_interface:
-            # The masks are made by the enclosing models, from their own configurations.
+            # The enclosing models make the masks, from their own configurations.
             self._selected.select(IMPLEMENTATION)
             self._selected.select("eager", configurations(core.module for core in self.cores if core.path == "R"))
         for core in self.cores:
@@ -137,7 +137,7 @@ class Instrumentation:
             if core.path == "R":
                 if "forward" in core.module.__dict__:
                     self._own_forwards[core.index] = core.module.__dict__["forward"]
-                # A bound method: in a deep copy it is bound to the copy, which nobody owns.
+                # A bound method: in a deep copy it is bound to the copy, which has no owner.
                 core.module.__dict__["forward"] = MethodType(_wrapped_forward, core.module)
 
     def remove(self) -> None:
@@ -265,7 +265,7 @@ class _Session:
     def begin(self, core: AttentionCore, scaling: float | None) -> AttentionCall:
         number = self._evaluations[core.index]
         if _in_backward() and number > 0:
-            # Gradient checkpointing computes the last evaluation again; what hit it hits its repetition.
+            # Gradient checkpointing repeats the last evaluation; faults that hit it also hit its repetition.
             return AttentionCall(core, number - 1, scaling)
         self._evaluations[core.index] += 1
         return AttentionCall(core, number, scaling)
@@ -276,7 +276,7 @@ def _in_backward() -> bool:
 
 
 class _ReachCounter:
-    """Notes which cores finished."""
+    """A tap that notes which cores finished."""
 
     locations = frozenset({"out"})
     layers = None
@@ -331,7 +331,7 @@ def forget(model: nn.Module) -> None:
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluate without gradients and dropout; every module's own training flag comes back."""
+    """Evaluate without gradients and dropout; restore every module's training flag at the end."""
     training = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

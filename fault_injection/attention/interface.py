@@ -44,16 +44,16 @@ _in_use: dict[int, weakref.ref[Any]] = {}
 
 
 class SelectedImplementation:
-    """Selects an attention implementation on configuration objects, and puts back what each had.
+    """Selects an attention implementation on configuration objects, and restores the earlier ones.
 
     The field is set per object: ``set_attn_implementation`` would flatten the choices of nested configurations.
 
     Raises:
-        ValueError: a configuration is also that of another patched model; the two would switch together.
+        ValueError: another patched model uses the same configuration object; both would switch together.
     """
 
     def __init__(self, configs: Iterable[Any]) -> None:
-        # A copy of a patched model has a copy of its configuration, in which our name was selected by nobody.
+        # A copy of a patched model has a copy of its configuration, which has our name although nobody selected it.
         self._before = [(config, _own_choice(config)) for config in configs]
         for config, _ in self._before:
             holder = _in_use.get(id(config))
@@ -72,11 +72,11 @@ class SelectedImplementation:
 
     @property
     def configs(self) -> list[Any]:
-        """The configuration objects in care."""
+        """The managed configuration objects."""
         return [config for config, _ in self._before]
 
     def restore(self) -> None:
-        """Put back every object's own choice."""
+        """Restore every object's own choice."""
         for config, name in self._before:
             setattr(config, _FIELD, name)
             _in_use.pop(id(config), None)

@@ -1,7 +1,7 @@
 """The probe: reads and rewrites the intermediates of an architecture's *own* eager attention code.
 
 No attention is reimplemented here. A ``TorchFunctionMode`` watches the calls that the model's own code makes and
-walks through product (scores) -> softmax (logits in, weights out) -> product (out). What a tap returns replaces the
+follows product (scores) -> softmax (logits in, weights out) -> product (out). A tensor that a tap returns replaces the
 result of that call, so every later operation, dtype cast and mask is the model's own.
 
     with AttentionProbe(core, emit, batch=2, operands=True):
@@ -38,7 +38,7 @@ Emit = Callable[[str, Tensor], Tensor]
 
 
 class ProbeError(RuntimeError):
-    """The model's code did not do what an attention core does; nothing that followed would mean anything."""
+    """The model's code did not follow the steps of an attention core; all later results would be meaningless."""
 
 
 def product_operands(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
@@ -53,7 +53,7 @@ def product_operands(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
 
 def is_batched_softmax(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether this call is a softmax over at least 3 dimensions; routers and classifiers work on 2."""
+    """Return whether this call is a softmax over at least 3 dimensions; routers and classifiers use 2."""
     if func not in SOFTMAXES:
         return False
     tensor = args[0] if args else kwargs.get("input")
@@ -64,7 +64,7 @@ _FACTOR_NAMES = (("input", "batch1"), ("other", "mat2", "tensor2", "batch2"))
 
 
 def _operand_slots(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int | str, int | str]:
-    """Return where the two factors of a product are: a position, or the keyword it was given by."""
+    """Return where the two factors of a product are: the position or the keyword of each."""
     first = 1 if func in _WITH_ADDEND else 0
     slots: list[int | str] = []
     for offset, names in enumerate(_FACTOR_NAMES):
@@ -101,7 +101,7 @@ class AttentionProbe(TorchFunctionMode):
         note_product: called before the scores are emitted if their product is not a plain one.
 
     Raises:
-        ProbeError: on leaving, when the three steps were not all seen (``finish``).
+        ProbeError: on leaving, if not all three steps were seen (``finish``).
     """
 
     def __init__(
@@ -157,14 +157,14 @@ class AttentionProbe(TorchFunctionMode):
     def _addend(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ScoreProduct:
         addend: Tensor = args[0] if args else kwargs["input"]
         beta, factor = float(kwargs.get("beta", 1)), float(kwargs.get("alpha", 1))
-        # The product broadcasts its addend; with beta = 0 it does not read it.
+        # The product broadcasts its addend, and ignores it if beta = 0.
         canonical = self._canonical(addend) if addend.dim() == 3 and addend.shape[0] > 1 else addend
         return ScoreProduct(factor, canonical * beta if beta else None)
 
     def _softmax(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         logits: Tensor = args[0] if args else kwargs["input"]
         dtype = kwargs.get("dtype")
-        # softmax(x, dtype=d) rounds x to d first; what it saw is the rounded tensor.
+        # softmax(x, dtype=d) first rounds x to d; its input is the rounded tensor.
         narrowed = logits.to(dtype) if dtype is not None and dtype.itemsize < logits.dtype.itemsize else logits
         emitted = self._result("logits", narrowed)
         if emitted is not narrowed:

@@ -21,6 +21,6 @@ _STATED: dict[str, Callable[[nn.Module], float]] = {
 
 
 def stated_scaling(module: nn.Module) -> float | None:
-    """Return the factor alpha of ``logit = alpha q·k + bias`` for a path-R module, ``None`` where none is known."""
+    """Return the factor alpha of ``logit = alpha q·k + bias`` for a path-R module; ``None`` if it is unknown."""
     stated = _STATED.get(type(module).__name__)
     return None if stated is None else stated(module)

@@ -1,1 +1,1 @@
-"""What a fault is, where it can lie, how it is drawn and injected."""
+"""Faults: specifications, sites, drawing and injection."""

@@ -2,10 +2,10 @@
 
     pool = ElementPool.of(site, spec.index, include_masked=spec.include_masked)
     candidates = draw_candidates(spec, site, pool, 64, random)
-    before, after = candidates.values(tensor)        # of the elements, were this candidate injected
+    before, after = candidates.values(tensor)        # the elements before and after each candidate
     fault = candidates.fault(17)
 
-The distribution is that of ``draw_fault``; the generator is used in another way, so the faults themselves differ.
+The distribution is that of ``draw_fault``. The generator is used in another way, so the same seed gives other faults.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ class ElementPool:
     """The elements of a site that agree with a partial index.
 
     Attributes:
-        extent: the shape of what can be hit.
+        extent: the shape of the part of the tensor that can be hit.
         given: the partial index.
-        shape: of the mask of visible elements; an axis of size 1 stands for the whole axis of the site.
-        visible: row-major positions in that mask; ``None`` where every element may be hit.
+        shape: the shape of the mask of visible elements; an axis of size 1 stands for the whole axis of the site.
+        visible: row-major positions in that mask; ``None`` if every element may be hit.
     """
 
     extent: tuple[int, int, int, int]
@@ -48,7 +48,7 @@ class ElementPool:
         """Return the elements that ``Site.draw`` draws from.
 
         Raises:
-            IndexError: a coordinate that does not exist.
+            IndexError: a coordinate does not exist.
         """
         site.check(partial)
         given = partial.as_tuple()
@@ -58,11 +58,11 @@ class ElementPool:
         window = np.zeros(mask.shape, dtype=bool)
         window[tuple(slice(None) if i is None or n == 1 else i for i, n in zip(given, mask.shape, strict=True))] = True
         positions = np.flatnonzero(mask & window)
-        # What was asked for is never dropped, even where every key is hidden.
+        # A requested fault is never dropped, even if every key is hidden.
         return cls(site.extent, given, mask.shape, positions) if len(positions) else cls(site.extent, given)
 
     def __len__(self) -> int:
-        """Return how many elements there are."""
+        """Return the number of elements."""
         found = 1 if self.visible is None else len(self.visible)
         for given, size, seen in zip(self.given, self.extent, self.shape or (0,) * 4, strict=True):
             found *= 1 if given is not None or seen == size else size
@@ -89,7 +89,7 @@ class Candidates:
     """N faults at one site: ``new = (old & keep) ^ toggle``.
 
     Attributes:
-        spec, site: what they were drawn from.
+        spec, site: the specification and the site of the draw.
         indices: (N, 4) int64.
         bits: (N, n) int64, the bits of each; n is 0 for kinds without bits.
         keep, toggle: (N,) uint64.
@@ -106,7 +106,7 @@ class Candidates:
         """Return the elements before and after each fault, (N,) float64 on the CPU.
 
         Args:
-            tensor: the site's, of a fault-free pass.
+            tensor: the tensor of the site in a fault-free pass.
         """
         layout = float_format(tensor.dtype)
         where = tuple(torch.from_numpy(axis).to(tensor.device) for axis in self.indices.T)
@@ -116,7 +116,7 @@ class Candidates:
         return before.double(), after.double()
 
     def fault(self, number: int) -> Fault:
-        """Return one of them."""
+        """Return the candidate with this number."""
         batch, head, row, col = self.indices[number].tolist()
         index, site = (batch, head, row, col), self.site
         element = Element(site.flat(index), int(self.keep[number]), int(self.toggle[number]))

@@ -1,4 +1,4 @@
-"""What a fault is: a specification that may leave things open, and the one fault drawn from it.
+"""A fault, and how to draw it from a specification with open fields.
 
     spec = FaultSpec(location="scores", kind="bitflip", bits=(30,))
     fault = draw_fault(spec, site, numpy.random.Generator(numpy.random.Philox(key=7)))
@@ -38,12 +38,12 @@ class Fault:
 
     Attributes:
         location, layer, module, kind: what is hit, and how.
-        dtype, shape: of the tensor that ``elements`` refer to.
+        dtype, shape: dtype and shape of the tensor that contains ``elements``.
         index: ``(batch, head, row, col)`` of the first element; ``None`` if a bit error rate hit none.
         bits: the bits of a ``bitflip`` or ``stuck_at``; empty for the other kinds.
         elements: every changed element.
         masked_position: whether ``index`` is a key that its query does not see.
-        call: which evaluation of the core within one pass.
+        call: the number of the core's evaluation within one pass.
     """
 
     location: str
@@ -65,7 +65,7 @@ class Fault:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """The dtype of the hit tensor; ``ValueError`` if torch has none of this name."""
+        """The dtype of the hit tensor; raises ``ValueError`` if torch has no dtype of this name."""
         dtype = getattr(torch, self.dtype, None)
         if not isinstance(dtype, torch.dtype):
             raise ValueError(f"fault.dtype: got {self.dtype!r}, allowed the name of a torch dtype")
@@ -77,7 +77,7 @@ class Fault:
 
     @classmethod
     def from_json(cls, text: str) -> Fault:
-        """Read what ``to_json`` wrote."""
+        """Return the fault from the text of ``to_json``."""
         data = json.loads(text)
         index = data.pop("index")
         elements = tuple(Element(**element) for element in data.pop("elements"))
@@ -129,7 +129,7 @@ def _draw_bits(bits: tuple[int, ...] | str | None, dtype: torch.dtype, random: n
 
 
 def bit_choices(bits: str | None, dtype: torch.dtype) -> range:
-    """Return the bits that one is drawn from: those of a field, or all."""
+    """Return the bits from which one is drawn: the bits of a field, or all."""
     return range(float_format(dtype).width) if bits is None else bits_in_field(dtype, bits)
 
 
@@ -175,5 +175,5 @@ def _candidates(spec: FaultSpec, site: Site) -> np.ndarray:
     allowed = window
     if site.visible is not None and not spec.include_masked:
         allowed = window & site.visible.cpu().numpy()
-    # As for single faults: what was asked for is never dropped, even where every key is hidden.
+    # As for single faults: a requested fault is never dropped, even if every key is hidden.
     return np.ravel_multi_index(np.nonzero(allowed if allowed.any() else window), site.shape)

@@ -24,18 +24,18 @@ from fault_injection.numbers.bits import bit_patterns, rewrite_bits
 
 
 class FaultMissedError(RuntimeError):
-    """A fault did not hit what it was drawn for; the run would have been a silent no-op."""
+    """A fault did not hit its element; the run would have been a silent no-op."""
 
 
 @dataclass(frozen=True)
 class InjectionRecord:
-    """What one fault did at its site.
+    """The effect of one fault at its site.
 
     Attributes:
         fault: the fault.
         value_before, value_after: the first hit element as a number.
         bits_before, bits_after: its bit pattern, as non-negative integers.
-        changed: how many elements have another bit pattern now.
+        changed: the number of elements with a changed bit pattern.
         dtype: the native dtype of the hit tensor.
     """
 
@@ -49,7 +49,7 @@ class InjectionRecord:
 
 
 class Injector:
-    """A tap that applies faults to the tensors they were drawn for.
+    """A tap that applies faults to their tensors.
 
     Args:
         faults: any number, on any layers and locations; several on one tensor are applied in order.
@@ -65,7 +65,7 @@ class Injector:
         self.records: list[InjectionRecord] = []
 
     def on(self, location: str, tensor: Tensor, call: AttentionCall) -> Tensor | None:
-        """Return the faulty tensor where a fault belongs, else ``None``."""
+        """Return the faulty tensor if a fault belongs to this tensor, else ``None``."""
         key = call.core.index, location, call.number
         if key not in self._faults:
             return None
@@ -104,7 +104,7 @@ def _elements(tensor: Tensor, flat: Sequence[int]) -> Tensor:
 
 
 def injection_record(fault: Fault, before: Tensor, after: Tensor) -> InjectionRecord:
-    """Return what a fault did, given the elements (N,) that it hit before and after."""
+    """Return the record of a fault, given its elements (N,) before and after it."""
     patterns_before, patterns_after = bit_patterns(before), bit_patterns(after)
     changed = sum(a != b for a, b in zip(patterns_before, patterns_after, strict=True))
     if not patterns_before:

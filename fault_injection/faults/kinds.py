@@ -1,7 +1,7 @@
-"""The one registry of fault kinds: what becomes of the bits of a hit number.
+"""The registry of fault kinds: how each changes the bits of a hit number.
 
-Every kind is one rule on bit patterns, ``new = (old & keep) ^ toggle``. A row says what has to be drawn for it beside
-the element, and which masks that gives. torch is not needed here.
+Every kind is one rule on bit patterns, ``new = (old & keep) ^ toggle``. A row says what must be drawn besides the
+element, and which masks result. This module does not need torch.
 
 >>> from fault_injection.numbers.formats import FORMATS
 >>> half = FORMATS["float16"]
@@ -18,7 +18,7 @@ from fault_injection.numbers.formats import NumberFormat, clearing, flipping, re
 from fault_injection.table import Table
 
 BITS, PATTERN, RATE, NOTHING = "bits", "pattern", "rate", "nothing"
-"""What a kind draws: chosen bits; a uniformly random pattern; every bit by itself, at a rate; nothing."""
+"""What a kind draws: chosen bits; a uniformly random pattern; every bit separately, at a rate; nothing."""
 
 
 @dataclass(frozen=True)
@@ -26,10 +26,10 @@ class FaultKind:
     """How one number is broken.
 
     Attributes:
-        name: what configurations and rows call it.
+        name: its name in configurations and rows.
         meaning: one clause for people.
         draws: ``bits``, ``pattern``, ``rate`` or ``nothing``.
-        masks: ``(keep, toggle)`` of a number, given its format and the pattern that was drawn: the chosen bits, the
+        masks: returns ``(keep, toggle)`` for a number, given its format and the drawn pattern: the chosen bits, the
             random pattern, the bits that the rate chose, or 0.
     """
 

@@ -1,4 +1,4 @@
-r"""Which layers a run injects into.
+r"""Choose the layers into which a run injects faults.
 
 Candidates are all attention layers, the given ``layers``, or those whose module name matches ``pattern`` (both may
 be given; then both must agree). ``mode`` picks among them:
@@ -38,8 +38,8 @@ def candidate_layers(
         pattern: a regular expression that is searched in the names.
 
     Raises:
-        ValueError: a layer that does not exist, a bad expression, or one that matches nothing (the nearest names are
-            listed).
+        ValueError: a layer does not exist, or the expression is not valid or matches nothing (the message lists the
+            nearest names).
     """
     for layer in layers or ():
         if not 0 <= layer < len(names):
@@ -61,7 +61,7 @@ def candidate_layers(
 
 
 def compiled_pattern(pattern: str) -> re.Pattern[str]:
-    """Compile a layer pattern; ``ValueError`` says what is wrong with a bad one."""
+    """Compile a layer pattern; raise ``ValueError`` if it is not valid."""
     try:
         return re.compile(pattern)
     except re.error as error:
@@ -69,7 +69,7 @@ def compiled_pattern(pattern: str) -> re.Pattern[str]:
 
 
 def choose_layers(candidates: Sequence[int], mode: str, random: np.random.Generator) -> tuple[int, ...]:
-    """Pick the layers of one run. ``ValueError`` for an unknown mode."""
+    """Return the layers of one run; raise ``ValueError`` for an unknown mode."""
     if mode not in LAYER_MODES:
         raise ValueError(
             f"fault.layer_mode: got {mode!r}, allowed {', '.join(LAYER_MODES)}{nearest(mode, LAYER_MODES)}"

@@ -1,4 +1,4 @@
-"""Faults that lie in one head: a small attention call of their own."""
+"""Faults in a single head, which can be evaluated as a small attention call of its own."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from fault_injection.locations import LOCATION_TABLE
 
 @dataclass(frozen=True)
 class FaultSite:
-    """Where a fault lies in its group of heads.
+    """The position of a fault in its group of heads.
 
     Attributes:
         fault: the fault.
-        sequence: which sequence of the batch it hits.
-        group: which key/value head, and with it which query heads.
+        sequence: the sequence of the batch that it hits.
+        group: the key/value head, which determines the query heads.
         head: the head within the group (0 for keys and values).
-        elements: position of each element in the (rows, columns) of its head.
+        elements: the position of each element in the (rows, columns) of its head.
     """
 
     fault: Fault
@@ -28,7 +28,7 @@ class FaultSite:
 
 
 def site_of(fault: Fault, group: int) -> FaultSite | None:
-    """Return where a fault lies, ``group`` query heads to a key/value head; None unless it hits one head alone."""
+    """Return the position of a fault, with ``group`` query heads per key/value head; None if it hits several heads."""
     if not fault.elements or fault.call != 0:
         return None
     flat = [element.flat for element in fault.elements]

@@ -5,9 +5,9 @@
         model(**batch)
     site = survey.site(layer=0, location="scores")       # shape, dtype, which keys each query sees
 
-Which keys a query sees is read from the logits of the fault-free pass: a hidden key has a logit at or below half the
-lowest finite number of the model's dtype, however the architecture applies its mask. It is a property of the input
-alone, so reading it there tells a detector nothing about a fault.
+The survey reads from the logits of the fault-free pass which keys a query sees: a hidden key has a logit at or below
+half the lowest finite number of the model's dtype, in every architecture's way of masking. Visibility depends only on
+the input, so it tells a detector nothing about a fault.
 """
 
 from __future__ import annotations
@@ -29,13 +29,14 @@ class Site:
     """One tensor of one attention core.
 
     Attributes:
-        layer, module, location: whose tensor it is.
+        layer, module, location: where the tensor belongs.
         shape: ``(batch, head, row, col)`` of the tensor.
         columns: how many of its columns can be hit (a learned sink's column is no key).
         dtype: its native dtype.
-        visible: a boolean tensor broadcastable to ``(batch, head, row, columns)``, ``True`` at what takes part in
-            attention: keys that the query sees (of pairs), keys that some query sees (of keys), and in all others
-            queries that are no padding. ``None`` where everything does.
+        visible: a boolean tensor broadcastable to ``(batch, head, row, columns)``, ``True`` at elements that take part
+            in
+            attention: for pairs, keys that the query sees; for keys and values, keys that some query sees; for all
+            others, queries that are not padding. ``None`` if every element takes part.
     """
 
     layer: int
@@ -48,7 +49,7 @@ class Site:
 
     @property
     def extent(self) -> tuple[int, int, int, int]:
-        """The shape of what can be hit."""
+        """The shape of the part of the tensor that can be hit."""
         return (*self.shape[:3], self.columns)
 
     def flat(self, index: tuple[int, int, int, int]) -> int:
@@ -56,7 +57,7 @@ class Site:
         return int(np.ravel_multi_index(index, self.shape))
 
     def sees(self, index: tuple[int, int, int, int]) -> bool:
-        """Whether ``index`` is a position that takes part in attention (always, but for hidden keys)."""
+        """Return whether ``index`` is a position that takes part in attention (hidden keys do not)."""
         if self.visible is None:
             return True
         where = tuple(i if n > 1 else 0 for i, n in zip(index, self.visible.shape, strict=True))
@@ -67,11 +68,11 @@ class Site:
     ) -> tuple[int, int, int, int]:
         """Draw an element uniformly among those that agree with ``partial``.
 
-        Unless ``include_masked``, hidden keys are left out; if ``partial`` leaves nothing but hidden keys, one of
-        those is drawn (and recorded as masked by the caller): a fault that was asked for is never dropped.
+        Hidden keys are left out unless ``include_masked``. If ``partial`` leaves only hidden keys, one of them is drawn
+        (and the caller records it as masked): a requested fault is never dropped.
 
         Raises:
-            IndexError: a coordinate that does not exist; the message gives the range.
+            IndexError: a coordinate does not exist; the message gives the range.
         """
         self.check(partial)
         if self.visible is not None and not include_masked:
@@ -95,7 +96,7 @@ class Site:
     def _draw_visible(self, partial: ElementIndex, random: np.random.Generator) -> tuple[int, int, int, int] | None:
         if self.visible is None:
             return None
-        # An axis of size 1 in the mask stands for the whole axis of the tensor: it is drawn on its own.
+        # An axis of size 1 in the mask stands for the whole axis of the tensor: it is drawn separately.
         shared = [mask < size for mask, size in zip(self.visible.shape, self.extent, strict=True)]
         window = tuple(
             slice(None) if given is None or alike else slice(given, given + 1)
@@ -125,16 +126,16 @@ class SiteSurvey:
     """A tap that notes the sites of a fault-free pass.
 
     Args:
-        model_dtype: the dtype whose lowest number the model's masks are made of.
+        model_dtype: the model's masks contain the lowest number of this dtype.
         layers: the cores to note (default: all).
         real_queries: ``(batch, query)``, ``False`` at padding (default: no padding).
 
     Attributes:
-        visible: by ``(layer, call)``, which keys each query sees, with a learned sink's column if there is one.
+        visible: by ``(layer, call)``, which keys each query sees, with the column of a learned sink if it has one.
         kv_identical: by ``(layer, call)``, whether the keys are bitwise the values.
-        plain_logits: by ``(layer, call)``, whether the visible logits are the scaled scores and nothing else (no bias,
-            no soft cap), to within the rounding of the scaling.
-        overwritten: the ``(layer, call)`` whose architecture changes the scores in place after their product.
+        plain_logits: by ``(layer, call)``, whether the visible logits are only the scaled scores (no bias, no soft
+            cap), within the rounding of the scaling.
+        overwritten: each ``(layer, call)`` in which the architecture changes the scores in place after their product.
     """
 
     def __init__(
@@ -178,7 +179,7 @@ class SiteSurvey:
             self._sites[key[0], location] = Site(key[0], call.core.name, location, shape, columns, tensor.dtype)
 
     def _columns(self, layer: int, location: str, columns: int) -> int:
-        """Return how many columns can be hit: a learned sink has one in logits and weights, but no score."""
+        """Return how many columns can be hit: a learned sink has a column in logits and weights, but no score."""
         row = LOCATION_TABLE[location]
         behind_scores = row.over_pairs and row.tensor != "scores"
         return min(columns, self._sites[layer, "scores"].columns) if behind_scores else columns
@@ -207,7 +208,7 @@ class SiteSurvey:
         return {key: self.site(*key) for key in self._sites}
 
     def site(self, layer: int, location: str) -> Site:
-        """Return a site; ``KeyError`` if the pass did not reach it."""
+        """Return a site; raise ``KeyError`` if the pass did not reach it."""
         site = self._sites[layer, location]
         seen = self.visible[layer, 0][..., : self._sites[layer, "scores"].columns]
         real = self._real(seen)
@@ -221,7 +222,7 @@ class SiteSurvey:
         return site if part is None or bool(part.all()) else replace(site, visible=part)
 
     def _real(self, seen: Tensor) -> Tensor | None:
-        """Return ``(batch, 1, query, 1)``, ``None`` without padding or where the queries are other tokens."""
+        """Return ``(batch, 1, query, 1)``; ``None`` without padding, or if the queries are other tokens."""
         real = self._real_queries
         if real is None or bool(real.all()) or real.shape[-1] != seen.shape[-2]:
             return None
@@ -244,8 +245,8 @@ def visible_keys(logits: Tensor, model_dtype: torch.dtype) -> Tensor:
     """Return which keys each query sees, as a boolean tensor whose head axis is 1 if all heads see the same.
 
     Args:
-        logits: ``(batch, head, query, key)`` of a fault-free pass, as the softmax received them.
-        model_dtype: the dtype whose lowest number hides a key.
+        logits: ``(batch, head, query, key)`` of a fault-free pass: the input of the softmax.
+        model_dtype: the lowest number of this dtype hides a key.
     """
     lowest = max(torch.finfo(logits.dtype).min, torch.finfo(model_dtype).min)
     visible = ~(logits.detach() <= lowest / 2)

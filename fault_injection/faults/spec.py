@@ -1,4 +1,4 @@
-"""What is asked for: a fault that may leave things open. torch is not needed here.
+"""The specification of a fault, which may leave fields open. This module does not need torch.
 
 >>> FaultSpec(location="query", bits="exponent").location
 'q'
@@ -23,7 +23,7 @@ AXES = ("batch", "head", "row", "col")
 
 @dataclass(frozen=True)
 class ElementIndex:
-    """Where a fault hits, in full or in part; what is ``None`` is drawn."""
+    """The element that a fault hits; a coordinate that is ``None`` is drawn."""
 
     batch: int | None = None
     head: int | None = None
@@ -48,7 +48,7 @@ class FaultSpec:
         rate: the bit error rate, in (0, 1]; for kinds that draw by a rate only.
 
     Raises:
-        ValueError: unknown names, bits given for a kind that has none, a rate where it does not belong.
+        ValueError: a name is unknown, or the kind has no bits or no rate but one is given.
     """
 
     location: str

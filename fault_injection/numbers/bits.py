@@ -1,4 +1,4 @@
-"""Bit patterns of floating-point tensors: what every fault is made of.
+"""Bit patterns of floating-point tensors, and how faults change them.
 
 A fault on one element is ``new = (old & keep) ^ toggle`` on its IEEE bit pattern. That one form covers flips
 (``keep`` all ones), stuck-at-0 and stuck-at-1, zeroing and replacement, keeps NaN payloads, and never passes
@@ -42,7 +42,7 @@ class FloatFormat:
 
     @property
     def width(self) -> int:
-        """How many bits a number has."""
+        """The number of bits of a number."""
         return self.number.bits
 
     @property
@@ -51,7 +51,7 @@ class FloatFormat:
         return self.number.all_bits
 
     def signed(self, pattern: int) -> int:
-        """Return ``pattern`` as the two's-complement value that the signed integer view holds."""
+        """Return ``pattern`` as the two's-complement value of the signed integer view."""
         return pattern - (1 << self.width) if pattern >> (self.width - 1) else pattern
 
 
@@ -65,7 +65,7 @@ def float_format(dtype: torch.dtype) -> FloatFormat:
 
 
 def bit_field(dtype: torch.dtype, bit: int) -> str:
-    """Name the field of ``bit``: ``sign``, ``exponent`` or ``mantissa``. ``ValueError`` if out of range."""
+    """Return the field of ``bit``: ``sign``, ``exponent`` or ``mantissa``; raise ``ValueError`` if out of range."""
     return float_format(dtype).number.field_of(bit)
 
 
@@ -92,8 +92,8 @@ def rewrite_bits(tensor: Tensor, flat_index: Sequence[int], keep: Sequence[int],
     Args:
         tensor: any shape, a floating-point dtype of this module; it is not changed.
         flat_index: distinct positions in the row-major flattening of ``tensor``.
-        keep: for each position the mask of bits that survive (non-negative integers).
-        toggle: for each position the mask that is exclusive-ored in.
+        keep: for each position, the mask of bits that survive (non-negative integers).
+        toggle: for each position, the mask of bits that are then flipped (exclusive or).
 
     Returns:
         A tensor of the same shape, dtype and strides: the bits of a matrix product can depend on the memory layout of
@@ -101,8 +101,8 @@ def rewrite_bits(tensor: Tensor, flat_index: Sequence[int], keep: Sequence[int],
         changed ones as the identity (straight-through): a bit flip has no derivative of its own.
 
     Raises:
-        ValueError: for a dtype without a known layout, repeated or unequal numbers of positions.
-        IndexError: for a position that does not exist.
+        ValueError: the dtype has no known layout, positions are repeated, or the lengths differ.
+        IndexError: a position does not exist.
     """
     layout = float_format(tensor.dtype)
     if not len(flat_index) == len(keep) == len(toggle):
@@ -136,7 +136,7 @@ def _clone_with_strides(tensor: Tensor) -> Tensor:
 
 
 def _may_overlap(tensor: Tensor) -> bool:
-    """Whether two elements may share memory (expanded or windowed views); one rewrite would then change both."""
+    """Return whether two elements may share memory (expanded or windowed views): one rewrite would change both."""
     reach = 0
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size > 1:
@@ -147,7 +147,7 @@ def _may_overlap(tensor: Tensor) -> bool:
 
 
 class _StraightThrough(torch.autograd.Function):
-    """The faulty value forward, the identity backward; exact where ``clean + (faulty - clean)`` would round."""
+    """The faulty value forward, the identity backward; it is exact, while ``clean + (faulty - clean)`` would round."""
 
     @staticmethod
     def forward(ctx: object, clean: Tensor, faulty: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""The one table of number formats: how many bits a floating-point number has, and which of them mean what.
+"""The table of number formats: the number of bits of a floating-point number, and the meaning of each.
 
-Bit 0 is the least significant bit of the mantissa, the highest bit is the sign (IEEE 754 numbering). torch is not
-needed here; ``fault_injection.numbers.bits`` reads a row where it has a tensor of that dtype.
+Bit 0 is the least significant bit of the mantissa, the highest bit is the sign (IEEE 754 numbering). This module does
+not need torch; ``fault_injection.numbers.bits`` reads a row when it has a tensor of that dtype.
 
 >>> single = FORMATS["float32"]
 >>> single.bits, single.field_of(30), single.bits_of("exponent")
@@ -27,10 +27,10 @@ class NumberFormat:
     """A binary floating-point format with one sign bit.
 
     Attributes:
-        name: that of the torch dtype.
-        exponent, mantissa: how many bits each of these fields has.
-        computes: whether a model can be computed in it; others are only stored.
-        accumulates: whether kernels sum in the format itself; in others they sum in float32 and round once.
+        name: the name of the torch dtype.
+        exponent, mantissa: the number of bits of each of these fields.
+        computes: whether a model can compute in it; other formats only store numbers.
+        accumulates: whether kernels sum in the format itself; otherwise they sum in float32 and round once.
     """
 
     name: str
@@ -51,7 +51,7 @@ class NumberFormat:
 
     @property
     def bias(self) -> int:
-        """What is subtracted from a stored exponent; the smallest normal number is ``2 ** (1 - bias)``."""
+        """The number that is subtracted from a stored exponent; the smallest normal number is ``2 ** (1 - bias)``."""
         return (1 << (self.exponent - 1)) - 1
 
     @property
@@ -62,7 +62,7 @@ class NumberFormat:
         return dict(zip(FIELDS, ranges, strict=True))
 
     def field_of(self, bit: int) -> str:
-        """Name the field of ``bit``; ``ValueError`` with the range if there is no such bit."""
+        """Return the field of ``bit``; raise ``ValueError`` with the range if the bit does not exist."""
         self.check([bit])
         return next(field for field, bits in self.fields.items() if bit in bits)
 

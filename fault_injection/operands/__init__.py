@@ -1,1 +1,1 @@
-"""Where the queries, keys and values of a core come from."""
+"""The origin of a core's queries, keys and values."""

@@ -1,9 +1,9 @@
 """Find out how every operand of every attention core comes from the weights.
 
-Which features of which linear module make it, what lies in between (the *tail*), and which norm comes before.
-The features are found with codes (``sparse_code``). Tail and norm are guessed, and a guess is believed only if it
-explains, within its proved tolerance, what arrives: for the model's own data, and for random data with large queries
-and small keys and the other way round, so that clipping cannot hide.
+An origin says which features of which linear module make the operand, which steps follow (the *tail*), and which norm
+comes before. Codes find the features (``sparse_code``). Tail and norm are guessed. A guess is accepted only if it
+explains the arriving numbers within its proved tolerance, both for the model's own data and for random data with large
+queries and small keys (and vice versa), so that clipping cannot stay hidden.
 
     sources = operand_sources(model)["model.layers.0.self_attn"]
     sources["q"].projection.weight(), sources["q"].tail.kind        # ..., 'rotated'
@@ -47,15 +47,16 @@ _known: WeakKeyDictionary[nn.Module, Sources] = WeakKeyDictionary()
 
 
 def operand_sources(model: nn.Module, example_inputs: Mapping[str, Any] | None = None) -> Sources:
-    """Return for every attention core, by qualified name, where "q", "k" and "v" come from, or why that is not known.
+    """Return the origins of "q", "k" and "v" for every attention core, by qualified name, or why one is not known.
 
-    The model may be patched or not, and is left as it was. A few small forward passes are run, through every tap of an
-    open session: call it outside of them. The result is remembered for as long as the model lives.
+    The model may be patched or not, and stays unchanged. The function runs a few small forward passes, which every tap
+    of
+    an open session would see: call it outside of sessions. It remembers the result as long as the model lives.
 
     Args:
         model: a Hugging Face model.
         example_inputs: keyword arguments of a small forward pass with several positions, as for
-            ``monkey_patch_model``. If given, everything is measured anew; if not, what is remembered is returned.
+            ``monkey_patch_model``. With them, everything is measured again; without, a remembered result is returned.
 
     Raises:
         NoAttentionError, UncoveredArchitectureError: as for ``monkey_patch_model``.
@@ -75,7 +76,7 @@ def operand_sources(model: nn.Module, example_inputs: Mapping[str, Any] | None =
                 model(**inputs)
         far = _far_positions(model, inputs)
         if far is not None:
-            # Some architectures scale queries by their position, and near the beginning by 1.
+            # Some architectures scale queries by their position; near the beginning the factor is 1.
             with observer.watching(model):
                 model(**{**inputs, "position_ids": far})
     for core in cores:

@@ -45,7 +45,7 @@ class CachedForward:
     """Joins a cache, a trace and counters; safe for threads, one computation per key at a time.
 
     Args:
-        cache, trace, stats: where results, lines and counts go; one ``BackendStats`` per cache.
+        cache, trace, stats: they receive results, lines and counts; one ``BackendStats`` per cache.
         model: what the results depend on, unless a call says otherwise: a module (its fingerprint is taken at
             every call, so changed weights miss), a ready fingerprint, or None for results of no model. With
             None the view name alone tells weights apart.
@@ -81,7 +81,7 @@ class CachedForward:
         model: Model | None = None,
         composition: tuple[int, int] | None = None,
     ) -> CacheKey:
-        """Return the key under which ``cached`` with the same arguments looks."""
+        """Return the key that ``cached`` uses for the same arguments."""
         inputs = input_fingerprint(prompt, composition)
         return CacheKey(op, view, self._fingerprint(model), inputs, params_fingerprint(_mapping(params)))
 
@@ -104,13 +104,13 @@ class CachedForward:
             view: which view of the model, see ``view_id``.
             prompt: a prompt, a tensor, or the keyword tensors of the forward call.
             params: everything else that shapes the result; an integer means ``{"top_k": params}``.
-            compute: gives the result; its exception reaches the caller and nothing is stored.
+            compute: returns the result; its exception reaches the caller, and nothing is stored.
             model: instead of the object's own.
             composition: ``(batch size, padded length)`` in which the input is run, if not its own shape.
             **fields: further trace fields, see ``LineFields``.
 
         Returns:
-            What ``compute`` returned, or an independent copy of it.
+            The result of ``compute``, or an independent copy of it.
         """
         key = self.key(op, view, prompt, params, model=model, composition=composition)
         call = _call(key, prompt, params, fields)
@@ -136,7 +136,7 @@ class CachedForward:
         composition: tuple[int, int] | None = None,
         **fields: Unpack[LineFields],
     ) -> list[V]:
-        """Return one result per prompt; what is missing is computed in one call.
+        """Return one result per prompt; one call computes all missing results.
 
         ``compute_misses`` receives the indices of the missing prompts, each distinct one once, and returns their
         values in that order. Without ``composition`` a result is taken to be the same in any batch: pass
@@ -165,7 +165,7 @@ class CachedForward:
         model: Model | None = None,
         **fields: Unpack[LineFields],
     ) -> V:
-        """Run a pass that is never looked up nor stored, as every faulty one; count and trace it as a miss."""
+        """Run a pass that is never looked up or stored, such as a faulty one; count and trace it as a miss."""
         params = {} if params is None else params
         call = _call(self.key(op, view, prompt, params, model=model), prompt, params, fields)
         watch = Stopwatch(self.device)
@@ -210,7 +210,7 @@ class CachedForward:
             self.cache.land(flight, None)
             self.recorder.error(call, watch, error)
             raise
-        with self.cache.lock:  # nobody may hit the value before its miss is on record
+        with self.cache.lock:  # no thread may hit the value before its miss is recorded
             self.cache.land(flight, entry)
             self.recorder.miss(call, found, watch)
         return value
@@ -251,7 +251,7 @@ class _Batch(Generic[V]):
         return [self.values[index] for index in range(len(self.calls))]
 
     def _round(self, pending: list[int]) -> list[int]:
-        """Serve what is stored, compute what is ours, then wait for the rest; return what others failed at.
+        """Serve stored results, compute our own, then wait for the rest; return the prompts at which others failed.
 
         Our own flights land before we wait, so two batches that need each other's keys cannot block.
         """

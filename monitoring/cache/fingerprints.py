@@ -1,4 +1,4 @@
-"""Who computed what from what: the fingerprints that make a cache key exact.
+"""The fingerprints that make a cache key exact.
 
 A cached result may be served again only if *everything* that determines its bits is the same. Four
 functions each cover one part of that:
@@ -201,7 +201,7 @@ _memos_lock = threading.RLock()
 
 
 def bump_generation(model: nn.Module) -> int:
-    """Say that ``model`` changed in a way torch does not count; return its new generation.
+    """Record that ``model`` changed in a way that torch does not count; return its new generation.
 
     Needed after writes through ``parameter.data`` or a NumPy alias, a switched adapter, a swapped module, a new
     hook. Ordinary in-place writes under ``torch.no_grad()`` (optimizer steps, bit flips in a weight, forced

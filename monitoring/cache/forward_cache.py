@@ -4,9 +4,9 @@
     CacheKey       (op, view, model, input, params): everything that determines a result
     Flight, Entry  a computation under way, and a stored value; used by ``monitoring.cache.cached_forward``
 
-Callers own what they get and keep what they give: ``put`` stores a copy, ``get`` returns a copy. No edit of a
-returned tensor can reach a later hit. (Torch has no read-only tensors, so a copy is the only safe loan; fetch a
-large baseline once per group of runs, not once per run.)
+``put`` stores a copy and ``get`` returns a copy, so callers own their values. No edit of a returned tensor can reach a
+later hit. (Torch has no read-only tensors, so only a copy is safe; fetch a large baseline once per group of runs, not
+once per run.)
 
 >>> cache = ForwardCache(maxsize=2)
 >>> cache.put("a", 1); cache.put("b", None); cache.get("a"); cache.put("c", 3)
@@ -89,7 +89,7 @@ class Flight:
         return self._owner == threading.get_ident()
 
     def land(self, entry: Entry | None) -> None:
-        """Let the waiters go, with the entry or, after a failure, with None."""
+        """Wake the waiting threads, with the entry or, after a failure, with None."""
         self._entry = entry
         self._landed.set()
 

@@ -1,7 +1,7 @@
 """One forward pass, timed, counted and traced together.
 
     Stopwatch      wall time of a block, and its time on the device, once the device has finished
-    PassCall       one result that was asked for: its key and what its trace line says whatever happens
+    PassCall       one requested result: its key and the fields that its trace line always has
     PassRecorder   changes the counters and writes the line of a hit, a miss or an error in one locked step
     LineFields     what a caller may add to the line of a pass
 
@@ -32,7 +32,7 @@ _OWN_WORDING = ("rows", "details")
 
 
 class LineFields(TypedDict, total=False):
-    """What a caller may say of a pass beside the lookup itself.
+    """Fields that a caller may add to the trace line of a pass.
 
     All of it goes into the trace line. ``rows``: sequences that went through the model (default: the first
     dimension of the input). ``phase``: baseline, injection, bounds or detection (default: injection if
@@ -50,7 +50,7 @@ class LineFields(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class PassCall:
-    """One result that was asked for."""
+    """One requested result."""
 
     key: CacheKey
     line: Mapping[str, object]
@@ -138,10 +138,10 @@ class Stopwatch:
 
 
 class PassRecorder:
-    """Counts and traces what happened to a call, both under the cache's lock, so that they agree at any moment.
+    """Counts and traces the fate of a call, both under the cache's lock, so that they always agree.
 
     Args:
-        cache: whose lock guards the counters.
+        cache: its lock guards the counters.
         trace: receives one line per recorded call.
         stats: the counters.
     """

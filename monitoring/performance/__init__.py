@@ -2,5 +2,5 @@
 
 import lazy_loader
 
-# What is handed on, and from where, stands in the stub beside; nothing is loaded before it is used.
+# The stub beside this file lists the exported names and their modules; a module is loaded when a name is first used.
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

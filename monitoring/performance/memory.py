@@ -13,7 +13,7 @@ Three measures, from coarse to exact:
 * ``tensor_peak`` - the peak of live tensor bytes that a call adds, counted per operation: same number every
   time.
 
-``give_back_free_memory`` lowers the resident set by what the C library holds free.
+``give_back_free_memory`` returns memory to the system that the C library holds free.
 
 >>> import torch
 >>> tensor_peak(lambda: torch.zeros(1000) + torch.ones(1000))  # two operands and their sum, 4 bytes each
@@ -183,9 +183,9 @@ def resident_bytes() -> int:
 
 
 def give_back_free_memory() -> None:
-    """Give pages that were freed back to the system, where the C library would keep them (glibc); else do nothing.
+    """Return freed pages to the system if the C library would keep them (glibc); otherwise do nothing.
 
-    Worth some milliseconds once large tensors have died: what is allocated next seldom fits into the holes they left.
+    This is worth some milliseconds after large tensors have died: new allocations seldom fit into their holes.
     """
     trim = _malloc_trim()
     if trim is not None:

@@ -256,7 +256,7 @@ class PerformanceMonitor:
 
     @property
     def metrics(self) -> PerformanceMetrics:
-        """What was measured so far; timers that are open now are not in it."""
+        """The measurements so far, without timers that are still open."""
         return PerformanceMetrics(
             total_time=self._seconds.get("total"),
             baseline_forward_time=self._seconds.get("baseline_forward"),

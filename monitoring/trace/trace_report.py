@@ -135,7 +135,7 @@ def _groups(events: Sequence[Event], name: str, key: Callable[[Event], Any]) -> 
 
 
 def phase_of(event: Mapping[str, Any]) -> str:
-    """Return the phase a pass belongs to: what it says, else by its ``op``, else whether it has a fault."""
+    """Return the phase of a pass: its own ``phase``, or else the phase of its ``op``, or else by its fault."""
     for name in (event.get("phase"), event.get("op")):
         if name in PHASES:
             return str(name)
@@ -147,8 +147,8 @@ def _phases(done: Sequence[Event]) -> list[dict[str, Any]]:
     """Time per phase over the passes that were run; overhead is relative to the mean baseline pass.
 
     ``phase_ms`` of a line says how much of its ``wall_ms`` other phases took; it counts for both, as in
-    ``PerformanceMonitor``. The overhead of the injection is what a pass takes beyond a baseline pass, that of
-    bounds and detection all that they take.
+    ``PerformanceMonitor``. The overhead of the injection is the time of a pass beyond a baseline pass; the overhead of
+    bounds and detection is their whole time.
     """
     times: dict[str, list[float]] = {phase: [] for phase in PHASES}
     for event in done:

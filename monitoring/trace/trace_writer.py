@@ -158,7 +158,7 @@ class TraceWriter:
         self._unreported = 0
 
     def _close_torn_line(self, fd: int) -> None:
-        """End a line that a dead writer, or a full disk, left without its end; the caller holds the lock."""
+        """End a line that a dead writer or a full disk left incomplete; the caller holds the lock."""
         size = os.fstat(fd).st_size
         if size and os.pread(fd, 1, size - 1) != b"\n":
             self._write(fd, b"\n")
@@ -185,7 +185,7 @@ def _open_for_append(path: Path) -> int:
 
 @contextmanager
 def _locked(fd: int) -> Iterator[None]:
-    """Hold the file's lock, without which a line being written by a live process looks like a torn one."""
+    """Hold the file's lock: without it, a line that a live process is writing looks torn."""
     try:
         fcntl.flock(fd, fcntl.LOCK_EX)
     except OSError as error:
