@@ -28,11 +28,13 @@ from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
-from bounds.core.attention_state import AttentionState
-from bounds.core.detector import Detector
 from bounds.registry import get_detector, list_detectors, register_detector
 from bounds.suites import suite_names
+
+if TYPE_CHECKING:
+    from bounds.core.detector import Detector
 
 
 def is_detector_path(entry: str) -> bool:
@@ -108,6 +110,10 @@ def _file_module(file: Path) -> ModuleType:
 
 def _require_complete(path: str, detector: object) -> None:
     """Raise ValueError unless ``detector`` is a Detector class that can be used."""
+    # Imported here: a configuration that names no class of a user's needs no torch.
+    from bounds.core.attention_state import AttentionState
+    from bounds.core.detector import Detector
+
     if not (inspect.isclass(detector) and issubclass(detector, Detector)):
         what = detector.__name__ if inspect.isclass(detector) else type(detector).__name__
         raise ValueError(f"detector {path!r}: got {what}, allowed a subclass of bounds.Detector")

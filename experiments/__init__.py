@@ -3,3 +3,5 @@
 from experiments.config import ExperimentConfig
 from experiments.runner import CompleteExperimentRunner
 """
+
+__version__ = "0.1.0"

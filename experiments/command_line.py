@@ -4,7 +4,8 @@
 
 0: all runs done; 1: a run failed or a check refused; 2: bad usage; 3: a needed resource is missing; 130: interrupted.
 
-What is imported here is light (no torch): ``--help`` does not wait, and signals are heard from the beginning.
+What is imported here is light (no torch): ``--help`` does not wait, and signals are heard from the beginning. A
+command's module is imported when it is called.
 """
 
 from __future__ import annotations
@@ -14,11 +15,26 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
+from experiments import __version__
 from experiments.commands.listing import LISTS
 from experiments.errors import CheckRefusedError, MissingResourceError, UsageError, nearest
 from experiments.launchers.leaving import leave
 from experiments.launchers.registry import launcher_help
 from experiments.machine.stop_request import StopRequest
+from experiments.registry import loaded
+
+NAME = "attention-fault-injection"
+
+COMMANDS = {
+    "replay": "experiments.commands.replay:replay",
+    "status": "experiments.commands.status:status",
+    "merge": "experiments.commands.merge_and_trace:merge",
+    "export": "experiments.commands.export:export",
+    "report": "experiments.commands.report:report",
+    "trace": "experiments.commands.merge_and_trace:trace",
+    "plan-size": "experiments.commands.plan_size:plan_size",
+}
+"""By name, the function that a command calls with the arguments behind it."""
 
 _HELP = """\
 usage: run_sweep.py [--config FILE] [--<field> VALUE ...] [--sweep.<field> VALUES ...] [options]
@@ -43,6 +59,7 @@ options:
   --grace SECONDS         after SIGUSR1, how long the pass in hand may take (default 90)
   --quiet                 no progress bar
   --overwrite             forget an earlier campaign of this name
+  --version               name and version of this program
   --help                  this text
 
 A campaign that was stopped goes on with the same command. Exit status: 0 all runs done, 1 some run failed or a
@@ -59,6 +76,9 @@ def main(arguments: Sequence[str]) -> int:
     """Run the command with these arguments and return its exit status; refusals are one line on standard error."""
     if "--help" in arguments or "-h" in arguments:
         print(help_text(), end="")
+        return 0
+    if "--version" in arguments:
+        print(f"{NAME} {__version__}")
         return 0
     return _guarded(arguments)
 
@@ -87,14 +107,13 @@ def _guarded(arguments: Sequence[str]) -> int:
 
 def _command(arguments: Sequence[str]) -> int:
     name = arguments[0] if arguments and not arguments[0].startswith("-") else "sweep"
+    _quiet_transformers()
     if name != "sweep":
         return _find(name)(arguments[1:])
-    # Before torch is imported, which takes long: a task of a cluster can be preempted in its first second.
+    # Before anything heavy is imported: a task of a cluster can be preempted in its first second.
     with StopRequest() as stop:
         try:
             from experiments.commands.sweep import sweep
-
-            _quiet_transformers()
         except KeyboardInterrupt:
             if stop.requested():
                 leave(stop)
@@ -103,33 +122,20 @@ def _command(arguments: Sequence[str]) -> int:
 
 
 def _find(name: str) -> Callable[[Sequence[str]], int]:
-    _quiet_transformers()
-    from experiments.commands import export, plan_size, replay
-    from experiments.commands import merge_and_trace as inspect_campaign
-    from experiments.commands.status import status
-
-    commands = {
-        "replay": replay.replay,
-        "status": status,
-        "merge": inspect_campaign.merge,
-        "export": export.export,
-        "trace": inspect_campaign.trace,
-        "plan-size": plan_size.plan_size,
-    }
-    if name == "report":
-        # Imported here: drawing is slow to load, and no other command draws.
-        from experiments.commands.report import report
-
-        return report
-    if name not in commands:
-        allowed = sorted([*commands, "report"])
+    if name not in COMMANDS:
+        allowed = sorted(COMMANDS)
         raise UsageError(f"{name}: no such command, allowed {', '.join(allowed)}{nearest(name, allowed)}")
-    return commands[name]
+    command: Callable[[Sequence[str]], int] = loaded(COMMANDS[name])
+    return command
 
 
 def _quiet_transformers() -> None:
     """One progress bar, ours; and a refusal is one line, without the library's report before it."""
-    from transformers.utils import logging as transformers_logging
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if "transformers" in sys.modules:
+        # It has read the variables before, in a program that calls main.
+        from transformers.utils import logging as transformers_logging
 
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+        transformers_logging.set_verbosity_error()

@@ -29,10 +29,11 @@ from experiments.campaign.provenance import ShardProvenance
 from experiments.campaign.session import Session
 from experiments.campaign.tally import Tally
 from experiments.config import ExperimentConfig
-from experiments.engine.contexts import Contexts, check_plan, check_runs, context_key
+from experiments.engine.contexts import Contexts, check_runs, context_key
 from experiments.engine.kept_proofs import KeptProofs
 from experiments.engine.pairs import PairedRunner
 from experiments.errors import CheckRefusedError, MissingResourceError, UsageError
+from experiments.inputs.plan_check import check_plan
 from experiments.machine.environment import environment_facts, set_determinism
 from experiments.plan.plan import Plan, PlannedRun, context_values, make_plan
 from experiments.plan.shards import Shard, shard_of

@@ -31,7 +31,7 @@ def _print_pairs(pairs: Iterable[tuple[str, str]], width: int) -> None:
 
 
 def _print_models(config: ExperimentConfig) -> None:
-    from experiments.inputs.models import BUILT_IN_MODELS
+    from experiments.inputs.model_places import BUILT_IN_MODELS
 
     _print_pairs(((name, "built in") for name in BUILT_IN_MODELS), 16)
     print("or a local folder, or a hub name (safetensors)")

@@ -11,12 +11,11 @@ from experiments.campaign.folder import CampaignFolder
 from experiments.campaign.merge import Merged, merge_campaign
 from experiments.campaign.states import MISSING_COLUMNS, missing_runs, shard_states
 from experiments.campaign.submission import check_over
-from experiments.campaign.worker import run_campaign
 from experiments.commands.listing import print_list
 from experiments.commands.options import take_flag, take_value, whole_number
 from experiments.config import load_config
-from experiments.engine.contexts import check_plan
 from experiments.errors import UsageError
+from experiments.inputs.plan_check import check_plan
 from experiments.launchers.leaving import OF_LAUNCHER, leave
 from experiments.launchers.registry import LAUNCHERS, Order
 from experiments.machine.slurm_task import SlurmTask
@@ -64,6 +63,9 @@ def sweep(arguments: Sequence[str], stop: StopRequest) -> int:
             return _finish(folder, launched) if chosen.waits else launched
         if OF_LAUNCHER not in os.environ:
             check_over(folder)
+        # Imported here: what only plans needs no torch.
+        from experiments.campaign.worker import run_campaign
+
         status = run_campaign(
             config, shard=shard, overwrite=overwrite, arguments=arguments, stopping=stop.requested, quiet=quiet
         )

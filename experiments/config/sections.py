@@ -10,7 +10,7 @@ import math
 import re
 from dataclasses import dataclass, field
 
-from bounds import get_detector
+from bounds.registry import get_detector
 from bounds.suites import expand
 from bounds.user_detectors import is_detector_path, load_detector
 from experiments.config.checks import check_at_least, check_choice
@@ -116,8 +116,10 @@ class DetectConfig:
 
     def __post_init__(self) -> None:
         try:
-            for name in self.names():
-                get_detector(name)
+            self.names()
+            for entry in filter(is_detector_path, self.detectors):
+                # Nobody but its user knows whether such a class can be made.
+                get_detector(load_detector(entry).name)
         except ValueError as error:
             raise UsageError(f"detect.detectors: {error}") from error
         if len(set(self.detectors)) != len(self.detectors):

@@ -18,11 +18,10 @@ from experiments.engine.context import Context
 from experiments.engine.kept_proofs import KeptProofs
 from experiments.engine.pairs import PairedRunner
 from experiments.errors import UsageError
-from experiments.inputs.families import FAMILIES
-from experiments.inputs.models import LoadedModel, load_model, read_model_facts
+from experiments.inputs.models import LoadedModel, load_model
 from experiments.inputs.windows import data_fingerprint, make_batches, make_calibration_batches
 from experiments.passes.subject import Subject
-from experiments.plan.plan import Plan, canonical_json
+from experiments.plan.plan import canonical_json
 from fault_injection import NoAttentionError, UncoveredArchitectureError
 from monitoring import ForwardCache, TraceWriter
 from monitoring.cache.backend_stats import BackendStats
@@ -34,40 +33,6 @@ def context_key(config: ExperimentConfig) -> str:
     """Return a text that is equal for runs of one context."""
     parts = {"model": dataclasses.asdict(config.model), "data": dataclasses.asdict(config.data), "seed": config.seed}
     return canonical_json(parts)
-
-
-def check_before_loading(config: ExperimentConfig) -> None:
-    """Refuse what the model's configuration file alone rules out: layers, heads and windows that are too large.
-
-    Raises:
-        UsageError: out of range. MissingResourceError: the model is not there.
-    """
-    facts = read_model_facts(config.model)
-    if facts is None:
-        return
-    for layer in config.fault.layer_list() or ():
-        if facts.num_layers is not None and layer >= facts.num_layers and not FAMILIES[facts.family].two_stacks:
-            raise UsageError(f"fault.layers: got {layer}, allowed 0..{facts.num_layers - 1} for {config.model.path}")
-    head = config.fault.index.head
-    if head is not None and facts.num_heads is not None and head >= facts.num_heads:
-        raise UsageError(f"fault.index.head: got {head}, allowed 0..{facts.num_heads - 1} for {config.model.path}")
-    if facts.max_positions is not None and config.data.seq_len > facts.max_positions:
-        raise UsageError(
-            f"data.seq_len: got {config.data.seq_len}, allowed 2..{facts.max_positions} for {config.model.path}"
-        )
-
-
-def check_plan(plan: Plan) -> None:
-    """Run ``check_before_loading`` for every point of a plan whose model, data or place of the fault differs."""
-    relevant = [
-        i for i, key in enumerate(plan.axes) if key.startswith(("model.", "data.", "fault.layers", "fault.index"))
-    ]
-    seen: set[str] = set()
-    for run in plan.runs:
-        key = repr([run.values[i] for i in relevant])
-        if key not in seen:
-            seen.add(key)
-            check_before_loading(plan.config_of(run))
 
 
 class Contexts:

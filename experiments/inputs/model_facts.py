@@ -13,12 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Set
 from dataclasses import dataclass
-from typing import Any
-
-from torch import nn
-from transformers.models.auto import modeling_auto
+from typing import TYPE_CHECKING, Any
 
 from experiments.inputs.families import FAMILIES, Family
+
+if TYPE_CHECKING:
+    from torch import nn
 
 # They number their first position pad_token_id + 1, so the table of positions serves that many tokens fewer.
 _POSITIONS_AFTER_PADDING = {
@@ -88,6 +88,9 @@ def _family(classes: Iterable[str], config: Any) -> str:
 
 def _has_head(family: Family, classes: Set[str], config: Any) -> bool:
     """Return whether transformers, or the model's own code, lists one of the classes (or the type) for a family."""
+    # Imported here: slow to load, and not needed to read what is built in.
+    from transformers.models.auto import modeling_auto
+
     listed = getattr(modeling_auto, family.heads)
     own_code = getattr(config, "auto_map", None) or {}
     known = not classes.isdisjoint(listed.values()) if classes else config.model_type in listed

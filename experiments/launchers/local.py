@@ -24,7 +24,7 @@ from experiments.campaign.states import shards_left
 from experiments.campaign.submission import check_over
 from experiments.campaign.worker import Progress
 from experiments.config import ExperimentConfig
-from experiments.engine.contexts import check_plan
+from experiments.inputs.plan_check import check_plan
 from experiments.launchers.leaving import OF_LAUNCHER
 from experiments.launchers.registry import Order
 from experiments.launchers.row_counter import RowCounter

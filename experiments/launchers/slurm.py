@@ -16,8 +16,8 @@ from experiments.campaign.folder import CampaignFolder
 from experiments.campaign.states import shards_left
 from experiments.campaign.submission import Submission, check_over
 from experiments.config import ExperimentConfig
-from experiments.engine.contexts import check_plan
 from experiments.errors import CheckRefusedError, MissingResourceError
+from experiments.inputs.plan_check import check_plan
 from experiments.launchers.registry import Order
 from experiments.launchers.slurm_scripts import BatchFiles, array_text
 from experiments.machine.slurm_task import ask

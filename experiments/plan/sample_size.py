@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from fractions import Fraction
 
-from scipy.stats import norm
+from scipy.special import ndtri
 
 
 def sample_size(margin: float, confidence: float, population: int | None = None, rate: float = 0.5) -> int:
@@ -33,7 +33,7 @@ def sample_size(margin: float, confidence: float, population: int | None = None,
     if population is not None and population < 1:
         raise ValueError(f"population: got {population}, allowed 1 or more")
     # Fractions: as a float, the square of a margin of 1e-200 would be 0, and the sample size would overflow.
-    quantile, share = Fraction(float(norm.isf((1 - confidence) / 2))), Fraction(rate)
+    quantile, share = Fraction(float(-ndtri((1 - confidence) / 2))), Fraction(rate)
     unlimited = quantile**2 * share * (1 - share) / Fraction(margin) ** 2
     if population is None or not unlimited:
         return max(1, math.ceil(unlimited))

@@ -23,9 +23,6 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from scipy.optimize import brentq
-from scipy.special import betaln, xlog1py, xlogy
-
 METHOD = "beta-binomial confidence sequence"
 SHAPE = 0.5
 """Both parameters of the mixture: Jeffreys'."""
@@ -65,6 +62,10 @@ def confidence_sequence(successes: int, trials: int, confidence: float) -> Inter
 def _lower(successes: int, failures: int, confidence: float) -> float:
     if successes == 0:
         return 0.0
+    # Imported here: most campaigns have no stopping rule.
+    from scipy.optimize import brentq
+    from scipy.special import betaln, xlog1py, xlogy
+
     mixture = betaln(SHAPE + successes, SHAPE + failures) - betaln(SHAPE, SHAPE)
     most = -math.log1p(-confidence)
 

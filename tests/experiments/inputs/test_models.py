@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from experiments.errors import MissingResourceError, UsageError
 from experiments.inputs import hub as hub_module
-from experiments.inputs import models
+from experiments.inputs import model_places, models
 from experiments.inputs.hub import HubUnreachableError, hub_files
 from experiments.inputs.model_facts import facts_from_config, model_family
 from experiments.inputs.models import load_model, read_model_facts, resolve_device
@@ -220,8 +220,9 @@ def test_missing_tokenizer_is_none_not_an_empty_one(folders: Path) -> None:
 def test_built_in_model_without_a_tokenizer_has_the_byte_tokenizer(
     folders: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(models, "_REFERENCE_FOLDER", folders)
-    monkeypatch.setattr(models, "BUILT_IN_MODELS", ("gpt2-untokenised",))
+    monkeypatch.setattr(model_places, "_REFERENCE_FOLDER", folders)
+    for module in (models, model_places):
+        monkeypatch.setattr(module, "BUILT_IN_MODELS", ("gpt2-untokenised",))
     loaded = load_model(model_config("gpt2-untokenised"))
     assert type(loaded.tokenizer).__name__ == "ByT5Tokenizer"
 
@@ -420,7 +421,7 @@ def test_facts_are_those_of_the_loaded_model(folders: Path) -> None:
 
 
 def test_facts_of_an_unknown_name_are_none_and_ask_nobody(offline: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models, "hub_files", lambda *_: pytest.fail("asked the hub"))
+    monkeypatch.setattr(hub_module, "hub_files", lambda *_: pytest.fail("asked the hub"))
     assert read_model_facts(model_config("someone/something")) is None
 
 
