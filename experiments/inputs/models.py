@@ -5,7 +5,6 @@ and its own eager attention, in evaluation mode, without gradients. A checkpoint
 the library would fill the gap with random numbers and only warn.
 
     loaded = load_model(config.model)       # LoadedModel(model=..., tokenizer=..., family="causal", ...)
-    facts = read_model_facts(config.model)  # ModelFacts(num_layers=12, ...) from config.json alone, or None
 
 >>> resolve_dtype("bfloat16")
 torch.bfloat16

@@ -24,7 +24,8 @@ from experiments.inputs import hub as hub_module
 from experiments.inputs import model_places, models
 from experiments.inputs.hub import HubUnreachableError, hub_files
 from experiments.inputs.model_facts import facts_from_config, model_family
-from experiments.inputs.models import load_model, read_model_facts, resolve_device
+from experiments.inputs.model_places import read_model_facts
+from experiments.inputs.models import load_model, resolve_device
 from monitoring.cache.fingerprints import model_fingerprint
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
