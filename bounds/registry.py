@@ -24,31 +24,86 @@ from fault_injection.names import nearest
 if TYPE_CHECKING:
     from bounds.core.detector import Detector
 
-BUILT_IN: Mapping[str, tuple[str, ...]] = MappingProxyType(
+BUILT_IN: Mapping[str, Mapping[str, str]] = MappingProxyType(
     {
-        "bounds.finite_detector": ("finite",),
-        "bounds.projections.projection_detectors": ("P_q", "P_k", "P_v", "P4_q", "P4_k", "P4_v"),
-        "bounds.ranges.range_detectors": ("rng_q", "rng_k", "rng_v", "s_stat"),
-        "bounds.products.score_detectors": ("S_row", "S_col", "S_tile", "S_cs"),
-        "bounds.products.output_detectors": ("O_row", "O4_row", "O_col", "O_hull", "O_norm", "KV"),
-        "bounds.products.element_detectors": ("P1_q", "P1_k", "P1_v", "S_elem", "O_elem"),
-        "bounds.softmax.softmax_detectors": ("W_sum", "W_simplex", "W_elem", "W_kl"),
-        "bounds.epsilon.epsilon_detectors": (
-            *("s@w", "s@w_tight", "q@o", "comb"),
-            *("oracle_s@w", "oracle_q@o", "oracle_comb"),
-        ),
-        "bounds.fused.fused_detectors": (
-            *("lse_bounds", "lse_key", "fused_norm", "fused_hull", "fused_sum", "fused_kv"),
-        ),
-        "bounds.published.attnchecker": ("attnchecker",),
-        "bounds.published.ranger": ("ranger",),
-        "bounds.published.realm": ("realm",),
-        "bounds.published.flash_abft": ("flash_abft",),
+        "bounds.finite_detector": {
+            "finite": "n + d",
+        },
+        "bounds.projections.projection_detectors": {
+            "P_q": "D + d",
+            "P_k": "D + d",
+            "P_v": "D + d",
+            "P4_q": "D d / 4",
+            "P4_k": "D d / 4",
+            "P4_v": "D d / 4",
+        },
+        "bounds.ranges.range_detectors": {
+            "rng_q": "d, compare only",
+            "rng_k": "d, compare only",
+            "rng_v": "d, compare only",
+            "s_stat": "n, compare only",
+        },
+        "bounds.products.score_detectors": {
+            "S_row": "n + d",
+            "S_col": "n + d",
+            "S_tile": "n + n d / 32",
+            "S_cs": "n + d",
+        },
+        "bounds.products.output_detectors": {
+            "O_row": "n + d",
+            "O4_row": "n d / 4",
+            "O_col": "n + d",
+            "O_hull": "d",
+            "O_norm": "d",
+            "KV": "n + d",
+        },
+        "bounds.products.element_detectors": {
+            "P1_q": "D d",
+            "P1_k": "D d",
+            "P1_v": "D d",
+            "S_elem": "n d",
+            "O_elem": "n d",
+        },
+        "bounds.softmax.softmax_detectors": {
+            "W_sum": "n",
+            "W_simplex": "n",
+            "W_elem": "n exp",
+            "W_kl": "n exp",
+        },
+        "bounds.epsilon.epsilon_detectors": {
+            "s@w": "n",
+            "s@w_tight": "n exp",
+            "q@o": "n + d",
+            "comb": "n + d",
+            "oracle_s@w": "n, and a second pass",
+            "oracle_q@o": "n + d, and a second pass",
+            "oracle_comb": "n + d, and a second pass",
+        },
+        "bounds.fused.fused_detectors": {
+            "lse_bounds": "d",
+            "lse_key": "d",
+            "fused_norm": "d",
+            "fused_hull": "d",
+            "fused_sum": "d, and 2 columns (4 in half formats) in the kernel",
+            "fused_kv": "d",
+        },
+        "bounds.published.attnchecker": {
+            "attnchecker": "n + d",
+        },
+        "bounds.published.ranger": {
+            "ranger": "n + d",
+        },
+        "bounds.published.realm": {
+            "realm": "n + d",
+        },
+        "bounds.published.flash_abft": {
+            "flash_abft": "n exp",
+        },
     }
 )
-"""By module, the names of the detectors that it registers."""
+"""By module, the detectors that it registers, and what each costs (``Detector.cost``)."""
 
-_PLACES = {name: module for module, names in BUILT_IN.items() for name in names}
+_PLACES = {name: module for module, costs in BUILT_IN.items() for name in costs}
 _CLASSES: dict[str, type[Detector]] = {}
 
 DetectorClass = TypeVar("DetectorClass", bound="type[Detector]")
@@ -80,6 +135,13 @@ def unregister_detector(name: str) -> None:
 def list_detectors() -> tuple[str, ...]:
     """Return the names of all detectors, sorted; loads none of them."""
     return tuple(sorted({*_PLACES, *_CLASSES}))
+
+
+def cost_of(name: str) -> str:
+    """Return ``Detector.cost`` of a detector, without loading it; an empty text for a name that nobody registered."""
+    if name in _CLASSES:
+        return _CLASSES[name].cost
+    return BUILT_IN[_PLACES[name]][name] if name in _PLACES else ""
 
 
 def is_oracle(name: str) -> bool:

@@ -16,8 +16,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from bounds import get_detector, list_detectors
-from bounds.registry import is_oracle
+from bounds.registry import cost_of, is_oracle
 from bounds.suites import SUITES
 from experiments.analysis.rates import group_rates
 from experiments.analysis.statistics.clusters import DEFAULT_CLUSTER, Cluster, Grouping, cluster_columns
@@ -110,7 +109,7 @@ def detector_comparison(
     count = sum((seen[name].astype(np.int64) for name in online), np.zeros(len(faults), np.int64))
     rows, above = [], np.zeros(len(faults), bool)
     for name, kind in lookers.kinds.items():
-        row: dict[str, Any] = {"detector": name, "kind": kind, "cost": _cost(name), **_false(clean, [name])}
+        row: dict[str, Any] = {"detector": name, "kind": kind, "cost": cost_of(name), **_false(clean, [name])}
         if name not in lookers.inapplicable:
             others = count - seen[name] if kind != "oracle" else count
             row |= _row(seen[name], shares) | {"exclusive": int((bad & seen[name] & (others == 0)).sum())}
@@ -194,10 +193,6 @@ def _false(clean: pd.DataFrame | None, names: Sequence[str]) -> dict[str, float]
         return {"false_positives": math.nan, "clean_rows": math.nan}
     own = clean[clean["detector"].isin(names).to_numpy(bool) & clean["applicable"].to_numpy(bool)]
     return {"false_positives": int(own["violations"].sum()), "clean_rows": int(own["rows_checked"].sum())}
-
-
-def _cost(name: str) -> str:
-    return get_detector(name).cost if name in list_detectors() else ""
 
 
 def _names(column: pd.Series) -> list[str]:

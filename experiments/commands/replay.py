@@ -38,14 +38,15 @@ def replay(arguments: Sequence[str]) -> int:
     if len(arguments) < 2:
         raise UsageError("replay: needs a campaign folder and a run id, e.g. replay results/default 0123456789abcdef")
     folder = CampaignFolder.existing(arguments[0])
-    plan = make_plan(folder.config())
+    config = folder.config()
+    plan = make_plan(config)
     blocks = _blocks(folder, arguments[1:])
     runs = [plan.by_id(run_id) for run_id in arguments[1:]]
     recorded = _recorded(folder, {run.run_id for run in runs})
     for run in runs:
         if run.run_id not in recorded:
             raise UsageError(f"replay: run {run.run_id} has no row yet, there is nothing to compare with")
-    set_determinism(folder.config().run.threads)
+    set_determinism(config.run.threads)
     same = True
     with Contexts(TraceWriter(None)) as contexts:
         for again in _executed(contexts, plan, runs, engine):

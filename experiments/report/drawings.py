@@ -1,7 +1,7 @@
 """Figures as markup inside the page.
 
-A figure is inline SVG, or a PNG as a data address if that is shorter. Identifiers inside an SVG are prefixed with the
-figure's name, so that two figures in one page cannot use each other's clipping paths. Identifiers without references
+A figure is inline SVG. A figure of very many marks is a PNG as a data address if that is shorter. Identifiers inside an
+SVG are prefixed with the figure's name, so that two figures in one page cannot use each other's clipping paths. Identifiers without references
 are removed, and so is everything that points outside the page (document type, namespaces, metadata), which HTML does
 not need.
 """
@@ -21,6 +21,9 @@ from experiments.figures.drawing.style import style_context
 CSS_DPI = 96  # pixels per inch in a browser
 PNG_DPI = 144
 
+LONG_SVG = 250_000
+"""Longer markup is compared with a PNG. Shorter is not, because drawing a figure twice takes twice as long."""
+
 
 def figure_markup(figure: Figure, name: str, title: str) -> Markup:
     """Return a figure as HTML.
@@ -30,8 +33,9 @@ def figure_markup(figure: Figure, name: str, title: str) -> Markup:
         name: an identifier that no other figure of the page has.
         title: the text for screen readers.
     """
-    svg, png = _svg(figure, name), _png(figure)
-    if len(svg) <= len(png):
+    svg = _svg(figure, name)
+    png = _png(figure) if len(svg) > LONG_SVG else None
+    if png is None or len(svg) <= len(png):
         return Markup('<div class="drawing" role="img" aria-label="{}">{}</div>').format(title, Markup(svg))
     width, height = (round(CSS_DPI * inches) for inches in figure.get_size_inches())
     image = Markup('<img class="drawing" alt="{}" width="{}" height="{}" src="data:image/png;base64,{}">')

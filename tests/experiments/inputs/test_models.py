@@ -228,7 +228,7 @@ def test_built_in_model_without_a_tokenizer_has_the_byte_tokenizer(
     assert type(loaded.tokenizer).__name__ == "ByT5Tokenizer"
 
 
-@pytest.mark.parametrize("name", models.BUILT_IN_MODELS)
+@pytest.mark.parametrize("name", model_places.BUILT_IN_MODELS)
 def test_built_in_models_are_in_the_checkout(name: str) -> None:
     loaded = load_model(model_config(name))
     assert (loaded.family, type(loaded.tokenizer).__name__) == ("causal", "ByT5Tokenizer")
