@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from bounds.registry import is_oracle
 from bounds.suites import SUITES
 from experiments.analysis.detectors import fired
-from experiments.analysis.rates import critical_rate, rate_table
+from experiments.analysis.rates import critical_rate, group_rates
+from experiments.analysis.statistics.clusters import Grouping
 from experiments.analysis.statistics.distinct import distinct_faults, weights_of
 from experiments.analysis.statistics.intervals import wilson_interval
 from experiments.campaign.folder import CampaignFolder
@@ -125,10 +126,17 @@ def _line(location: str, field: str, group: pd.DataFrame, whole: bool = False) -
     )
 
 
-def _rate(runs: pd.DataFrame, seen: NDArray[np.bool_], whole: bool = False) -> str:
-    """Return a share and its interval; ``whole``: ``runs`` are all faults of a table, not a selection of them."""
-    row = rate_table(runs, seen, whole=whole).iloc[0]
-    return f"{100 * row.rate:5.1f} % ({100 * row.low:.1f} - {100 * row.high:.1f})"
+def _rate(runs: pd.DataFrame, seen: NDArray[np.bool_], whole: bool = False, grouping: Grouping | None = None) -> str:
+    """Return a share and its interval.
+
+    Args:
+        runs: the faults.
+        seen: which of them count.
+        whole: ``runs`` are all faults of a table, not a selection of them.
+        grouping: the clusters of ``runs``, if another share has grouped them already.
+    """
+    [(_, row)] = group_rates(grouping or Grouping(runs), seen, weights_of(runs), whole)
+    return f"{100 * row['rate']:5.1f} % ({100 * row['low']:.1f} - {100 * row['high']:.1f})"
 
 
 def _detector_lines(folder: CampaignFolder, distinct: pd.DataFrame, point: Mapping[str, str]) -> list[str]:
@@ -143,9 +151,12 @@ def _detector_lines(folder: CampaignFolder, distinct: pd.DataFrame, point: Mappi
     hits = fired(distinct, known)
     harmful = distinct.outcome.isin(HARMFUL).to_numpy(bool)
 
+    harmed = distinct[harmful]
+    of_all, of_harmed = Grouping(distinct), Grouping(harmed)
+
     def shares(seen: NDArray[np.bool_]) -> str:
-        of_harmful = _rate(distinct[harmful], seen[harmful]) if harmful.any() else "-"
-        return f"{_rate(distinct, seen, whole=True):27}{of_harmful:27}"
+        of_harmful = _rate(harmed, seen[harmful], grouping=of_harmed) if harmful.any() else "-"
+        return f"{_rate(distinct, seen, whole=True, grouping=of_all):27}{of_harmful:27}"
 
     lines = [f"{'detector':18}{'detected':27}{'of harmful':27}{'false positives':>16}{'in clean rows':>15}"]
     for suite, members in SUITES.items():
