@@ -1,9 +1,9 @@
 """Figures as markup inside the page.
 
 A figure is inline SVG. A figure of very many marks is a PNG as a data address if that is shorter. Identifiers inside an
-SVG are prefixed with the figure's name, so that two figures in one page cannot use each other's clipping paths. Identifiers without references
-are removed, and so is everything that points outside the page (document type, namespaces, metadata), which HTML does
-not need.
+SVG are prefixed with the figure's name, so that two figures in one page cannot use each other's clipping paths.
+Identifiers without references are removed, and so is everything that points outside the page (document type,
+namespaces, metadata), which HTML does not need.
 """
 
 from __future__ import annotations
