@@ -1,4 +1,4 @@
-"""What must hold: invariants of attention with proved rounding tolerances, and the detectors built on them.
+"""Invariants of attention with proved rounding tolerances, and the detectors built on them.
 
     verdict = get_detector("s@w").check(state)                 # state: AttentionState, one attention call
     bounds = compute_attention_bounds(logits, weights, d=64, mask=visible)
@@ -10,11 +10,11 @@
 | ``chain``, ``epsilon`` | the bounds of epsilon, in real numbers and with their tolerance |
 | ``query_output`` | epsilon from query and output |
 | ``violations`` | the decision |
-| ``attention_state``, ``detector``, ``registry`` | what a detector reads, is, and where it is found |
-| ``suites`` | names for lists of detectors |
-| ``verdict``, ``row_check``, ``row_outcome`` | from residuals, row by row, to what a detector says |
+| ``attention_state``, ``detector``, ``registry`` | the input of a detector, its base class, and the table of detectors
+| | ``suites`` | names for lists of detectors |
+| ``verdict``, ``row_check``, ``row_outcome`` | from residuals, row by row, to the verdict of a detector |
 | ``sequences`` | groups of heads as sequences, each judged on its own |
-| ``fixed_order``, ``selection`` | sums that depend on their own terms alone; entries that are not read |
+| ``fixed_order``, ``selection`` | sums that depend only on their own terms; entries that are not read |
 | ``projection_*``, ``range_*`` | queries, keys and values against weights and input |
 | ``score_*`` | the score product |
 | ``softmax_*``, ``epsilon_*`` | the softmax |
@@ -23,8 +23,8 @@
 | ``finite_detector`` | NaN and Inf |
 | ``attnchecker``, ``ranger``, ``realm``, ``flash_abft`` | published methods to compare with |
 | ``correction`` | repair of single located errors |
-| ``certificate`` | what an undetected fault can have done at most |
-| ``fault_effect``, ``atlas`` | what a fault does, in closed form; ranked over all faults of a layer |
+| ``certificate`` | a bound on the effect of an undetected fault |
+| ``fault_effect``, ``atlas`` | the effect of a fault, in closed form; all faults of a layer, ranked |
 
 Statements and proofs are in docs/theory.md. A detector of your own is a subclass of ``Detector`` that a configuration
 names (``bounds.user_detectors``); one of this package is named in ``bounds.registry.BUILT_IN``.
@@ -36,5 +36,5 @@ names (``bounds.user_detectors``); one of this package is named in ``bounds.regi
 
 import lazy_loader
 
-# What is handed on, and from where, stands in the stub beside; nothing is loaded before it is used.
+# The stub beside this file lists the exported names and their modules; a module is loaded when a name is first used.
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,4 +1,4 @@
-"""What an atlas keeps of millions of predicted faults: counts, histograms of their sizes, and the worst few.
+"""Statistics of millions of predicted faults: counts, histograms of their sizes, and the worst few.
 
 Sizes are sorted into bins of equal ratio (BINS_PER_DECADE of them to a factor of ten), so that a median costs no memory
 and statistics of several bits can be joined; a quantile is exact to within one bin, 3.7 % either way. Largest values
@@ -24,7 +24,7 @@ from torch import Tensor
 from bounds.effects.flips import Flips
 
 BINS_PER_DECADE = 32
-_LOWEST, _HIGHEST = -60, 60  # decades; what lies outside is counted in the outermost bin
+_LOWEST, _HIGHEST = -60, 60  # decades; sizes outside are counted in the outermost bins
 _BINS = (_HIGHEST - _LOWEST) * BINS_PER_DECADE
 
 
@@ -88,7 +88,7 @@ def _quantile(histogram: Tensor, share: float) -> float:
         return math.nan
     rank = min(total - 1, int(share * total))
     place = int((histogram.cumsum(0) <= rank).sum())
-    # The lowest bin is that of zeros, and of what is too small to tell from them.
+    # The lowest bin has zeros, and numbers too small to tell from them.
     return 0.0 if place == 0 else 10.0 ** (_LOWEST + (place + 0.5) / BINS_PER_DECADE)
 
 

@@ -1,1 +1,1 @@
-"""What a detector is: the call it reads, the rows it judges, and the verdict it gives."""
+"""The detector: the call it reads, the rows it judges, and the verdict it returns."""

@@ -1,4 +1,4 @@
-"""What a detector may read: the tensors of one attention call.
+"""The input of a detector: the tensors of one attention call.
 
     state = AttentionState(query=q, key=k, value=v, logits=a, weights=w, out=o, scaling=0.125, kv_equal=False,
                            has_bias_or_cap=False, visible=causal, layer=3, name="transformer.h.3.attn")
@@ -29,12 +29,12 @@ class ProjectedOperand:
     """Where the queries, keys or values of a call come from.
 
     Attributes:
-        hidden: (B, T, D), what the linear module read.
-        projected: (B, H, T, d), what it returned, ordered by head and channel; H is the number of key/value heads for
-            keys and values.
-        rotation: cosines and sines as the attention module was given them; None without a rotary embedding.
-        source: int64 (number of sequences,), which entry of ``hidden`` and ``rotation`` each sequence of the call has:
-            sequences that were made of one share them without a copy. None: each its own, or all the only one.
+        hidden: (B, T, D), the input of the linear module.
+        projected: (B, H, T, d), its output, ordered by head and channel; H is the number of key/value heads for keys
+            and values.
+        rotation: the cosines and sines that the attention module received; None without a rotary embedding.
+        source: int64 (number of sequences,), the entry of ``hidden`` and ``rotation`` that each sequence of the call
+            uses; sequences from the same entry share it without a copy. None: each has its own, or all share one.
     """
 
     hidden: Tensor
@@ -58,24 +58,24 @@ class AttentionState:
         query: (B, H, T, D), the left operand of the score product (after rotation, norm and pre-scaling).
         key: (B, H_kv, S, D), not repeated: query head h reads head h // (H / H_kv).
         value: (B, H_kv, S, D_v).
-        logits: (B, H, T, S'), what the softmax received. S' = S, or more where the softmax has sink columns.
-        weights: (B, H, T, S'), what the softmax returned, before dropout, in its own dtype.
+        logits: (B, H, T, S'), the input of the softmax. S' = S, or more if the softmax has sink columns.
+        weights: (B, H, T, S'), the output of the softmax, before dropout, in its own dtype.
         out: (B, H, T, D_v), the product of weights and values.
         scaling: alpha, the factor between query.key and the logits.
         kv_equal: whether the *model* guarantees that ``key`` and ``value`` are equal tensors at this point (rotary
             embedding of the keys alone breaks it). Never read off the data: a fault must not change it.
         has_bias_or_cap: whether finite visible logits differ from scaling * query.key (position bias, ALiBi, soft
             cap); None when it is not known.
-        scores: (B, H, T, S), what the score product returned, before scale and mask; optional. In real numbers it
+        scores: (B, H, T, S), the output of the score product, before scale and mask; optional. In real numbers it
             is ``score_factor * QK^T + score_addend`` at every position, masked ones included.
-        score_factor: 1 where the product is a plain one.
-        score_addend: broadcastable to ``scores``; None where the product adds nothing (most architectures).
-        mass: (B, H, T, S), what the values were multiplied by: ``weights`` after cast, dropout and removal of a
-            sink's column; the tensor ``weights`` itself where nothing of this happens. Optional.
-        projected: by "q", "k", "v", where they come from; operands whose origin is unknown are missing. Optional.
+        score_factor: 1 for a plain product.
+        score_addend: broadcastable to ``scores``; None if the product adds nothing (most architectures).
+        mass: (B, H, T, S), the factor of the values: ``weights`` after cast, dropout and removal of a sink's column;
+            the tensor ``weights`` itself if none of these happens. Optional.
+        projected: by "q", "k", "v", the origin of each; operands with an unknown origin are missing. Optional.
         visible: bool, broadcastable to ``logits``, True where a query sees a key; None when every key is visible.
-        heads: int64 (B, H), which query heads of the whole call these are; None where they are all of them in order.
-        layer: index of the layer, where it has one.
+        heads: int64 (B, H), the numbers of these query heads in the whole call; None for all heads in order.
+        layer: index of the layer, if it has one.
         name: qualified module name.
     """
 
@@ -129,14 +129,14 @@ class AttentionState:
         return tensor.repeat_interleave(self.query.shape[1] // tensor.shape[1], dim=1)
 
     def of_heads(self, table: Tensor, operand: Tensor) -> Tensor:
-        """Return a table over the heads of the whole call, by the heads of this state.
+        """Return the entries of a table over the heads of the whole call for the heads of this state.
 
         Args:
             table: (H_all, ...), as many as the whole call has of the operand's kind.
-            operand: (B, H, ...) or (B, H_kv, ...), one of this state's tensors: its heads are meant.
+            operand: (B, H, ...) or (B, H_kv, ...), one of this state's tensors, which has the wanted heads.
 
         Returns:
-            (H, ...), or (B, H, ...) where ``heads`` says which they are.
+            (H, ...), or (B, H, ...) if ``heads`` names them.
         """
         if self.heads is None:
             return table

@@ -1,4 +1,4 @@
-"""What a detector is: it reads one attention call and says which rows break an invariant.
+"""The base class of detectors: a detector reads one attention call and says which rows break an invariant.
 
     detector = get_detector("s@w")
     detector.prepare(model)                      # once per model: tables that depend on the weights alone
@@ -6,8 +6,8 @@
     if verdict.applicable and verdict.fired: ...
     verdicts = detector.check_each(state)        # the same for each sequence of the batch on its own
 
-A detector reads the faulty pass only. One that compares with the fault-free pass is an *oracle*: its name starts
-with ``oracle_``, and ``check`` takes what ``reduce`` kept of that pass.
+A detector reads only the faulty pass. An *oracle* compares it with the fault-free pass: its name starts with
+``oracle_``, and its ``check`` takes the result of ``reduce`` on that pass.
 
 >>> Verdict.not_applicable("q@o", "queries have 192 channels and values 128").fired
 False
@@ -37,10 +37,10 @@ class Detector(ABC):
         statement: the invariant in one line, with its place in docs/theory.md.
         cost: extra work per row of n keys and d channels, as a class such as ``"n"``, ``"n + d"`` or ``"n exp"``.
         oracle: whether it needs the fault-free pass.
-        proved: whether a theorem rules out false positives; not so for thresholds taken from the literature.
+        proved: whether a theorem rules out false positives; thresholds from the literature have no such theorem.
         calibrated: whether it must see fault-free calls of other inputs first (``calibrate``).
-        per_group: whether the verdict on a call is that of ``bounds.core.sequences.by_group`` of it, merged over the
-            groups, number for number: nothing it reads belongs to several groups of heads.
+        per_group: whether the merged verdicts on the groups of ``bounds.core.sequences.by_group`` equal the verdict on
+            the call, number for number: it reads nothing that belongs to several groups of heads.
     """
 
     name: ClassVar[str]
@@ -65,18 +65,18 @@ class Detector(ABC):
     def propagates(self) -> bool:
         """Whether it can fire on a correct evaluation of attention whose inputs an earlier fault has changed.
 
-        What is proved holds of all inputs, so that such a detector is silent behind a fault.
+        A proof holds for all inputs, so a proved detector is silent after a fault.
         """
         return self.oracle or not self.proved
 
     def prepare(self, model: nn.Module) -> None:  # noqa: B027
-        """Compute what depends on the model's weights alone. Most detectors need nothing."""
+        """Compute tables that depend only on the model's weights. Most detectors need none."""
 
     def calibrate(self, state: AttentionState) -> None:  # noqa: B027
         """Learn from a fault-free call. Only ``calibrated`` detectors do; theorems need no calibration."""
 
     def derive(self, state: AttentionState) -> None:  # noqa: B027
-        """Compute the statistics that detectors share (``state.derived``), so that their cost can be told apart."""
+        """Compute the statistics that detectors share (``state.derived``), so that their cost is timed separately."""
 
     def applicable(self, state: AttentionState) -> str | None:
         """Return why the invariant says nothing about ``state``, or None when it applies."""
@@ -84,7 +84,7 @@ class Detector(ABC):
         return f"it reads {', '.join(missing)}, which this state does not carry" if missing else None
 
     def reduce(self, state: AttentionState) -> Any:
-        """Return what ``check`` needs to remember of the fault-free pass: None unless the detector is an oracle."""
+        """Return the data of the fault-free pass that ``check`` needs: None unless the detector is an oracle."""
         return None
 
     def check(self, state: AttentionState, baseline: Any = None) -> Verdict:
@@ -92,21 +92,20 @@ class Detector(ABC):
 
         Args:
             state: the call.
-            baseline: for an oracle, what ``reduce`` returned for the fault-free pass.
+            baseline: for an oracle, the result of ``reduce`` on the fault-free pass.
 
         Raises:
-            ValueError: when an oracle gets no baseline, a baseline is given to another detector, or the two passes
-                have different shapes.
+            ValueError: an oracle gets no baseline, another detector gets one, or the two passes have different shapes.
         """
         refused = self.refused(state, baseline)
         return self.judge(state, baseline) if refused is None else refused
 
     def check_each(self, state: AttentionState, baseline: Any = None) -> list[Verdict]:
-        """Judge each sequence of the batch as ``check`` judges a call of it alone; positions are left out.
+        """Judge each sequence of the batch as ``check`` judges a call of only that sequence, but without positions.
 
         Args:
-            state: the call; what is the same for all sequences may have a batch of 1.
-            baseline: for an oracle, what ``reduce`` returned for the same sequences of the fault-free pass, or
+            state: the call; a tensor that all sequences share may have a batch of 1.
+            baseline: for an oracle, the result of ``reduce`` on the same sequences of the fault-free pass, or
                 ``bounds.core.sequences.gathered`` of it.
 
         Raises:
@@ -117,7 +116,7 @@ class Detector(ABC):
         ]
 
     def refused(self, state: AttentionState, baseline: Any) -> Verdict | None:
-        """Return the verdict on a call the invariant says nothing about, None when it is to be judged.
+        """Return the verdict on a call to which the invariant does not apply; None if the call must be judged.
 
         Raises:
             ValueError: when an oracle gets no baseline, or a baseline is given to another detector.
@@ -131,7 +130,7 @@ class Detector(ABC):
 
     @abstractmethod
     def judge(self, state: AttentionState, baseline: Any) -> Verdict:
-        """Judge a call the invariant applies to; ``check`` has verified the arguments."""
+        """Judge a call to which the invariant applies; ``check`` has verified the arguments."""
 
 
 def require_tolerance(tolerance: float) -> None:

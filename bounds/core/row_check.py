@@ -3,7 +3,7 @@
     judged("S_row", RowCheck(residual, tolerance))       # fires where not (residual <= tolerance)
     judged_each("S_row", RowCheck(residual, tolerance))  # one verdict for each sequence
 
-A row fires iff *not* (residual <= tolerance), so that NaN fires, and iff its tolerance is not finite.
+A row fires if *not* (residual <= tolerance), so that NaN fires, or if its tolerance is not finite.
 
 >>> check = RowCheck(torch.tensor([0.5, float("nan"), 3.0]), torch.tensor([1.0, 1.0, 2.0]))
 >>> verdict = judged("example", check)
@@ -32,9 +32,9 @@ class RowCheck:
     """An equation that must hold row by row, as computed on one attention call.
 
     Attributes:
-        residual: (...,) float64, how far each row is from what must hold; 0 or less is a perfect row.
-        tolerance: broadcastable to ``residual``, float64, proved bound on a correct row's residual.
-        checked: bool, broadcastable; rows where it is False are not judged and not counted. None: all are.
+        residual: (...,) float64, how far each row is from the equation; 0 or less is a perfect row.
+        tolerance: broadcastable to ``residual``, float64, the proved bound on a correct row's residual.
+        checked: bool, broadcastable; rows with False are not judged and not counted. None: all rows are.
     """
 
     residual: Tensor
@@ -47,9 +47,9 @@ def judged(name: str, check: RowCheck, *, allowance: float = 0.0, detail: str = 
     """Return the verdict on the rows of ``check``.
 
     Args:
-        name: of the detector.
+        name: the name of the detector.
         check: residuals and tolerances.
-        allowance: what the user adds to the tolerance (``Detector.tolerance``), in units of the residual.
+        allowance: the user's addition to the tolerance (``Detector.tolerance``), in units of the residual.
         detail: for people; kept only if a row fires.
     """
     return verdict(name, _outcome(check, allowance), detail)
@@ -64,7 +64,7 @@ def judged_each(name: str, check: RowCheck, *, allowance: float = 0.0) -> list[V
 def _outcome(check: RowCheck, allowance: float) -> RowOutcome:
     residual, checked = check.residual, check.checked
     tolerance = check.tolerance + allowance if allowance else check.tolerance
-    # A residual of 0 is perfect whatever the tolerance, a tolerance of 0 included.
+    # A residual of 0 is perfect for every tolerance, even 0.
     ratio = torch.where(residual <= 0, 0.0, residual / tolerance)
     fired = ~((residual <= tolerance) & (tolerance < math.inf))
     if checked is not None:
@@ -78,7 +78,7 @@ class RowDetector(Detector):
 
     @abstractmethod
     def check_rows(self, state: AttentionState) -> RowCheck:
-        """Return residual and tolerance of every row of a call the detector applies to; the first axis is the batch."""
+        """Return residual and tolerance of every row; the detector applies to the call, the first axis is the batch."""
 
     def judge(self, state: AttentionState, baseline: Any) -> Verdict:
         """Judge every row."""

@@ -1,4 +1,4 @@
-"""What was found row by row, and the verdict on a whole call or on each of its sequences.
+"""The outcome of each row, and the verdict on a whole call or on each of its sequences.
 
     verdict("S_row", outcome)                    # on all rows, with the positions of the first violations
     verdicts("S_row", outcome)                   # one for each sequence, that is for each index of the first axis
@@ -26,13 +26,13 @@ from bounds.core.verdict import Verdict, first_positions
 
 @dataclass(frozen=True, eq=False)
 class RowOutcome:
-    """How the rows of a call compare with what must hold. The first axis is that of the sequences.
+    """The outcome of a check for each row of a call. The first axis is that of the sequences.
 
     Attributes:
-        fired: bool (...), rows that break it; only checked ones.
-        nonfinite: bool (...), those of them that could not be evaluated.
-        ratio: float (...), residual in units of the tolerance; -Inf where a row is not checked.
-        checked: bool, broadcastable to the rows; None: all are.
+        fired: bool (...), checked rows that break the invariant.
+        nonfinite: bool (...), rows among them that could not be evaluated.
+        ratio: float (...), residual in units of the tolerance; -Inf for a row that is not checked.
+        checked: bool, broadcastable to the rows; None: all rows are.
     """
 
     fired: Tensor
@@ -43,13 +43,13 @@ class RowOutcome:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class BoundedOutcome(RowOutcome):
-    """The outcome of rows that must lie between two bounds.
+    """The outcome of rows with a quantity that must be between two bounds.
 
     Attributes:
         margin: float (...), distance to the nearer bound, negative outside; Inf where ``bounded`` is False.
-        bounded: bool, broadcastable to the rows: those whose margin counts.
-        interval: float64, each broadcastable to the rows: what is bounded, its lower and its upper bound, and what is
-            allowed beyond them; None where the margin is that of several quantities.
+        bounded: bool, broadcastable to the rows: whether the margin counts.
+        interval: float64, each broadcastable to the rows: the quantity, its lower and upper bound, and the tolerance
+            beyond them; None if the margin is that of several quantities.
     """
 
     margin: Tensor
@@ -57,7 +57,7 @@ class BoundedOutcome(RowOutcome):
     interval: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
 
     def among(self, rows: Tensor) -> BoundedOutcome:
-        """Return the same with the margins of some rows alone, bool (...)."""
+        """Return the same outcome, with margins only for some rows, bool (...)."""
         return replace(self, margin=torch.where(rows, self.margin, math.inf), bounded=rows & self.bounded)
 
 
@@ -78,7 +78,7 @@ def either(first: BoundedOutcome, second: BoundedOutcome) -> BoundedOutcome:
     """Return the outcome of a check that fires where one of two does; both checked the same rows."""
     return BoundedOutcome(
         fired=first.fired | second.fired,
-        # A row that is not finite on one path counts once, whatever the other path says.
+        # A row that is not finite on one path counts once, regardless of the other path.
         nonfinite=first.nonfinite | second.nonfinite,
         ratio=torch.maximum(first.ratio, second.ratio),
         checked=first.checked,

@@ -1,4 +1,4 @@
-"""What a detector says about one attention call, and how what it says of several is joined.
+"""The verdict of a detector on one attention call, and the merging of several verdicts.
 
     merged(first, second)                        # one detector, two calls or two sequences
     merged(*detector.check_each(state))
@@ -19,26 +19,25 @@ import torch
 from torch import Tensor
 
 MAX_POSITIONS = 16
-"""Most positions a verdict lists; the counts are always complete."""
+"""The largest number of positions in a verdict; the counts are always complete."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What one detector says about one attention call. Plain numbers: it keeps no tensor alive.
+    """The verdict of one detector on one attention call. It has only plain numbers and keeps no tensor alive.
 
     Attributes:
         detector: name of the detector.
-        rows_checked: number of rows the invariant was evaluated on.
+        rows_checked: number of rows for which the invariant was evaluated.
         violations: number of rows that break it, non-finite ones included.
         nonfinite: number of the violations that could not be evaluated because something in them is NaN or Inf.
         positions: indices of the first violations, at most MAX_POSITIONS.
-        largest_ratio: largest residual in units of the tolerance; None where the invariant has none.
-        smallest_margin: smallest distance to the nearer bound, negative outside; None where there is no bound.
-        reason: why the invariant says nothing about this call; None when it applies.
+        largest_ratio: largest residual in units of the tolerance; None if the invariant has no residual.
+        smallest_margin: smallest distance to the nearer bound, negative outside; None without bounds.
+        reason: why the invariant does not apply to this call; None if it applies.
         detail: what broke, for people; may be empty.
-        tightest: of the first row (in row-major order) with the smallest margin: what is bounded, its lower and its
-            upper bound, both with all that is allowed beyond them. None where no row is bounded, and where the margin
-            is that of several quantities.
+        tightest: the bounded quantity of the first row (in row-major order) with the smallest margin, and its lower and
+            upper bound, tolerance included. None if no row is bounded, or if the margin is that of several quantities.
     """
 
     detector: str
@@ -54,12 +53,12 @@ class Verdict:
 
     @classmethod
     def not_applicable(cls, detector: str, reason: str) -> Verdict:
-        """Return the verdict of a detector that cannot speak about this call."""
+        """Return the verdict of a detector that does not apply to this call."""
         return cls(detector=detector, reason=reason)
 
     @property
     def applicable(self) -> bool:
-        """Whether the invariant holds for this kind of attention call at all."""
+        """Whether the invariant applies to this kind of attention call."""
         return self.reason is None
 
     @property
@@ -69,11 +68,11 @@ class Verdict:
 
 
 def merged(*verdicts: Verdict) -> Verdict:
-    """Join what one detector said of several calls, or of several sequences of one call.
+    """Return the joint verdict of one detector on several calls, or on several sequences of one call.
 
-    Counts are added, and NaN is the largest ratio and the smallest margin. What does not apply counts only if
-    nothing does; positions and detail are those of the first verdict that has any, the tightest row that of the first
-    with the smallest margin.
+    Counts are added; a NaN is both the largest ratio and the smallest margin. Verdicts that do not apply count only if
+    none applies. Positions and detail come from the first verdict that has them, the tightest row from the first
+    verdict with the smallest margin.
 
     Args:
         *verdicts: at least one.
@@ -123,7 +122,7 @@ def _closest(verdicts: Sequence[Verdict]) -> Verdict | None:
 
 
 def extreme(reduce: Callable[[Tensor], Tensor], *values: float | None) -> float | None:
-    """Return the largest or smallest of the values that exist; NaN if one of them is.
+    """Return the largest or smallest of the values that exist; NaN if one of them is NaN.
 
     Args:
         reduce: ``torch.max`` or ``torch.min``.

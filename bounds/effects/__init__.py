@@ -1,1 +1,1 @@
-"""What a fault does to a layer, in closed form; what an unseen one can have done; its repair."""
+"""The effect of a fault on a layer, in closed form; a bound for undetected faults; the repair of errors."""

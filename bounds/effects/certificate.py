@@ -1,12 +1,12 @@
-"""What a single fault can have done to the output of an attention call, seen from the checks of that call (T26).
+"""Bound the effect of a single fault on the output of an attention call, from the checks of that call (T26).
 
     certificate = certify(state, FaultChecks(q=p_q, k=p_k, v=p_v, scores=s_row, weights=w_sum, out=o_row))
     certificate.largest_relative            # no row of out is off by more than this share of its length
 
 The checks are equations that one changed element breaks by exactly its error: projections for q, k and v, row sums for
 scores, weights and out. If none fires, the error is at most the sum of two tolerances, and T26 turns that into a bound
-on every row of the output. The bound is on the distance between the output as stored and the one a fault-free pass
-would have stored: the rounding of both passes is in it. What no check covers is not certified, and that is said.
+on every row of the output. It bounds the distance between the stored output and the output that a fault-free pass would
+have stored, so it includes the rounding of both passes. A location without a check is not certified, and is reported.
 
 >>> from bounds.products import output_sums
 
@@ -43,13 +43,13 @@ from bounds.numerics.rounding import reduced_precision
 from fault_injection.locations import LOCATION_TABLE
 
 KAPPA = 2.0**-6
-"""By how much a tolerance may grow when the element it judges does: at most two storage roundings of 2^-8, and less
-than 2^-10 for everything else. What a fault adds to its own tolerance is lost at this rate."""
+"""The rate at which a tolerance may grow with its element: at most two storage roundings of 2^-8, and less than 2^-10
+for everything else. A fault can hide this share of its size in its own tolerance."""
 
 
 @dataclass(frozen=True, eq=False)
 class FaultChecks:
-    """For each location the check whose residual a single changed element moves by exactly its error.
+    """For each location, the check with a residual that a single changed element moves by exactly its error.
 
     Residuals are absolute values; (B, H, T) for q, scores, weights and out, (B, H_kv, S) for k and v. One more axis,
     of groups, tiles or elements, is allowed. None where no such check was made.
@@ -72,7 +72,7 @@ class FaultChecks:
 
 @dataclass(frozen=True, eq=False)
 class Certificate:
-    """Bounds on what one fault, in one element of one location, can have changed.
+    """Bounds on the effect of one fault in one element of one location.
 
     Attributes:
         bounds: by location, float64 (B, H, T): bound on the Euclidean length of the change of each row of out; infinite
@@ -104,12 +104,12 @@ _UNCOVERED = "no check covers it"
 
 @torch.no_grad()
 def certify(state: AttentionState, checks: FaultChecks) -> Certificate:
-    """Bound what a single fault can have done to each row of the output (docs/theory.md, T26).
+    """Return bounds on the effect of a single fault on each row of the output (docs/theory.md, T26).
 
     Args:
         state: the call, faulty or not.
-        checks: residuals and tolerances computed on that call. An allowance that the user added to a tolerance needs no
-            mention: the residual is what is used. The bound holds whether or not a check fires.
+        checks: residuals and tolerances computed on that call. The user's addition to a tolerance does not matter,
+            because the bound uses the residual. The bound holds whether or not a check fires.
 
     Temporary memory is bounded (``bounds.numerics.blocks``).
     """

@@ -1,4 +1,4 @@
-"""What the bounds of a certificate have in common: sizes of an attention call, row by row, and its rounding errors.
+"""The terms that all bounds of a certificate share: sizes of an attention call, row by row, and its rounding errors.
 
 >>> per_key = torch.tensor([[[1.0, 5.0, 2.0]]])
 >>> causal = torch.ones(1, 1, 3, 3, dtype=torch.bool).tril()

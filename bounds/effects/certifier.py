@@ -18,7 +18,7 @@ from bounds.softmax.softmax_detectors import WeightSum, weight_sums
 
 
 class Certifier:
-    """Bounds what an undetected fault can have done, call by call.
+    """Bounds the effect of an undetected fault, call by call.
 
     Args:
         model: the model whose calls are certified; the tables of its projections are made here.

@@ -1,4 +1,4 @@
-"""What is known in closed form of the faults of one location: four questions, each answered by one function.
+"""The closed forms of one location: four questions about its faults, each answered by one function.
 
 ``bounds.effects.forms`` has one module for each location, and the table of them. ``local_effect``, ``severity_terms``,
 the atlas and the certificate ask it.
@@ -32,11 +32,11 @@ class ClosedForm:
         name: the location.
         exact: ``exact(state, index, after, logit_map, effect)`` writes the change of out, when one element becomes
             ``after``, into ``effect`` (B, H, T, D_v), which is zero.
-        parts: what of a call ``severity`` needs (``severity_terms.PARTS``).
+        parts: the parts of a call that ``severity`` needs (``severity_terms.PARTS``).
         severity: ``severity(terms, index, added)`` returns how far N candidates move a row of out, relative to it.
         sweeps: by name, ``sweep(readers, before, bit, logit_map)``: the flips of one bit in every element of the tensor
             of one head, read by the query heads ``readers``. The atlas shows each name as a line of its own.
-        bound: ``bound(state, terms, error)`` returns by how much an error of at most ``error`` can move a row (T26).
+        bound: ``bound(state, terms, error)`` returns how far an error of at most ``error`` can move a row (T26).
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""One input, ready for fast runs: its recorded fault-free pass, and what was found out about it.
+"""One input, ready for fast runs: its recorded fault-free pass, and the facts found in it.
 
 opening = Opening(subject, chain, detectors)
 baseline = baselines.get(number, config, recorder=opening)               # one pass for both
@@ -68,7 +68,7 @@ class OpenedBatch:
     ) -> OpenedBatch | str:
         """Run a fault-free pass of its own and keep what runs can begin from, or say why they cannot."""
         groups = None
-        # Behind the fault-free pass, and behind its recording, lie many large holes.
+        # The fault-free pass and its recording leave many large holes in memory.
         give_back_free_memory()
         with recorded_origins(subject.model, detectors) as origins:
             if detectors and unsupported(detectors) is None:

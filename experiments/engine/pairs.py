@@ -30,7 +30,7 @@ from experiments.runs.drawing import FaultDrawing
 from experiments.runs.record import RunRecord
 
 WORTH_A_PROOF = 32
-"""Fewer runs are done sooner than the start-up proof of the fast engine."""
+"""Fewer runs than this take less time than the start-up proof of the fast engine."""
 
 
 class PairedRunner:

@@ -37,7 +37,7 @@ Done = TypeVar("Done")
 
 @dataclass(frozen=True)
 class Shortcut:
-    """What an injected pass need not compute.
+    """A shortcut: the parts that an injected pass need not compute.
 
     Attributes:
         execution: what the row calls this.

@@ -1,4 +1,4 @@
-"""The start-up proof: which shortcuts give the very bits of the plain pair, on the model and input at hand.
+"""The start-up proof: which shortcuts give exactly the bits of the plain pair, on this model and input.
 
     proof = prove(context, config)
     proof.rows is None                  # None: exact; else why not
@@ -46,12 +46,12 @@ ENVIRONMENT = ("MKL_CBWR", "ONEDNN_MAX_CPU_ISA", "OMP_NUM_THREADS", "MKL_NUM_THR
 
 
 UNSUITED = (RuntimeError, ValueError, TypeError, LookupError, AttributeError)
-"""What the code of an architecture raises where a shortcut does not suit it."""
+"""The errors that an architecture's code raises if a shortcut does not suit it."""
 
 
 @dataclass(frozen=True)
 class Proof:
-    """What is exact; a reason stands where something is not.
+    """The shortcuts that are exact; each other shortcut has the reason why it is not.
 
     Attributes:
         chain: the model's blocks; None where runs cannot begin at one of them.
@@ -59,7 +59,7 @@ class Proof:
         rows: why not many runs go through one pass by their changed rows; None: they do.
         head: why a wide head is not evaluated in pieces; None: it is.
         faults: how many random faults were compared.
-        repeatable: whether nothing was raised, which may be the affair of the moment (memory).
+        repeatable: whether no error was raised; an error may be temporary (such as lack of memory).
     """
 
     chain: Chain | None
@@ -70,7 +70,7 @@ class Proof:
     repeatable: bool = True
 
     def facts(self) -> dict[str, Any]:
-        """Return what provenance says of it."""
+        """Return the facts for provenance."""
         said = {name: getattr(self, name) or "exact" for name in ("resume", "rows", "head")}
         environment = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
         return {**said, "faults_compared": self.faults, "threads": torch.get_num_threads(), "environment": environment}

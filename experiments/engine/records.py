@@ -1,4 +1,4 @@
-"""The records of runs: what a run measured, as the rows that are written of it.
+"""The records of runs: the measurements of a run as rows of the result files.
 
 records = Records(context, model_name=None)
 rows = records.detections(drawn, watcher, effect)
@@ -26,7 +26,7 @@ class Records:
             the run's configuration).
 
     Attributes:
-        monitor: what the times of a run are added to.
+        monitor: sums up the times of a run.
     """
 
     def __init__(self, context: Context, model_name: str | None = None) -> None:

@@ -3,14 +3,14 @@
     first = compute_baseline(subject, batch, detectors)          # one pass, and a plain one to compare with
     second = compute_baseline(subject, other, detectors, seconds=first.forward_seconds)          # one pass
 
-It is computed once per input and model and read from the forward cache afterwards. Beside the output it holds the
-sites that faults can hit, the visible keys, what every detector said of the clean pass (the false positives), and the
-reduced statistics that ``oracle_*`` detectors compare with. All of it is found in one pass: the survey looks at each
-tensor first, then the detectors, and a recorder may keep what runs can begin from.
+It is computed once per input and model and read from the forward cache afterwards. Besides the output it holds the
+sites that faults can hit, the visible keys, the verdicts of every detector on the clean pass (the false positives), and
+the reduced statistics for ``oracle_*`` detectors. One pass finds all of this: the survey sees each tensor first, then
+the detectors, and a recorder may keep the tensors from which runs can begin.
 
-What faulty outputs are compared with is the output of this pass, in which taps only look. That they only look is
-checked: of the first input of a shape the pass is repeated without taps and must give the same bits, and of every input
-the detectors must leave the tensors alone that they read.
+Faulty outputs are compared with the output of this pass, in which taps only observe. Two checks ensure that they only
+observe: for the first input of each shape, the pass is repeated without taps and must give the same bits; and for every
+input, the detectors must not change the tensors that they read.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from fault_injection.numbers.model_outputs import bitwise_equal
 
 
 class Judge(Tap, Protocol):
-    """A tap that lets detectors look at a fault-free pass; ``Watcher`` is one."""
+    """A tap that shows a fault-free pass to detectors; ``Watcher`` is one."""
 
     @property
     def verdicts(self) -> Mapping[tuple[str, int], Verdict]:
@@ -65,8 +65,8 @@ class Baseline:
     Attributes:
         evaluation: loss and output.
         sites: by ``(layer, location)``.
-        situation: what detectors may know of this input; its ``baseline`` part is for ``oracle_*`` detectors alone.
-        verdicts: by ``(detector, layer)``, what the detectors said of this clean pass.
+        situation: the facts about this input that detectors may know; only ``oracle_*`` detectors read ``baseline``.
+        verdicts: by ``(detector, layer)``, the detectors' verdicts on this clean pass.
         forward_seconds: one fault-free pass with instrumentation but without taps, after a warm-up, on an input of
             this shape.
     """
@@ -86,13 +86,13 @@ def compute_baseline(
     seconds: float | None = None,
     recorder: Recorder | None = None,
 ) -> Baseline:
-    """Survey the input and let the detectors look, all in one pass.
+    """Survey the input and run the detectors, all in one pass.
 
     Args:
         subject: the patched model.
         batch: as ``Subject.to_device`` returns it.
         detectors: prepared and calibrated.
-        seconds: of a plain pass on an input of this shape; None: it is made now, and must give the same output.
+        seconds: the time of a plain pass on an input of this shape; None: make that pass now and compare outputs.
         recorder: keeps more of the pass.
 
     Raises:

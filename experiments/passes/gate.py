@@ -1,4 +1,4 @@
-"""The two checks that stand before every campaign: the equivalence gate and the control run.
+"""The two checks before every campaign: the equivalence gate and the control run.
 
 The gate shows that the patched model without a fault gives, bit for bit, the logits of the model's own eager attention
 on the campaign's first batch; the pass of the patched model is the one that runs are then compared with. The control
@@ -133,7 +133,7 @@ def _no_op(site: Site) -> Fault:
 
 
 def check_clean_correction(subject: Subject, batch: Mapping[str, Tensor], baseline: Baseline) -> None:
-    """Let a corrector look at the fault-free pass of ``batch``, in which it has nothing to do.
+    """Run a corrector in the fault-free pass of ``batch``, where it must find nothing to repair.
 
     Raises:
         CheckRefusedError: it found something, or the output is not bitwise that of the plain pass.

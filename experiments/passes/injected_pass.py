@@ -1,4 +1,4 @@
-"""One whole injected pass, and what was seen of it: the plain way to execute a run.
+"""One whole injected pass and its observations: the plain way to execute a run.
 
 injected = InjectedPass.of(subject, batch, faults, baseline.situation, detectors, config.detect, monitor)
 injected.evaluation.loss, injected.watcher.verdicts
@@ -32,7 +32,7 @@ Traced = Callable[[Callable[[], Evaluation], Watcher], Evaluation]
 
 @dataclass(frozen=True)
 class InjectedPass:
-    """What the injected pass of a run gave.
+    """The results of the injected pass of a run.
 
     Attributes:
         evaluation: loss and output.

@@ -3,8 +3,8 @@
     engine = FastEngine(subject, chain, recording, groups, rows, causal=True)
     runs = engine.run([(fault, True), (fault, False)], critical_loss=1e-3)      # whether to propagate each
 
-A run ends as early as it can: with its site (nothing there changed, or only the site is asked for), or behind the first
-block that returns what it returned without the fault.
+A run ends as early as it can: at its site (if nothing changed there, or only the site is requested), or after the first
+block whose output equals the fault-free one.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ SITE_ELEMENTS = 1 << 20
 """Scores of one site step."""
 
 MANY = 64
-"""Runs that are worth a site step of their own: detectors that a location cannot move then need not look."""
+"""This many runs are worth a site step of their own: detectors that their location cannot affect are then skipped."""
 
 HEAD_ROWS = 256
 """Rows whose logits are there at one time, unless a single run has more."""
@@ -206,7 +206,7 @@ class FastEngine:
     ) -> None:
         changes = outputs.changes(number, rows, hidden, owner, len(runs))
         for run, change in zip(runs, changes, strict=True):
-            # Zeros too: what was noted of a run before it had to go through whole sequences is void.
+            # Zeros, too: earlier notes on a run become void when it must go through whole sequences.
             if number in run.block_changes:
                 run.block_changes[number] = change
 

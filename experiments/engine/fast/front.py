@@ -20,7 +20,7 @@ from experiments.engine.fast.recording import changed_rows
 
 
 class EngineMismatchError(RuntimeError):
-    """Rows without a fault did not stay what they are: passes of these shapes are not exact."""
+    """Rows without a fault changed: passes of these shapes are not exact."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +56,7 @@ class Front:
             self._hidden = self._wave.through(number, self._pack, self._hidden)
 
     def settle(self, number: int, newcomers: Newcomers | None) -> None:
-        """Stand in front of block ``number``: drop runs without a changed row, and those that escaped; add others.
+        """Move to the input of block ``number``: drop runs without a changed row and escaped runs, and add others.
 
         Raises:
             EngineMismatchError: the rows of the control run changed.

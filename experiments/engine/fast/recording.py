@@ -1,8 +1,8 @@
-"""What a fault-free pass leaves behind, so that the runs of its input need not compute it again.
+"""Record a fault-free pass, so that the runs of its input need not compute it again.
 
     recording = record(subject, chain, batch)        # Recording, or the reason why runs cannot begin at a block
     with resumed(chain, recording, layer):
-        subject.forward(batch, injector)             # blocks in front of the layer's are not computed
+        subject.forward(batch, injector)             # does not compute the blocks before the layer's block
 
 Memory: by token, the hidden states of all blocks, and queries, keys, values and outputs of the attention modules, all
 references to tensors of the pass itself; scores and weights are not kept.
@@ -37,8 +37,8 @@ class AttentionRecord:
         core: the core.
         query: (B, H, T, d); key: (B, H_kv, S, d); value: (B, H_kv, S, d_v).
         mask, keywords: what the attention function was given beside them.
-        out: (B, T, H, d_v), what it returned.
-        projected: by "q", "k", "v", where the operands come from; None where nobody asked.
+        out: (B, T, H, d_v), its output.
+        projected: by "q", "k", "v", the origin of each operand; None if not requested.
     """
 
     core: AttentionCore
@@ -61,9 +61,9 @@ class Recording:
     """One fault-free pass.
 
     Attributes:
-        hidden: what each block was given, (B, T, D), and last what the last one returned.
-        arguments: all that each block was given.
-        outputs: what each block returned.
+        hidden: the input of each block, (B, T, D), and finally the output of the last block.
+        arguments: all arguments of each block.
+        outputs: the output of each block.
         attention: by layer, the evaluations of cores of path A.
         evaluation: loss and output of the pass.
     """

@@ -1,4 +1,4 @@
-"""A run of the fast engine: while it is on its way, and what is known when it has ended.
+"""A run of the fast engine: its state while it is open, and its result.
 
 run = OpenRun(number=0, site=site, propagate=True)
 with shared_time([run], synchronize):
@@ -25,11 +25,11 @@ from fault_injection.faults.one_head import FaultSite
 
 @dataclass(frozen=True)
 class FastRun:
-    """What one fault did.
+    """The result of one run.
 
     Attributes:
-        record: what it hit.
-        verdicts: by detector, of its layer.
+        record: the element that the fault hit.
+        verdicts: by detector, the verdicts on its layer.
         local: how far the layer's attention output moved.
         behind: by layer behind the fault, what ``finite`` says there, where it is not what it says of the clean pass.
         effect: on the model's output; None if it was not propagated.

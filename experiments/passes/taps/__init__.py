@@ -1,1 +1,1 @@
-"""What watches or repairs a pass while it runs."""
+"""Taps that watch or repair a pass while it runs."""

@@ -36,7 +36,7 @@ Origins = Callable[[AttentionCore], Mapping[str, ProjectedOperand]]
 
 @dataclass(frozen=True)
 class Situation:
-    """What a detector may know of an input besides the pass it looks at: properties of input and model alone.
+    """The facts that a detector may know besides the pass that it checks: properties of input and model alone.
 
     Attributes:
         visible: by ``(layer, call)``, which keys each query sees.

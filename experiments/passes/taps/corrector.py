@@ -1,15 +1,15 @@
 """The tap that repairs a pass while it runs.
 
-Where the sums of a product's rows and columns, or of the weights' rows, say that one element of scores, weights or
-output is wrong, it is computed again and the pass goes on with the repaired tensor (``bounds.effects.correction``).
+If the sums of a product's rows and columns, or of the weights' rows, show that one element of scores, weights or output
+is wrong, the tap computes this element again, and the pass continues with it (``bounds.effects.correction``).
 
     corrector = Corrector(situation.visible)
     with tapped(model, injector), tapped(model, watcher), tapped(model, corrector):
         model(**batch)
     corrector.repairs
 
-It comes after whatever injects and after whatever watches: those see the faulty tensor. In a fault-free pass it finds
-nothing (docs/theory.md, T19). Errors of queries, keys and values it cannot repair: the products start from them.
+It comes after injectors and watchers, which see the faulty tensor. In a fault-free pass it finds nothing
+(docs/theory.md, T19). It cannot repair errors of queries, keys and values, because the products start from them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The attention output of one layer, and how far a fault moved it: the effect that ``run.scope = site`` asks for.
+"""Keep the attention output of one layer, and measure how far a fault moved it (``run.scope = site``).
 
 keeper = OutputKeeper(layer=3)
 subject.forward(batch, injector, keeper)

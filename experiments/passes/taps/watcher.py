@@ -1,8 +1,8 @@
-"""The tap that lets detectors look at a pass while it runs.
+"""The tap that runs detectors inside a pass.
 
-Per attention call it hands the tensors of that call to the detectors as the last of them appears, keeps only verdicts
-and reduced statistics, and forgets the tensors: nothing is collected. Told which layers faults hit, it lets only those
-detectors look behind them that can fire there.
+When the last tensor of an attention call appears, the tap passes all tensors of the call to the detectors. It keeps
+only verdicts and reduced statistics, and drops the tensors. If it knows which layers faults hit, then in later layers
+it runs only the detectors that can fire there.
 
     watcher = Watcher(detectors, situation)
     with tapped(model, watcher):
@@ -33,12 +33,12 @@ class Watcher:
 
     Args:
         detectors: those to run; ``oracle_*`` ones only reduce where there is no baseline (the fault-free pass itself).
-        situation: what they may know.
-        layers: the layers to look at (default: all).
-        injected: the layers that faults hit: at others only detectors with ``propagates`` look, and no oracles; where
-            there are none of those, the tap does not ask for the tensors (default: all look at all layers).
+        situation: the facts that they may know.
+        layers: the layers to check (default: all).
+        injected: the layers that faults hit. Other layers are checked only by detectors with ``propagates``, and by no
+            oracles; without such detectors, the tap skips these layers (default: all detectors check all layers).
         synchronize: called before every reading of the clock.
-        certifier: bounds what an undetected fault can have done, in the first of the layers (default: nothing does).
+        certifier: bounds the effect of an undetected fault in the first of the layers (default: none).
         origins: tells where the operands of a core come from in the pass that runs (default: not known).
 
     Attributes:
@@ -80,7 +80,7 @@ class Watcher:
         self._kept = CallTensors()
 
     def on(self, location: str, tensor: Tensor, call: AttentionCall) -> None:
-        """Keep the tensor until the call's output is there; then let every detector look."""
+        """Keep the tensor until the call's output appears; then run every detector."""
         keep_tensor(self._kept, location, tensor, call, self._situation)
         if location != "out":
             return
