@@ -48,7 +48,7 @@ class FiniteDetector(Detector):
 
     @property
     def propagates(self) -> bool:
-        """It fires behind a fault too: an input that is not finite has an output that is not, however correct."""
+        """It also fires after a fault: a correct evaluation of a non-finite input gives a non-finite output."""
         return True
 
     @torch.no_grad()

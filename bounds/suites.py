@@ -1,6 +1,6 @@
-"""Named lists of detectors: a suite stands for its members wherever names of detectors are given.
+"""Named lists of detectors: the name of a suite can be used wherever names of detectors are given.
 
-| suite | what it is for |
+| suite | purpose |
 |---|---|
 | ``lite`` | the cheapest checks that see every operator |
 | ``full`` | every operator, by rows and by columns |
@@ -55,7 +55,7 @@ def suite_names() -> tuple[str, ...]:
 
 
 def expand(names: Iterable[str]) -> tuple[str, ...]:
-    """Return the detectors that a list of detectors and suites stands for, each once, in the order they first occur.
+    """Return the detectors in a list of detectors and suites, each once, in the order of their first occurrence.
 
     Args:
         names: names of registered detectors and of suites.

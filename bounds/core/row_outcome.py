@@ -74,7 +74,7 @@ def verdicts(name: str, outcome: RowOutcome) -> list[Verdict]:
     return _counted(name, outcome, outcome.fired.shape[0])
 
 
-def either(first: BoundedOutcome, second: BoundedOutcome) -> BoundedOutcome:
+def fires_if_one_does(first: BoundedOutcome, second: BoundedOutcome) -> BoundedOutcome:
     """Return the outcome of a check that fires where one of two does; both checked the same rows."""
     return BoundedOutcome(
         fired=first.fired | second.fired,

@@ -5,9 +5,9 @@
 
 The sums of a product's rows and columns say which row and which column hold an error; their crossing is the element.
 It is computed again from its operands, in float64, and replaced in a copy only if *no* correct computation could have
-stored what stands there. So however many faults there are, a correct element is never changed; what cannot be told
-apart is left alone and reported. Weights have no column sums: a row that is no distribution is compared with the
-softmax of its logits. Statements and proofs: docs/theory.md, T18 and T19.
+stored its value. So a correct element is never changed, regardless of the number of faults; ambiguous cases are left
+alone and reported. Weights have no column sums: a row that is not a distribution is compared with the softmax of its
+logits. Statements and proofs: docs/theory.md, T18 and T19.
 
 >>> query, key = torch.ones(1, 1, 3, 4), torch.ones(1, 1, 3, 4)
 >>> scores = query @ key.mT
@@ -34,15 +34,15 @@ Index = tuple[int, int, int | None, int | None]
 
 @dataclass(frozen=True)
 class Repair:
-    """What became of one violation: one for each head of a product, one for each row of the weights.
+    """The fate of one violation: one record for each head of a product, one for each row of the weights.
 
     Attributes:
         location: ``scores``, ``weights`` or ``out``.
-        index: (batch, head, row, column); a coordinate that could not be told is None.
+        index: (batch, head, row, column); an unknown coordinate is None.
         status: ``repaired``, or ``unrepaired`` if the tensor was left as it was.
-        value_before: the element as it was found; None unless there is exactly one that is wrong.
-        value_after: what it was replaced by; None if it was not.
-        layer, call: whose tensor it is; None and 0 where nobody said.
+        value_before: the stored element; None unless exactly one element is wrong.
+        value_after: the new value of the element; None if it was not replaced.
+        layer, call: the attention call of the tensor; None and 0 if unknown.
     """
 
     location: str
@@ -188,8 +188,9 @@ def repair_weights(logits: Tensor, weights: Tensor, visible: Tensor | None = Non
 
     Returns:
         The weights, a copy if an element was replaced, and one record per row that does not sum to one or leaves
-        ``0 <= w <= 1``, ``w = 0`` where masked. Rows without a visible key are not looked at: their softmax is not
-        defined; nor are rows whose logits are no numbers or let masked keys compete: the error lies before them.
+        ``0 <= w <= 1``, ``w = 0`` where masked. Rows without a visible key are skipped, because their softmax is not
+        defined. Rows with logits that are not finite, or that let masked keys compete, are skipped, too: their error
+        happened earlier.
     """
     mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=weights.device) if visible is None else visible
     mask = mask.expand(*mask.shape[:-1], weights.shape[-1])
@@ -221,7 +222,7 @@ def _repair_rows(logits: Tensor, stored: Tensor, seen: Tensor) -> tuple[Tensor, 
 
 def _softmax(logits: Tensor, count: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return the float64 softmax of rows of logits, and how far weights stored in ``dtype`` may be from it (F13)."""
-    # Over all columns, as the softmax itself read them: a masked logit lies too far below to count.
+    # Over all columns, as the softmax itself read them: a masked logit is too low to count.
     logits, count = logits.double(), count.unsqueeze(-1)
     exact = torch.softmax(logits, -1)
     spread = softmax_sums.largest_spread(count)

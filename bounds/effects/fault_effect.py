@@ -1,9 +1,9 @@
-"""What one changed element does to a layer's output, in closed form (docs/theory.md, T20-T25).
+"""The effect of one changed element on a layer's output, in closed form (docs/theory.md, T20-T25).
 
     changed = local_effect(state, "scores", (0, 3, 17, 5), after=-41.5, logit_map=plain_logit_map(state))
     changed[0, 3, 17]                      # out after the fault minus out before it: row 17 of head 3 moves
 
-The formulas hold in real arithmetic and are evaluated in float64; what the model's own arithmetic adds is rounding.
+The formulas hold in real arithmetic and are evaluated in float64; the model's own arithmetic differs by rounding.
 Scores, queries and keys act through the softmax, so that only *differences* of logits matter: a position bias or a
 shift of a whole row drops out, a soft cap does not and must be known (``LogitMap``). Masked scores have no effect. A
 masked weight has one: it multiplies its value like any other.

@@ -1,12 +1,12 @@
-"""How much single faults move their layer's output, predicted for many candidates at once from a fault-free call.
+"""Predict how far single faults move their layer's output, for many candidates at once, from a fault-free call.
 
     terms = severity_terms(state, "scores")
     terms.severity(indices, before, after)       # (N,) float64: largest change of a row of out, in units of its length
 
-The formulas are T20-T25 of docs/theory.md, as in ``bounds.effects.fault_effect``, where one fault is followed exactly;
-here what all faults of a location have in common is computed once and kept in float32, and a candidate costs a
-few reads. It is a prediction to choose faults by (``fault.aim: effect``) and no bound: soft caps are taken for the
-identity, and what overflows inside the layer is not followed.
+The formulas are T20-T25 of docs/theory.md, as in ``bounds.effects.fault_effect``, which follows one fault exactly. Here
+the terms that all faults of a location share are computed once and kept in float32, and a candidate costs a few reads.
+The result is a prediction for choosing faults (``fault.aim: effect``) and no bound: soft caps are treated as the
+identity, and overflows inside the layer are ignored.
 
 >>> q, k, v = torch.randn(3, 1, 1, 3, 2, generator=torch.Generator().manual_seed(0))
 >>> a = q @ k.mT

@@ -1,4 +1,4 @@
-"""One bit flipped in every element of a tensor, each alone, and what every one of these faults does.
+"""One bit flipped in every element of a tensor, each separately, and the effect of each of these faults.
 
 >>> flipped(torch.tensor([1.0, -2.0]), 31).tolist()
 [-1.0, 2.0]

@@ -1,7 +1,7 @@
-"""What the effects of all faults of one query head have in common, computed once.
+"""The terms that the effects of all faults of one query head share, computed once.
 
     terms = head_terms(state, gradient, batch=0, head=3)
-    terms.pull                                 # (T, S): what moving row i towards v_j does to the loss, first order
+    terms.pull                                 # (T, S): first-order change of the loss if row i moves towards v_j
 
 For T rows, S keys and D_v channels this costs O(T S D_v); each bit of each element is then a closed form on top.
 
@@ -24,7 +24,7 @@ from bounds.numerics.rounding import accumulation, gamma, storage
 
 @dataclass(frozen=True, eq=False)
 class HeadTerms:
-    """What the effects of all faults of one query head have in common; float64, sinks left out.
+    """The terms that the effects of all faults of one query head share; float64, without sinks.
 
     Attributes:
         state, batch, head, view: whose they are.

@@ -1,4 +1,4 @@
-"""One query head of an attention call in float64, and what its output does when its logits change.
+"""One query head of an attention call in float64, and the change of its output when its logits change.
 
 Closed forms in real arithmetic (docs/theory.md, T20-T22), evaluated so that nothing overflows and nothing cancels.
 
@@ -66,7 +66,7 @@ class HeadView:
         query: (T, d).
         key, value: (S', d) and (S', D_v), with rows of zeros for sinks.
         scores: (T, S'), raw; 0 for sinks.
-        mass: (T, S), what the values were multiplied by.
+        mass: (T, S), the factor of the values.
         visible: bool (T, S').
         log_weights, weights: (T, S'), the softmax of the stored logits over the visible keys; -inf and 0 elsewhere.
         others: (T, S'), ``1 - weights`` without cancellation.
@@ -189,7 +189,7 @@ def tilted(view: HeadView, key: int, delta: Tensor) -> Tensor:
 
 
 def mass_of(state: AttentionState) -> Tensor:
-    """Return what the values are multiplied by, (B, H, T, S); without a record of it, the weights of the keys."""
+    """Return the factor of the values, (B, H, T, S); if it was not recorded, the weights of the keys."""
     return state.weights[..., : state.key.shape[2]] if state.mass is None else state.mass
 
 

@@ -1,4 +1,4 @@
-"""What the severities of all faults of one location of one call have in common, kept in float32.
+"""The terms that the severities of all faults of one location of one call share, kept in float32.
 
 ``bounds.effects.fault_severity`` makes it; the closed forms of ``bounds.effects.forms`` read it.
 """
@@ -19,7 +19,7 @@ Index = tuple[Tensor, ...]
 
 @dataclass(frozen=True, eq=False)
 class SeverityTerms:
-    """What the severities of all faults of one location of one call have in common.
+    """The terms that the severities of all faults of one location of one call share.
 
     Attributes:
         location: the location.
@@ -40,7 +40,7 @@ class SeverityTerms:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that are kept."""
+        """The number of bytes of the tensors."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     @torch.no_grad()
@@ -90,7 +90,7 @@ PARTS: Mapping[str, Callable[[HeadView, Tensor], Tensor]] = {
     "spread": _spread,
 }
 SHARED_PARTS = frozenset({"key", "value"})
-"""Those that the query heads of a group have in common."""
+"""The terms that the query heads of a group share."""
 
 
 def tilt_of(log_weights: Tensor, delta: Tensor) -> Tensor:

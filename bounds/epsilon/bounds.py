@@ -35,7 +35,7 @@ from bounds.numerics.selection import Masks, selected
 
 @dataclass(frozen=True, eq=False)
 class Interval:
-    """Where epsilon must lie, row by row: ``lower - tolerance <= epsilon <= upper + tolerance``, shape (..., T).
+    """The interval of epsilon, row by row: ``lower - tolerance <= epsilon <= upper + tolerance``, shape (..., T).
 
     Attributes:
         checked: bool; the other entries mean nothing where it is False.
@@ -64,10 +64,10 @@ class AttentionBounds:
         epsilon: float64, ``(a* - sum w a) / alpha``.
         lower1, middle, upper1, upper2: float64, the chain T2 divided by alpha.
         lower, upper: float64, the larger of the lower and the smaller of the upper bounds.
-        tolerance: float64, proved bound on how far a correct computation may lie outside [lower, upper] (F2).
+        tolerance: float64, proved bound on how far a correct computation may be outside [lower, upper] (F2).
         scale: alpha, the factor between q.k and the logits.
         magnitude: float64, ``sum |w a| / alpha``.
-        error: what the weights may be off by, for those who derive further tolerances (the q@o path).
+        error: bound on the error of the weights, to derive further tolerances (the q@o path).
         tight_lower, tight_upper: float64, the best possible bounds given (gamma, n, w*) (T4), recomputed from the
             logits alone; None unless asked for. Check them with ``detect_violation(bounds.tightened())``.
     """
@@ -122,7 +122,7 @@ def compute_attention_bounds(
     Args:
         scores: (..., T, S) logits, exactly as the softmax received them (scaled, with cap and bias; entries that
             ``mask`` hides are ignored). float64, float32, bfloat16 or float16.
-        weights: (..., T, S) what the softmax returned. Its dtype decides the tolerance: float64 arithmetic for
+        weights: (..., T, S), the output of the softmax. Its dtype decides the tolerance: float64 arithmetic for
             float64, else float32 and one storage rounding for the half formats.
         d: head dimension; epsilon is ``sqrt(d) * (a* - sum w a)``.
         mask: which keys a row sees, broadcastable to ``scores``: None (all), bool (True = visible), or an additive

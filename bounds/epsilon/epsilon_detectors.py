@@ -2,14 +2,14 @@
 
 | name | what must hold | reads |
 |---|---|---|
-| ``s@w`` | epsilon of logits and weights lies in the bounds of the same pass | logits, weights |
+| ``s@w`` | epsilon of logits and weights is within the bounds of the same pass | logits, weights |
 | ``s@w_tight`` | the same with the best bounds that gamma, n and w* allow (T4) | logits, weights |
-| ``q@o`` | epsilon of query and output lies in them, widened by the slack of T6 | all but scores |
+| ``q@o`` | epsilon of query and output is within them, widened by the slack of T6 | all but scores |
 | ``comb`` | both | all but scores |
 | ``oracle_...`` | the same against the bounds of the fault-free pass | its reduced statistics |
 
-What they can see is limited by theorem (docs/theory.md, T5): logits and weights that belong together satisfy the
-chain whatever the logits are, so ``s@w`` sees faults in the weights only, besides non-finite values.
+A theorem limits what they can see (docs/theory.md, T5): logits and weights that belong together satisfy the chain for
+any logits, so ``s@w`` sees only faults in the weights, besides non-finite values.
 
 >>> import torch
 >>> from bounds import AttentionState, get_detector
@@ -28,7 +28,7 @@ from typing import Any
 
 from bounds.core.attention_state import AttentionState
 from bounds.core.detector import Detector, Verdict
-from bounds.core.row_outcome import BoundedOutcome, either, verdict, verdicts
+from bounds.core.row_outcome import BoundedOutcome, fires_if_one_does, verdict, verdicts
 from bounds.epsilon.bounds import Interval
 from bounds.epsilon.epsilon_statistics import (
     EpsilonBaseline,
@@ -70,7 +70,7 @@ def _matching(state: AttentionState, baseline: Any) -> EpsilonBaseline:
 
 
 class _EpsilonDetector(Detector):
-    """Shared by the detectors of the chain; an oracle differs from its online twin in where the interval comes from."""
+    """Shared by the detectors of the chain; an oracle takes the interval from the fault-free pass."""
 
     per_group = True
 
@@ -176,7 +176,7 @@ class CombinedDetector(OutputDetector):
 
     def outcome(self, state: AttentionState, baseline: Any) -> BoundedOutcome:
         """Return what is found along either path."""
-        return either(self.by_weights(state, baseline), self.by_output(state, baseline))
+        return fires_if_one_does(self.by_weights(state, baseline), self.by_output(state, baseline))
 
 
 @register_detector

@@ -48,7 +48,7 @@ class QueryOutput:
 
 
 def query_output_reason(state: AttentionState) -> str | None:
-    """Return why T6 says nothing about ``state``, or None when it applies."""
+    """Return why T6 does not apply to ``state``, or None if it applies."""
     if state.has_bias_or_cap is None:
         return "it is not known whether the logits have a bias or soft cap"
     if state.has_bias_or_cap:
@@ -141,7 +141,7 @@ def _value_lengths(state: AttentionState) -> Tensor:
 
 
 def _spread(bounds: AttentionBounds) -> Tensor:
-    """Return an upper bound of E, whatever the rounding of the bounds: W0((n - 1) / e), T2."""
+    """Return an upper bound of E that includes any rounding of the bounds: W0((n - 1) / e), T2."""
     return largest_spread(bounds.n)
 
 

@@ -1,4 +1,4 @@
-"""Attention by a fused kernel, which shows neither scores nor weights: what remains of it for detectors to read.
+"""Attention by a fused kernel, which shows neither scores nor weights, and the tensors that detectors can still read.
 
     state = fused_attention(query, key, value, causal=True)       # PyTorch's own flash kernel
     get_detector("fused_sum").check(state)
@@ -32,7 +32,7 @@ Derived = TypeVar("Derived")
 
 @dataclass(frozen=True, eq=False)
 class FusedState:
-    """What is visible of one call of a fused attention kernel. Like ``AttentionState``, it copies no tensor.
+    """The visible tensors of one call of a fused attention kernel. Like ``AttentionState``, it copies no tensor.
 
     Attributes:
         query: (B, H, T, D).

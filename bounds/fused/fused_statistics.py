@@ -1,4 +1,4 @@
-"""What a fused attention kernel must satisfy, evaluated on what it shows, with the errors it may make.
+"""The invariants of a fused attention kernel, evaluated on its visible tensors, with their tolerances.
 
     state.derived(lse_bounds)             # RowCheck of T10, and so on: functions of a FusedState
 
@@ -24,7 +24,7 @@ from bounds.fused.fused_attention import FusedState, sum_columns, sum_of_columns
 from bounds.numerics.rounding import accumulation, gamma, storage
 
 BLOCK_KEYS = 16
-"""Fewest keys of a block of a fused kernel but for the last: real ones take 32 to 512."""
+"""The smallest number of keys in a block of a fused kernel, except the last block: real kernels take 32 to 512."""
 
 _EXP_ERROR = {torch.float64: 2.0**-50, torch.float32: 2.0**-18, torch.bfloat16: 2.0**-12, torch.float16: 2.0**-12}
 """Relative error of a fused kernel's exponential. PyTorch's CPU kernels use one of 20 units in the last place in

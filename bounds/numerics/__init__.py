@@ -1,1 +1,1 @@
-"""Arithmetic that proofs rest on: rounding errors, sums in a fixed order, the epsilon chain in real numbers."""
+"""The arithmetic behind the proofs: rounding errors, sums in a fixed order, the epsilon chain in real numbers."""

@@ -1,4 +1,4 @@
-"""Cut a batch of rows into blocks, so that temporary memory stays bounded whatever the size of a layer.
+"""Cut a batch of rows into blocks, so that temporary memory stays bounded for any size of a layer.
 
 >>> blocks = list(row_blocks((2, 5), width=10, elements=30))          # 2 x 5 rows of 10, at most 3 rows a block
 >>> [(heads.start, rows.start, rows.stop) for heads, rows in blocks]
@@ -25,7 +25,7 @@ def row_blocks(shape: tuple[int, ...], width: int, elements: int = BLOCK_ELEMENT
         width: length of one row.
         elements: most elements in a block. A block has at least one row.
 
-    Rows are never cut, so that a sum over a row has the same bits whatever the block it is in.
+    Rows are never cut, so that the bits of a sum over a row do not depend on its block.
     """
     rows = max(1, elements // max(width, 1))
     steps = []

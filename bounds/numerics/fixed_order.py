@@ -1,8 +1,8 @@
-"""Sums and products in float64 whose bits depend on their own terms alone.
+"""Sums and products in float64 with bits that depend only on their own terms.
 
-A library may add the same terms in another order when there are more columns or matrices beside them, when they lie
-elsewhere in memory, or when there are more threads. What is found of one sequence must not depend on the others that
-are judged with it, so sums across rows and matrix products that feed a verdict are taken here.
+A library may add the same terms in another order if the tensor has more columns or matrices, if its memory is aligned
+differently, or if the process has more threads. The verdict on one sequence must not depend on the other sequences of
+the batch, so sums across rows and matrix products that feed a verdict use this module.
 
     wide(tensor).sum(-1)                  # rows
     folded(tensor.double())               # columns

@@ -3,8 +3,8 @@
     sums = line_sums(scores, columns=True)     # total and size (B, H, S, 1): one sum a column
     sums = line_sums(scores, width=32)         # (B, H, T, S / 32): one sum a tile of 32 neighbours
 
-The tensor is converted block by block: what is temporary is one block, whatever the size of the layer. The bits of a
-sum depend on its own entries alone (``bounds.numerics.fixed_order``).
+The tensor is converted block by block, so temporary memory is one block for any size of the layer. The bits of a sum
+depend only on its own entries (``bounds.numerics.fixed_order``).
 
 >>> stored = torch.tensor([[1.0, 2.0, -3.0], [4.0, 5.0, 6.0]])
 >>> line_sums(stored, width=2).total.tolist(), line_sums(stored, columns=True).size[:, 0].tolist()

@@ -1,4 +1,4 @@
-"""Rounding errors of attention: how far a correct computation may be from the real numbers it stands for.
+"""Rounding errors of attention: how far a correct computation may be from the result in real numbers.
 
 Every tolerance of this package is a theorem about floating-point arithmetic, never a number that was tuned. The
 assumptions (docs/theory.md, "Arithmetic"): round to nearest; float64 kernels compute in float64, all others in

@@ -1,4 +1,4 @@
-"""Where keys and values are the same, the output answers for the scores: ``q_i . o_i = sum_j w_ij s_ij / factor``.
+"""If keys and values are equal, the output determines a mean of the scores: ``q_i . o_i = sum_j w_ij s_ij / factor``.
 
     check = identity(query, key, scores, mass, out)
 
@@ -69,7 +69,7 @@ def identity(
 
 
 def _raised_lengths(vectors: Tensor, dtype: torch.dtype) -> Tensor:
-    # By what a product may lose to subnormal operands, and by what the squares of float64 numbers below 1e-154 lose.
+    # The loss of a product to subnormal operands, and of the squares of float64 numbers below 1e-154.
     least = math.sqrt(vectors.shape[-1]) * flushed(dtype) + 2.0**-500
     return torch.linalg.vector_norm(vectors, dim=-1, dtype=torch.float64) + least
 

@@ -1,4 +1,4 @@
-"""The detectors of the value product: what multiplied weights and values returned their product.
+"""The detectors of the value product: the output must be the product of weights and values.
 
 | name | what must hold | rows |
 |---|---|---|

@@ -1,6 +1,6 @@
 """The output lies in the convex hull of the values and 0: no channel leaves its range, no row is too long.
 
-    reach = mass_reach(weights, mass)             # 1 + rho: what the masses of a row sum to at most
+    reach = mass_reach(weights, mass)             # 1 + rho: the largest possible sum of the masses of a row
     channel_hull(value, out, reach)               # min(0, min_j v_jc) <= o_ic <= max(0, max_j v_jc)
     length_hull(value, out, reach)                # |o_i| <= max_j |v_j|
 

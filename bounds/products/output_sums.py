@@ -3,8 +3,8 @@
     check = row_sums(mass, value, out)          # sum_c o_ic = sum_j w_ij (sum_c v_jc)
     check = column_sums(mass, value, out)       # sum_i o_ic = sum_j (sum_i w_ij) v_jc
 
-W is the *mass*: what really multiplied the values, after cast, dropout and removal of a sink's column. Nothing is
-assumed of it: the sums check the product alone. Statements and proofs: docs/theory.md, T7, F5 and F8.
+W is the *mass*: the factor that really multiplied the values, after cast, dropout and removal of a sink's column. The
+checks assume nothing about it: they check only the product. Statements and proofs: docs/theory.md, T7, F5 and F8.
 
 Shapes everywhere: mass (B, H, T, S), value (B, H_kv, S, D_v) not repeated, out (B, H, T, D_v). float64, float32,
 bfloat16 or float16; what is returned is float64. ``keys``, broadcastable to (B, H, T), is the number of keys a row
@@ -28,7 +28,7 @@ from bounds.products.product_sums import Transposed, tile_check
 
 @torch.no_grad()
 def row_sums(mass: Tensor, value: Tensor, out: Tensor, keys: Tensor | None = None) -> RowCheck:
-    """Return how far the sum of every row of the output is from what the operands give, (B, H, T) (F8)."""
+    """Return how far the sum of every row of the output is from the value that the operands give, (B, H, T) (F8)."""
     check = group_sums(mass, value, out, keys, width=out.shape[-1])
     return RowCheck(check.residual[..., 0], check.tolerance[..., 0])
 

@@ -1,4 +1,4 @@
-"""What the detectors of the two matrix products share: one equation a row, and when it can be judged."""
+"""The base class of the detectors of the two matrix products: one equation per row, and when it can be judged."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class ProductDetector(RowDetector):
     @staticmethod
     @abstractmethod
     def equation(state: AttentionState) -> RowCheck:
-        """Return residuals and tolerances of a state the equation applies to."""
+        """Return residuals and tolerances of a state to which the equation applies."""
 
     def derive(self, state: AttentionState) -> None:
         """Compute residuals and tolerances."""

@@ -1,9 +1,9 @@
 """The detectors of the query, key and value projections.
 
-``P_q``, ``P_k``, ``P_v`` check one sum a head, ``P4_q``, ``P4_k``, ``P4_v`` one for every four channels, which is finer
-and dearer. They reach from what the projection reads to what the attention product reads: a norm, factor or rotary
-embedding in between (the tail) is computed again and compared element by element. The tables are made from the weights
-in ``prepare``: a weight that changes afterwards is a fault like any other.
+``P_q``, ``P_k``, ``P_v`` check one sum per head, ``P4_q``, ``P4_k``, ``P4_v`` one for every four channels, which is
+finer and costs more. They check everything from the input of the projection to the operand of the attention product: a
+norm, factor or rotary embedding in between (the tail) is computed again and compared element by element. ``prepare``
+makes the tables from the weights, so a weight that changes afterwards counts as a fault.
 
 Nothing that reads only queries, keys and values can see a fault in one of them: a changed operand followed by correct
 attention is a correct computation of other operands. So there must be one such check for each of the three.
@@ -62,7 +62,7 @@ def operand_reason(state: AttentionState, operand: str, tail: Tail | None) -> st
 
 @torch.no_grad()
 def _is_linear(source: OperandSource, tables: ProjectionTables) -> bool:
-    """Whether the module returns, hooks included, what its weight and bias say: a subclass may quantise or clip."""
+    """Return whether the module, with its hooks, computes x.W + b: a subclass may quantise or clip."""
     module = source.projection.module
     weight = cast(Tensor, module.weight)
     inputs = source.projection.weight().shape[1]
@@ -109,12 +109,12 @@ class ProjectionDetector(RowDetector):
         return tables, source.tail if norm is None else replace(source.tail, gain=norm.gain().clone())
 
     def derive(self, state: AttentionState) -> None:
-        """Make the float64 copy of what the projections read."""
+        """Make the float64 copy of the projections' input."""
         if self.applicable(state) is None and state.projected is not None:
             state.derived(wide_hidden).of(state.projected[self.operand].hidden)
 
     def applicable(self, state: AttentionState) -> str | None:
-        """Return why nothing can be said of the operand of this call, or None."""
+        """Return why the operand of this call cannot be judged, or None."""
         if not self._prepared:
             return "it was not prepared for this model (prepare)"
         found = self._prepared.get(state.name, "this module was not there when it was prepared")
@@ -126,7 +126,7 @@ class ProjectionDetector(RowDetector):
 
     @torch.no_grad()
     def check_rows(self, state: AttentionState) -> RowCheck:
-        """Return residual and tolerance of every row, of a call the detector applies to."""
+        """Return residual and tolerance of every row; the detector must apply to the call."""
         found = self._prepared[state.name]
         if isinstance(found, str) or state.projected is None:
             raise ValueError(f"{self.name}: got a call it does not apply to; ask applicable() first")

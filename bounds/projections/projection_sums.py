@@ -1,4 +1,4 @@
-"""Checksums of the query, key and value projections, and of what lies between them and the attention product.
+"""Checksums of the query, key and value projections, and checks of the steps between them and the attention product.
 
     tables = ProjectionTables.of(weight, bias, heads=12)              # once per model, from the weights
     check = row_sums(operand, tables)                                 # RowCheck, one row per head and position
@@ -35,7 +35,7 @@ _SECOND_ORDER = 1 + 2.0**-10
 
 @dataclass(frozen=True, eq=False)
 class ProjectionTables:
-    """What a projection's checksums need of its weights; float64.
+    """The sums of a projection's weights that its checksums need; float64.
 
     Attributes:
         sums: (D, heads * groups), the rows of W added up over the channels of each group: W 1.
@@ -236,7 +236,7 @@ def _worst_elements(off: Tensor, tolerance: Tensor, parts: int, group: int) -> t
 
 
 def worst(first: RowCheck, second: RowCheck) -> RowCheck:
-    """Return the check that fires where either of two on the same rows does, whatever allowance is added to both."""
+    """Return a check that fires where one of two checks on the same rows fires, for any allowance added to both."""
     excess = [
         torch.where(torch.isfinite(check.tolerance), check.residual - check.tolerance, torch.nan)
         for check in (first, second)

@@ -99,9 +99,9 @@ class Cells:
         if self._stop.margin is not None:
             for run in runs:
                 groups.setdefault(_number(run), []).append(run)
-        self._cells = {number: self._made(group, known) for number, group in groups.items()}
+        self._cells = {number: self._cell_of(group, known) for number, group in groups.items()}
 
-    def _made(self, runs: list[PlannedRun], known: Mapping[str, bool]) -> Cell:
+    def _cell_of(self, runs: list[PlannedRun], known: Mapping[str, bool]) -> Cell:
         stop = self._stop
         runs.sort(key=lambda run: run.repeat)
         rule = StopRule(stop.margin or 0.0, stop.confidence, stop.minimum, stop.growth)

@@ -39,7 +39,7 @@ def status(arguments: Sequence[str]) -> int:
     counts = Counter(state.slurm for state in states if state.slurm)
     if submission and counts:
         print(f"  job {submission.job}: {', '.join(f'{n} {state}' for state, n in counts.most_common())}")
-    for state in states if len(states) <= SHOWN else [state for state in states if _odd(state)][:SHOWN]:
+    for state in states if len(states) <= SHOWN else [state for state in states if _needs_attention(state)][:SHOWN]:
         rate = f", {state.rate:.3g} runs/s" if state.rate else ""
         print(f"  shard {state.name}: {state.done} of {state.planned} runs, {state.words}{rate}")
     for run_id, reason in list(failed.items())[:5]:
@@ -47,7 +47,7 @@ def status(arguments: Sequence[str]) -> int:
     return 0 if done + len(unneeded) == len(plan.runs) else 1
 
 
-def _odd(state: ShardState) -> bool:
+def _needs_attention(state: ShardState) -> bool:
     return state.done < state.planned and state.holder is None
 
 

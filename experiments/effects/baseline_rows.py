@@ -192,7 +192,7 @@ class _Comparison:
         elif not near.any():
             losses, apart = self._far(injected, change, chances, targets, before)
         else:
-            losses, apart = self._either(near, injected, change, chances, targets, before)
+            losses, apart = self._losses_and_divergences(near, injected, change, chances, targets, before)
         return finite, norms, losses, apart, _moved(before, *likeliest)
 
     def _far(
@@ -203,7 +203,7 @@ class _Comparison:
         answers = answers_of(after, targets, scratch=after)
         return answers.losses, divergences(change, chances, before, answers)
 
-    def _either(
+    def _losses_and_divergences(
         self, near: Array, injected: Tensor, change: Array, chances: Array, targets: Array, before: RowAnswers
     ) -> tuple[Array, Array]:
         losses, apart = before.losses + 0.0, before.losses + 0.0

@@ -21,7 +21,7 @@ _CELLS = (
 )
 
 
-def _of(runs: pd.DataFrame) -> str:
+def _population_words(runs: pd.DataFrame) -> str:
     """Return the n of a caption and, if harm is not drawn, the reason."""
     harm = "" if _harm_is_known(runs) else " No run was propagated to the output, so harm is not known."
     return f"{_CELLS}{population(runs)}.{harm}"
@@ -71,7 +71,7 @@ def location_bit_map_caption(runs: pd.DataFrame) -> str:
     """Return what the figure shows, and of how many faults."""
     other = int(runs["bit"].isna().sum())
     left_out = f" {other:,} runs of several bits or none are not drawn." if other else ""
-    return f"Rates of harm and of detection by location and flipped bit.{_of(runs)}{left_out}"
+    return f"Rates of harm and of detection by location and flipped bit.{_population_words(runs)}{left_out}"
 
 
 @styled
@@ -114,7 +114,7 @@ def layer_head_map_caption(runs: pd.DataFrame) -> str:
     left_out = f" {headless:,} runs that hit no single head are not drawn." if headless else ""
     return (
         "Rates of harm and of detection by the (first) layer and the head that faults hit; for faults in k and v the "
-        f"head is that of keys and values.{_of(runs)}{left_out}{more}"
+        f"head is that of keys and values.{_population_words(runs)}{left_out}{more}"
     )
 
 
@@ -141,5 +141,5 @@ def fault_depth_map_caption(runs: pd.DataFrame) -> str:
     """Return what the figure shows, and of how many faults."""
     return (
         "Rates of harm and of detection by location (and kind, where there are several) and by the third of the "
-        f"model's attention layers that faults hit.{_of(runs)}"
+        f"model's attention layers that faults hit.{_population_words(runs)}"
     )

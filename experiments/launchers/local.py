@@ -96,7 +96,7 @@ def _started(
     options: Sequence[str], shards: Sequence[Shard], config: ExperimentConfig, stop: StopRequest
 ) -> Iterator[list[subprocess.Popen[str]]]:
     """Start the workers for a block; when the block ends, for any reason, no worker is left."""
-    said = _Said()
+    lines = _WorkerLines()
     gpus = _gpus(config)
     processes: list[subprocess.Popen[str]] = []
     readers: list[threading.Thread] = []
@@ -110,7 +110,7 @@ def _started(
                 text=True,
             )
             processes.append(process)
-            readers.append(threading.Thread(target=said.pass_on, args=(shard.number, process), daemon=True))
+            readers.append(threading.Thread(target=lines.pass_on, args=(shard.number, process), daemon=True))
             readers[-1].start()
         yield processes
     finally:
@@ -164,7 +164,7 @@ def _longest(stop: StopRequest, number: int | None) -> float:
     return stop.grace if number == signal.SIGUSR1 else min(stop.grace, TERM_SECONDS)
 
 
-class _Said:
+class _WorkerLines:
     """Passes on the lines that workers print; a line that several workers print is printed once."""
 
     def __init__(self) -> None:

@@ -86,9 +86,9 @@ def packed_arguments(arguments: Arguments, rows: Tensor, shape: tuple[int, int])
     sequences, length = shape
     position, sequence = rows % length, rows // length
 
-    def taken(value: Any) -> Any:
+    def at_rows(value: Any) -> Any:
         if isinstance(value, tuple):
-            return tuple(taken(part) for part in value)
+            return tuple(at_rows(part) for part in value)
         if not isinstance(value, Tensor):
             return value
         if value.dim() == 1 and value.shape[0] == length:
@@ -98,4 +98,4 @@ def packed_arguments(arguments: Arguments, rows: Tensor, shape: tuple[int, int])
         return value
 
     args, kwargs = arguments
-    return tuple(taken(value) for value in args), {name: taken(value) for name, value in kwargs.items()}
+    return tuple(at_rows(value) for value in args), {name: at_rows(value) for name, value in kwargs.items()}

@@ -39,7 +39,7 @@ def setting_list(
         axes: swept fields and their values.
         arguments: the command line of the campaign; ``None`` if it is not known.
     """
-    options, file = _given(arguments or ())
+    options, file = _given_options(arguments or ())
     embedded = flatten(read_config_file(DEFAULT_CONFIG)) if arguments is not None and file is None else {}
     defaults = flat_fields(Sections())
 
@@ -59,7 +59,7 @@ def setting_list(
     return sorted(listed, key=lambda setting: ORIGINS.index(setting.origin))
 
 
-def _given(arguments: Sequence[str]) -> tuple[set[str], str | None]:
+def _given_options(arguments: Sequence[str]) -> tuple[set[str], str | None]:
     """Return the fields that options name, and the file that ``--config`` names."""
     options: set[str] = set()
     file: str | None = None

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bounds import Verdict, get_detector
-from bounds.core.row_outcome import BoundedOutcome, either, verdict, verdicts
+from bounds.core.row_outcome import BoundedOutcome, fires_if_one_does, verdict, verdicts
 from bounds.core.sequences import by_group
 from bounds.core.verdict import merged
 from fault_injection import ElementIndex
@@ -70,7 +70,7 @@ def test_of_verdicts_with_one_margin_the_first_counts_and_nan_before_all() -> No
 
 def test_a_check_of_two_quantities_has_no_interval() -> None:
     rows = [[(0.5, True)] * 4]
-    assert verdict("x", either(outcome_of(rows), outcome_of(rows))).tightest is None
+    assert verdict("x", fires_if_one_does(outcome_of(rows), outcome_of(rows))).tightest is None
     state = random_state(kv_equal=True)
     assert get_detector("comb").check(state).tightest is None
     assert get_detector("q@o").check(state).tightest is not None
