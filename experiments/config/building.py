@@ -2,8 +2,9 @@
 
     sections = build_sections({"fault.location": "q", "seed": 3}, {"fault.bit": "0:32"})
 
-jsonargparse checks the types. It also converts some texts ("12" to a number, "#" to nothing); this module undoes that
-and refuses any other conversion, so that a configuration means what was written.
+A value that has exactly the type of its field is taken as it is. jsonargparse checks the others; it is loaded only for
+them. It also converts some texts ("12" to a number, "#" to nothing); this module undoes that and refuses any other
+conversion, so that a configuration means what was written.
 """
 
 from __future__ import annotations
@@ -12,13 +13,12 @@ import copy
 import dataclasses
 import functools
 import re
+import types
 import typing
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
-
-from jsonargparse import ArgumentError, ArgumentParser
+from typing import TYPE_CHECKING, Any
 
 from experiments.config.axes import axis_values
 from experiments.config.checks import check_at_least
@@ -28,6 +28,9 @@ from experiments.config.slurm_section import SlurmConfig
 from experiments.errors import UsageError
 from fault_injection.locations import LOCATION_TABLE
 from fault_injection.names import nearest
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,8 @@ def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 @functools.cache
 def _parser() -> ArgumentParser:
+    from jsonargparse import ArgumentParser
+
     parser = ArgumentParser(exit_on_error=False, add_help=False)
     parser.add_class_arguments(Sections)
     return parser
@@ -198,6 +203,11 @@ def is_optional(key: str) -> bool:
 
 def _typed(flat: Mapping[str, Any], shown_key: str | None = None) -> dict[str, Any]:
     """Return the values with the types of their fields; raise ``UsageError`` if a type is wrong."""
+    if all(_fits(value, _types()[key]) for key, value in flat.items()):
+        return dict(flat)
+    # Imported here: most configurations do not come this far.
+    from jsonargparse import ArgumentError
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -205,6 +215,15 @@ def _typed(flat: Mapping[str, Any], shown_key: str | None = None) -> dict[str, A
         except ArgumentError as error:
             raise UsageError(_one_line(str(error), shown_key)) from error
     return {key: _unconverted(shown_key or key, key, given, parsed[key]) for key, given in flat.items()}
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Return whether a value has exactly one of the types of a field."""
+    allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if isinstance(value, list):
+        elements = {kind for allow in allowed if typing.get_origin(allow) is list for kind in typing.get_args(allow)}
+        return bool(elements) and all(type(item) in elements for item in value)
+    return type(value) in allowed
 
 
 def _unconverted(shown_key: str, key: str, given: Any, parsed: Any) -> Any:
