@@ -109,7 +109,7 @@ def shard_states(
     if submission is not None:
         attempts.append((submission.submitted, submission.workers))
     count = max(attempts)[1] if attempts else 1
-    numbers = shard_numbers(plan, count).tolist()
+    numbers = _shard_of_each(plan, count)
     planned = Counter(numbers)
     rows = Counter(number for run, number in zip(plan.runs, numbers, strict=True) if run.run_id in finished)
     spared = unneeded - finished
@@ -130,6 +130,11 @@ def shard_states(
             )
             for number in range(1, count + 1)
         ]
+
+
+def _shard_of_each(plan: Plan, count: int) -> list[int]:
+    """Return the number of the shard of every run, in the order of the plan."""
+    return [1] * len(plan.runs) if count == 1 else shard_numbers(plan, count).tolist()
 
 
 def _jobs_of_locks(folder: CampaignFolder) -> set[str]:
@@ -160,7 +165,7 @@ def _slurm_state(tasks: dict[str, str], submission: Submission | None, number: i
 def shards_left(folder: CampaignFolder, plan: Plan, count: int) -> list[int]:
     """Return the numbers of the shards (of ``count``) that still have runs to do, in rising order."""
     done = folder.finished_runs() | grid_of(folder, plan).unneeded()
-    numbers = shard_numbers(plan, count).tolist()
+    numbers = _shard_of_each(plan, count)
     return sorted({number for run, number in zip(plan.runs, numbers, strict=True) if run.run_id not in done})
 
 
@@ -174,7 +179,7 @@ def missing_runs(
     folder: CampaignFolder, plan: Plan, states: list[ShardState], run_ids: Iterable[str]
 ) -> list[MissingRun]:
     """Return why runs have no row: the error that a run raised, or else the state of its shard."""
-    numbers = dict(zip((run.run_id for run in plan.runs), shard_numbers(plan, len(states)).tolist(), strict=True))
+    numbers = dict(zip((run.run_id for run in plan.runs), _shard_of_each(plan, len(states)), strict=True))
     failures, missing = failure_reasons(folder), list(run_ids)
     stopping = plan.config.stop.margin is not None
     # Repeats are innermost: the index of its first run identifies a cell.

@@ -17,14 +17,15 @@ import itertools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any
 
 from experiments.config import ExperimentConfig
 from experiments.config.building import known_fields, replaced
 from experiments.errors import UsageError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 KEPT_CONFIGS = 8192
 """The largest number of configurations of grid points that a plan keeps in memory."""
@@ -59,6 +60,9 @@ class PlannedRun:
 
     def generator(self) -> np.random.Generator:
         """Return the generator from which this run draws everything random."""
+        # Imported here: a plan alone needs no numpy.
+        import numpy as np
+
         return np.random.Generator(np.random.Philox(key=int(self.draw_id, 16)))
 
     def batch_index(self, batches: int) -> int:
@@ -191,6 +195,8 @@ class Classes:
 
 def classes_of(plan: Plan, *prefixes: str) -> Classes:
     """Return the classes of runs whose values agree on every axis that begins with one of ``prefixes``."""
+    import numpy as np
+
     axes = [number for number, key in enumerate(plan.axes) if key.startswith(prefixes)]
     known: dict[str, int] = {}
     first: list[PlannedRun] = []

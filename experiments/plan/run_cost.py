@@ -8,11 +8,14 @@ neither the model nor a clock. It counts rows times blocks, as "The floor" in do
 
 from __future__ import annotations
 
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING
 
 from experiments.config import ExperimentConfig
 from experiments.plan.plan import Plan, classes_of
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 HEAD_BLOCKS = 5
 """The head costs as much as this many blocks: V / (12 D) = 5.4 in GPT-2, about half of a run."""
@@ -20,6 +23,9 @@ HEAD_BLOCKS = 5
 
 def run_costs(plan: Plan) -> NDArray[np.int64]:
     """Return the expected cost of every run, in the order of the plan; at least 1."""
+    # Imported here: one shard has all runs, whatever they cost.
+    import numpy as np
+
     layers = _axis_layers(plan) + (plan.config.fault.layer_list() or [])
     depth = 1 + max(layers, default=0)
     classes = classes_of(plan, "data.", "fault.layers", "run.")

@@ -19,14 +19,16 @@ import heapq
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING
 
 from experiments.errors import UsageError
 from experiments.machine.slurm_task import array_place
 from experiments.plan.plan import Plan, PlannedRun, classes_of
 from experiments.plan.run_cost import run_costs
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 MOST_SHARDS = 100_000
 """The largest number of shards of a campaign."""
@@ -77,6 +79,9 @@ def _execution_order(plan: Plan) -> NDArray[np.int64]:
 
     If cells of the grid may end early, runs stay in the order of the plan, cell by cell.
     """
+    # Imported here and below: who asks for one shard needs no numpy.
+    import numpy as np
+
     if plan.config.stop.margin is not None:
         return np.lexsort((np.arange(len(plan.runs)), classes_of(plan, "seed", "model.", "data.").number))
     data = classes_of(plan, "data.")
@@ -92,6 +97,8 @@ def _cut(plan: Plan, order: NDArray[np.int64], count: int) -> NDArray[np.int64]:
     by at most the cost of one run of each model. A cell that may end early is not divided: its own rows decide when it
     ends, so one worker must know them all.
     """
+    import numpy as np
+
     if plan.config.stop.margin is not None:
         return np.repeat(_dealt(plan, count), plan.config.num_runs)
     numbers = np.empty(len(plan.runs), np.int64)
@@ -112,6 +119,8 @@ def _dealt(plan: Plan, count: int) -> NDArray[np.int64]:
     shards beyond the number of cells stay empty. (R. L. Graham, Bounds on multiprocessing timing anomalies, 1969: the
     load of a shard is at most 4/3 of the best possible.)
     """
+    import numpy as np
+
     costs = run_costs(plan).reshape(-1, plan.config.num_runs).sum(axis=1)
     model = classes_of(plan, "model.").number[:: plan.config.num_runs]
     numbers = np.empty(len(costs), np.int64)

@@ -13,11 +13,9 @@ from __future__ import annotations
 import itertools
 import os
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
-
-import numpy as np
+from typing import BinaryIO
 
 from experiments.errors import CheckRefusedError
 from experiments.tables.row_lines import ELSEWHERE
@@ -61,7 +59,7 @@ class RowPlaces:
 
     def rows(self, stretch: int) -> bytes:
         """Return the rows of one stretch."""
-        return self._read(np.array([stretch]))
+        return self._read([stretch])
 
     def in_order(self) -> Iterator[bytes]:
         """Yield all rows by the number of their run, many together.
@@ -71,17 +69,20 @@ class RowPlaces:
         """
         if not self._run:
             return
+        # Imported here: what finds no rows needs no numpy.
+        import numpy as np
+
         order = np.argsort(np.frombuffer(self._run, dtype=np.int64), kind="stable")
         blocks = np.cumsum(np.frombuffer(self._length, dtype=np.int64)[order]) // BLOCK_BYTES
         for stretches in np.split(order, np.flatnonzero(np.diff(blocks)) + 1):
-            yield self._read(stretches)
+            yield self._read(stretches.tolist())
 
-    def _read(self, stretches: np.ndarray[Any, np.dtype[np.int64]]) -> bytes:
+    def _read(self, stretches: Sequence[int]) -> bytes:
         """Return the rows of some stretches; each file is opened once and read from front to back."""
         found: list[bytes] = [b""] * len(stretches)
         places = sorted(
             (self._file[stretch], self._offset[stretch], self._length[stretch], position)
-            for position, stretch in enumerate(stretches.tolist())
+            for position, stretch in enumerate(stretches)
         )
         for file, group in itertools.groupby(places, key=lambda place: place[0]):
             if file == ELSEWHERE:
