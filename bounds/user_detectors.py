@@ -142,7 +142,7 @@ def _require_complete(path: str, detector: object) -> None:
 
 
 def _is_registered(detector: object) -> bool:
-    """Whether it is one of the table, whose claim ``proved`` is not to be touched."""
+    """Return whether it is in the table of built-in detectors, whose claim ``proved`` stays unchanged."""
     name = getattr(detector, "name", None)
     return name in list_detectors() and type(get_detector(name)) is detector
 

@@ -1,4 +1,4 @@
-"""What is run: configuration, plan, models, data, runner, results and the command line.
+"""Experiments: configuration, plan, models, data, runner, results and the command line.
 
 from experiments.config import ExperimentConfig
 from experiments.runner import CompleteExperimentRunner

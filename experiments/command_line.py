@@ -1,10 +1,10 @@
-"""The command: which words mean what, and which exit status a refusal has.
+"""The command line: its commands, and the exit status of each refusal.
 
     main(["--sweep.fault.bit", "0:32"])      # returns the exit status
 
 0: all runs done; 1: a run failed or a check refused; 2: bad usage; 3: a needed resource is missing; 130: interrupted.
 
-What is imported here is light (no torch): ``--help`` does not wait, and signals are heard from the beginning. A
+The imports here are light (no torch), so ``--help`` answers at once and signals are handled from the beginning. A
 command's module is imported when it is called.
 """
 
@@ -34,7 +34,7 @@ COMMANDS = {
     "trace": "experiments.commands.merge_and_trace:trace",
     "plan-size": "experiments.commands.plan_size:plan_size",
 }
-"""By name, the function that a command calls with the arguments behind it."""
+"""The function of each command; it gets the arguments after the command's name."""
 
 _HELP = """\
 usage: run_sweep.py [--config FILE] [--<field> VALUE ...] [--sweep.<field> VALUES ...] [options]
@@ -62,7 +62,7 @@ options:
   --version               name and version of this program
   --help                  this text
 
-A campaign that was stopped goes on with the same command. Exit status: 0 all runs done, 1 some run failed or a
+The same command continues a campaign that was stopped. Exit status: 0 all runs done, 1 some run failed or a
 check refused, 2 bad usage, 3 a needed resource is missing.
 """
 
@@ -92,16 +92,16 @@ def _guarded(arguments: Sequence[str]) -> int:
         print(f"run_sweep.py: {' '.join(str(error).split())}", file=sys.stderr)
         return error.exit_status
     except BrokenPipeError:
-        # The reader went away (head, less); there is nobody left to tell.
+        # The reader went away (head, less), so nobody would see a message.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
-        # A full disk, a folder that went away: say so in one line, and where from at debug level.
+        # A full disk, or a folder that disappeared: one line for the user, the traceback at debug level.
         logging.getLogger(__name__).debug("traceback", exc_info=error)
         print(f"run_sweep.py: {error}", file=sys.stderr)
         return MissingResourceError.exit_status
     except KeyboardInterrupt:
-        print("run_sweep.py: interrupted; the same command goes on where it stopped", file=sys.stderr)
+        print("run_sweep.py: interrupted; the same command continues where it stopped", file=sys.stderr)
         return 130
 
 
@@ -130,7 +130,7 @@ def _find(name: str) -> Callable[[Sequence[str]], int]:
 
 
 def _quiet_transformers() -> None:
-    """One progress bar, ours; and a refusal is one line, without the library's report before it."""
+    """Turn the progress bars and reports of libraries off: ours is the only bar, and a refusal is one line."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if "transformers" in sys.modules:

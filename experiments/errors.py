@@ -22,13 +22,13 @@ def nearest(name: str, allowed: Iterable[str]) -> str:
 
 
 class UsageError(ValueError):
-    """The user asked for something that cannot be meant: unknown key, wrong type, value out of range."""
+    """The user's request is not valid: an unknown key, a wrong type, a value out of range."""
 
     exit_status = 2
 
 
 class TooFewWindowsError(UsageError):
-    """The source has too little text for the windows that were asked for."""
+    """The source has too little text for the requested windows."""
 
 
 class MissingResourceError(RuntimeError):
@@ -38,6 +38,6 @@ class MissingResourceError(RuntimeError):
 
 
 class CheckRefusedError(RuntimeError):
-    """A check that guards the meaning of the results failed; continuing would give numbers nobody should trust."""
+    """A check that guards the meaning of the results failed; further numbers could not be trusted."""
 
     exit_status = 1

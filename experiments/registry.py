@@ -52,7 +52,7 @@ class Registry(Mapping[str, Entry], Generic[Entry]):
         """Return the entry of this name.
 
         Raises:
-            UsageError: there is none; it says which there are and which name is nearest.
+            UsageError: no entry has this name; the message lists the names and the nearest one.
         """
         if name not in self._entries:
             raise UsageError(f"{self._what}: got {name!r}, allowed {', '.join(self)}{nearest(name, self)}")
@@ -60,7 +60,7 @@ class Registry(Mapping[str, Entry], Generic[Entry]):
 
     @contextmanager
     def registered(self, name: str, entry: Entry) -> Iterator[None]:
-        """Add an entry behind the others for the duration of the block.
+        """Add an entry after the others, until the block ends.
 
         Raises:
             ValueError: the name is taken.
@@ -75,6 +75,6 @@ class Registry(Mapping[str, Entry], Generic[Entry]):
 
 
 def loaded(where: str) -> Any:
-    """Return what ``module:name`` names."""
+    """Return the object that ``module:name`` names."""
     module, _, name = where.partition(":")
     return getattr(importlib.import_module(module), name)

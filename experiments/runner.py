@@ -36,14 +36,14 @@ class CompleteExperimentRunner:
     Before the first run on a model and its data, the equivalence gate and the control run must pass.
 
     Args:
-        config: what to inject and which detectors look. Its ``model`` and ``data`` sections describe what a campaign
-            would load and are not used here, but for the identity of the runs.
+        config: which faults to inject and which detectors to run. Its ``model`` and ``data`` sections describe the
+            model and data that a campaign would load; here they only enter the identity of the runs.
         family: a name of ``FAMILIES``; read from the model if not given.
         trace: where one line per forward pass goes (default: nowhere).
         set_deterministic: fix threads and algorithms as a campaign does (``run.threads``).
 
     Attributes:
-        records: what the last call yielded, with the rows of every detector and the faults.
+        records: the records of the last call, with the rows of every detector and the faults.
         performance: the times, memory and operations of the runs of the last call; ``print_statistics()``.
     """
 
@@ -77,7 +77,7 @@ class CompleteExperimentRunner:
         A batch is a mapping with ``input_ids`` (batch, token), or the tensor itself.
 
         Raises:
-            UsageError: an empty dataloader, a batch that is none, layers or bits that the model does not have.
+            UsageError: the dataloader is empty, a batch is not valid, or the model lacks the layers or bits.
             CheckRefusedError: the gate or the control run refuses.
         """
         return self._execute(self.plan.runs, model, dataloader)

@@ -32,7 +32,7 @@ Learned = TypeVar("Learned")
 
 
 class CalibratedDetector(Detector, Generic[Learned]):
-    """A detector whose thresholds come from fault-free calls of inputs that are not evaluated.
+    """A detector with thresholds from fault-free calls of inputs that are not evaluated.
 
     Subclasses set the class attributes of ``Detector`` and implement ``learn`` and ``judge``. A layer that calibration
     did not show is not judged. No theorem rules out false positives.
@@ -48,14 +48,14 @@ class CalibratedDetector(Detector, Generic[Learned]):
 
     @abstractmethod
     def learn(self, state: AttentionState, known: Learned | None) -> Learned:
-        """Return what is known of a layer after one more fault-free call; ``known`` is None at its first.
+        """Return the knowledge about a layer after one more fault-free call; ``known`` is None at the first.
 
         Raises:
             ValueError: when the call cannot be fault-free, as it is not finite.
         """
 
     def learned(self, state: AttentionState) -> Learned:
-        """Return what is known of the state's layer."""
+        """Return the knowledge about the state's layer."""
         return self._learned[_layer_key(state)]
 
     @torch.no_grad()

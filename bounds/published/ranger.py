@@ -37,14 +37,14 @@ from bounds.published.product_checksums import joint_verdict, seen_rows
 from bounds.registry import register_detector
 
 RESTRICTED = ("query", "key", "value", "logits", "weights", "out")
-"""The tensors whose range is restricted, in the order of the computation."""
+"""The tensors with a restricted range, in the order of the computation."""
 
 Ranges = Mapping[str, tuple[float, float]]
 
 
 @register_detector
 class RangerDetector(CalibratedDetector[Ranges]):
-    """Every value of a tensor lies between the smallest and largest that calibration saw in this layer's tensor.
+    """Every value of a tensor is between the smallest and the largest that calibration saw in this layer's tensor.
 
     Reproduced: one lower and one upper bound per layer and tensor, profiled on fault-free inputs that are not the
     evaluated ones; the bounds are the extremes themselves (100 % of the profile, the paper's default), without margin.

@@ -32,11 +32,11 @@ _SINGLE = 2.0**-24
 
 @dataclass(frozen=True, eq=False)
 class Ellipsoid:
-    """Where the output of a norm lies: ``gain * z + offset``, ``|z| <= radius``, up to its rounding errors.
+    """The ellipsoid that contains a norm's output: ``gain * z + offset``, ``|z| <= radius``, up to rounding errors.
 
     Attributes:
         gain, offset: (D,) float64.
-        radius: sqrt(D), and what the norm's statistics may be off.
+        radius: sqrt(D), plus the possible error of the norm's statistics.
         relative, absolute: rounding error of each channel, relative to ``|gain z| + |offset|`` and beyond.
     """
 
@@ -48,7 +48,7 @@ class Ellipsoid:
 
     @classmethod
     def of(cls, norm: Norm, dtype: torch.dtype) -> Ellipsoid:
-        """Return where the output of ``norm``, stored in ``dtype``, lies. Proof: docs/theory.md, T16."""
+        """Return the ellipsoid of the output of ``norm``, stored in ``dtype``. Proof: docs/theory.md, T16."""
         stored, gain = storage(dtype), norm.gain()
         # Norms compute in float32 even inside a float64 model.
         relative = 3 * (stored.roundoff + _SINGLE) + 4 * _SINGLE
@@ -75,10 +75,10 @@ class OperandRange:
         error: (heads,), on how far the computed vector is from that.
         triangle: (heads, at most channels, channels), R of the QR decomposition of the map's transpose; None behind a
             norm over the channels themselves.
-        centre: (heads, channels), what the map adds; None as before.
-        radius: of what it is applied to.
-        tail: what lies between projection and operand.
-        ellipsoid: where what the projection reads lies; None if nothing depends on that.
+        centre: (heads, channels), the map's addend; None as before.
+        radius: the radius of the map's input.
+        tail: the steps between projection and operand.
+        ellipsoid: the ellipsoid of the projection's input; None if nothing depends on it.
     """
 
     channel: Tensor
@@ -121,7 +121,7 @@ def reason_without_range(source: OperandSource) -> str | None:
 
 
 def _behind_norm(source: OperandSource, norm: Norm, dtype: torch.dtype) -> OperandRange:
-    """Return the bounds of what a norm over the channels puts out: its own gain is all that counts."""
+    """Return the bounds of the output of a norm over the channels; only its gain matters."""
     stored = storage(dtype)
     gain = norm.gain().abs()
     heads = gain.view(source.heads, -1) if gain.numel() > _channels(source) else gain.expand(source.heads, -1)

@@ -1,4 +1,4 @@
-"""Rows of softmax weights against what they must be: a distribution, and that of the logits.
+"""Checks of rows of softmax weights: each must be a distribution, and the softmax of its logits.
 
     simplex(weights, n, visible)         # 0 <= w <= 1 + tau, and 0 where masked
     elements(logits, weights, n)         # w_j = exp(a_j - a*) / sum_k exp(a_k - a*), every j
@@ -57,7 +57,7 @@ def simplex(weights: Tensor, n: Tensor, visible: Tensor | None) -> RowCheck:
 
 @torch.no_grad()
 def elements(logits: Tensor, weights: Tensor, n: Tensor) -> RowCheck:
-    """Return the largest error of a weight of each row, in units of what it may be (docs/theory.md, F13).
+    """Return the largest error of a weight of each row, in units of its tolerance (docs/theory.md, F13).
 
     Args:
         logits: (..., T, S) exactly as the softmax received them.

@@ -98,7 +98,7 @@ def _may_overwrite(folder: CampaignFolder, shard: Shard, *, alone: bool) -> bool
     task = SlurmTask.of(os.environ)
     if task is None or task.restarts == 0:
         return True
-    print(f"task {task.job} was begun again: --overwrite is left out, what it did before is kept", file=sys.stderr)
+    print(f"task {task.job} was started again: --overwrite is ignored, its earlier runs are kept", file=sys.stderr)
     return False
 
 

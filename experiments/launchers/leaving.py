@@ -33,7 +33,7 @@ def leave(stop: StopRequest) -> NoReturn:
     task = SlurmTask.of(os.environ)
     if task is not None and stop.signal is not None and OF_LAUNCHER not in os.environ:
         refused = requeue(task)
-        print(f"{stop.signal.name}: task {task.job} {refused or 'asked Slurm to begin it again'}", file=sys.stderr)
+        print(f"{stop.signal.name}: task {task.job} {refused or 'asked Slurm to start it again'}", file=sys.stderr)
         if refused is None:
             stop.wait_for_the_end(KILL_SECONDS)
     raise KeyboardInterrupt

@@ -284,7 +284,7 @@ def test_a_task_that_was_begun_again_does_not_overwrite_what_it_did(
     with monkeypatch.context() as patch, run_that(patch, lambda number, planned: None) as begun:
         assert main([*place.arguments(tmp_path), "--overwrite"]) == 0
     assert len(begun) == 14
-    assert "task 9 was begun again: --overwrite is left out" in capsys.readouterr().err
+    assert "task 9 was started again: --overwrite is ignored" in capsys.readouterr().err
     same_tables(tmp_path / "micro", whole)
 
 

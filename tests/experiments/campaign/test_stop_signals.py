@@ -59,7 +59,7 @@ def test_the_run_in_hand_is_finished_and_the_rest_done_next_time(
     before_run(5, lambda: signal.raise_signal(number))
     arguments = place.arguments(tmp_path, "--run.engine=plain")
     assert main(arguments) == 130
-    assert "the same command goes on where it stopped" in capsys.readouterr().err
+    assert "the same command continues where it stopped" in capsys.readouterr().err
     assert rows_on_disk(tmp_path / "micro") == 5
     assert not list(tmp_path.rglob("*.lock"))
     left = session(tmp_path)
@@ -261,7 +261,7 @@ def test_a_signal_while_torch_is_imported_asks_slurm_to_begin_again(tmp_path: Pa
     )
     assert found.stdout.split("\n")[0] == "[True, True]"
     assert (tmp_path / "calls").read_text().splitlines()[-1] == "requeue 7"
-    assert "SIGUSR1: task 7 asked Slurm to begin it again" in found.stderr
+    assert "SIGUSR1: task 7 asked Slurm to start it again" in found.stderr
     assert found.returncode == 130
 
 

@@ -119,7 +119,7 @@ def test_who_interrupts_the_parent_stops_all_and_loses_nothing(
     _, complained = process.communicate(timeout=60)
     slow.takes(0)
     assert process.returncode == 130
-    assert "the same command goes on where it stopped" in complained
+    assert "the same command continues where it stopped" in complained
     assert not [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
     assert not list(tmp_path.rglob("*.lock"))
     assert 5 <= rows_on_disk(tmp_path / "micro") < 180
@@ -293,5 +293,5 @@ def test_in_a_job_of_slurm_the_parent_alone_asks_to_be_begun_again(place: MicroP
     process.send_signal(signal.SIGTERM)
     _, complained = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "SIGUSR1: task 7 asked Slurm to begin it again" in complained
+    assert "SIGUSR1: task 7 asked Slurm to start it again" in complained
     assert [call for call in programs.calls("scontrol") if "requeue" in call] == ["requeue 7"]

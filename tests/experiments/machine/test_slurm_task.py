@@ -176,7 +176,7 @@ def test_who_leaves_asks_slurm_and_waits_for_the_end(
             leave(stop)
         assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
     assert slurm.calls("scontrol")[-1] == "requeue 7"
-    assert "SIGUSR1: task 7 asked Slurm to begin it again" in capsys.readouterr().err
+    assert "SIGUSR1: task 7 asked Slurm to start it again" in capsys.readouterr().err
 
 
 def test_who_leaves_outside_of_slurm_asks_nobody(slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch) -> None:
