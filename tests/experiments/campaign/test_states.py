@@ -17,7 +17,7 @@ from experiments.campaign.submission import Submission
 from experiments.commands.status import _expectation
 from experiments.config import ExperimentConfig, StopConfig
 from experiments.errors import CheckRefusedError
-from experiments.launchers.row_counter import RowCounter
+from experiments.launchers.local import RowCounter
 from experiments.machine.slurm_task import cluster_name
 from experiments.plan.plan import Plan, make_plan
 from experiments.plan.shards import Shard, shard_of

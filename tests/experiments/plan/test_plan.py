@@ -14,8 +14,7 @@ from experiments.config import DetectConfig, ExperimentConfig, RunConfig, load_c
 from experiments.errors import UsageError
 from experiments.plan import plan as plan_module
 from experiments.plan.plan import canonical_json, context_values, make_plan
-from experiments.plan.run_cost import run_costs
-from experiments.plan.shards import Shard, parse_shard, shard_of
+from experiments.plan.shards import Shard, parse_shard, run_costs, shard_of
 
 
 def ids(config: ExperimentConfig) -> list[str]:

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from experiments.config import DataConfig, ExperimentConfig, FaultConfig, ModelConfig, RunConfig, StopConfig
 from experiments.errors import UsageError
 from experiments.plan.plan import Plan, classes_of, make_plan
-from experiments.plan.run_cost import run_costs
-from experiments.plan.shards import Shard, parse_shard, shard_numbers, shard_of
+from experiments.plan.shards import Shard, parse_shard, run_costs, shard_numbers, shard_of
 
 
 def loads(plan: Plan, count: int) -> list[int]:
