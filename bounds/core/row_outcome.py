@@ -112,7 +112,8 @@ def _counted(name: str, outcome: RowOutcome, sequences: int) -> list[Verdict]:
     fired = count(outcome.fired) if bool(outcome.fired.any()) else [0] * sequences
     nonfinite = count(outcome.nonfinite) if any(fired) else fired
     checked = count(outcome.checked)
-    columns: list[list[Any]] = [checked, fired, nonfinite, by_sequence(outcome.ratio).amax(1).tolist()]
+    counts = list(zip(checked, fired, nonfinite, strict=True))
+    columns: list[list[Any]] = [counts, by_sequence(outcome.ratio).amax(1).tolist()]
     if isinstance(outcome, BoundedOutcome):
         columns.append(checked if outcome.bounded is outcome.checked else count(outcome.bounded))
         if outcome.interval is None:
@@ -137,14 +138,13 @@ def _tightest(
 
 def _verdict(
     name: str,
-    rows: int,
-    violations: int,
-    nonfinite: int,
+    counts: tuple[int, int, int],
     ratio: float,
     bounded: int = 0,
     margin: float = 0.0,
     interval: Sequence[float] | None = None,
 ) -> Verdict:
+    rows, violations, nonfinite = counts
     # Zeros lose their sign, which depends on the order in which they were compared.
     largest = ratio + 0.0 if rows else None
     smallest = margin + 0.0 if bounded else None
