@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,30 +97,8 @@ def detector_comparison(
     clean = _same_tolerance(faults, clean)
     lookers = looked(faults, clean)
     seen = fired(faults, lookers.kinds)
-    subsets = {
-        "detected": np.ones(len(faults), bool),
-        "recall_critical": harmful(faults) & faults.index.isin(propagated(faults).index),
-        "recall_effective": faults["effective"].to_numpy(bool),
-    }
-    # The draw decides which faults are harmful or effective, so only all faults together have weights of mean 1.
-    shares = {name: _Shares(faults[rows], rows, cluster, name == "detected") for name, rows in subsets.items()}
-    bad = subsets["recall_critical"]
-    online = [name for name, kind in lookers.kinds.items() if kind != "oracle"]
-    count = sum((seen[name].astype(np.int64) for name in online), np.zeros(len(faults), np.int64))
-    rows, above = [], np.zeros(len(faults), bool)
-    for name, kind in lookers.kinds.items():
-        row: dict[str, Any] = {"detector": name, "kind": kind, "cost": cost_of(name), **_false(clean, [name])}
-        if name not in lookers.inapplicable:
-            others = count - seen[name] if kind != "oracle" else count
-            row |= _row(seen[name], shares) | {"exclusive": int((bad & seen[name] & (others == 0)).sum())}
-            if kind != "oracle":
-                above |= seen[name]
-                row["union"] = shares["recall_critical"].of(above)["rate"]
-        rows.append(row)
-    for suite, members in SUITES.items():
-        if len(members) > 1 and set(members) <= set(lookers.kinds):
-            by_suite = np.logical_or.reduce([seen[name] for name in members])
-            rows.append({"detector": suite, "kind": "suite", **_row(by_suite, shares), **_false(clean, members)})
+    shares = _shares(faults, cluster)
+    rows = [*_detector_rows(lookers, seen, shares, clean), *_suite_rows(lookers, seen, shares, clean)]
     table = pd.DataFrame(rows, columns=list(DETECTOR_COLUMNS))
     return table.astype(dict.fromkeys(COUNTS, "Int64")).fillna({"cost": ""})
 
@@ -170,12 +148,52 @@ class _Shares:
     """Rates over one subset of the faults, for any detector."""
 
     def __init__(self, faults: pd.DataFrame, rows: Hits, cluster: Cluster, whole: bool) -> None:
-        self._rows, self._weights, self._whole = rows, weights_of(faults), whole
+        self.rows, self._weights, self._whole = rows, weights_of(faults), whole
         self._grouping = Grouping(faults, None, cluster)
 
     def of(self, seen: Hits) -> dict[str, Any]:
-        [(_, row)] = group_rates(self._grouping, seen[self._rows], self._weights, self._whole)
+        [(_, row)] = group_rates(self._grouping, seen[self.rows], self._weights, self._whole)
         return row
+
+
+def _shares(faults: pd.DataFrame, cluster: Cluster) -> dict[str, _Shares]:
+    """Return the rates over all faults, over the harmful ones and over the effective ones."""
+    subsets = {
+        "detected": np.ones(len(faults), bool),
+        "recall_critical": harmful(faults) & faults.index.isin(propagated(faults).index),
+        "recall_effective": faults["effective"].to_numpy(bool),
+    }
+    # The draw decides which faults are harmful or effective, so only all faults together have weights of mean 1.
+    return {name: _Shares(faults[rows], rows, cluster, name == "detected") for name, rows in subsets.items()}
+
+
+def _detector_rows(
+    lookers: Lookers, seen: dict[str, Hits], shares: dict[str, _Shares], clean: pd.DataFrame | None
+) -> Iterator[dict[str, Any]]:
+    critical = shares["recall_critical"]
+    above, count = np.zeros(len(critical.rows), bool), np.zeros(len(critical.rows), np.int64)
+    for name, kind in lookers.kinds.items():
+        if kind != "oracle":
+            count += seen[name]
+    for name, kind in lookers.kinds.items():
+        row: dict[str, Any] = {"detector": name, "kind": kind, "cost": cost_of(name), **_false(clean, [name])}
+        if name not in lookers.inapplicable:
+            others = count - seen[name] if kind != "oracle" else count
+            row |= _row(seen[name], shares)
+            row["exclusive"] = int((critical.rows & seen[name] & (others == 0)).sum())
+            if kind != "oracle":
+                above |= seen[name]
+                row["union"] = critical.of(above)["rate"]
+        yield row
+
+
+def _suite_rows(
+    lookers: Lookers, seen: dict[str, Hits], shares: dict[str, _Shares], clean: pd.DataFrame | None
+) -> Iterator[dict[str, Any]]:
+    for suite, members in SUITES.items():
+        if len(members) > 1 and set(members) <= set(lookers.kinds):
+            by_suite = np.logical_or.reduce([seen[name] for name in members])
+            yield {"detector": suite, "kind": "suite", **_row(by_suite, shares), **_false(clean, members)}
 
 
 def _row(seen: Hits, shares: dict[str, _Shares]) -> dict[str, Any]:

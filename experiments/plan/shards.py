@@ -144,9 +144,9 @@ def _dealt(plan: Plan, count: int) -> NDArray[np.int64]:
 def run_costs(plan: Plan) -> NDArray[np.int64]:
     """Return the expected cost of every run, in the order of the plan; at least 1.
 
-    The unit is arbitrary: only ratios of costs mean something. Every worker must compute the same number on any machine,
-    so the cost uses neither the model nor a clock. It counts rows times blocks, as "The floor" in docs/performance.md
-    does.
+    The unit is arbitrary: only ratios of costs mean something. Every worker must compute the same number on any
+    machine, so the cost uses neither the model nor a clock. It counts rows times blocks, as "The floor" in
+    docs/performance.md does.
     """
     import numpy as np
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from torch import Tensor
 
 from experiments.effects.loss import Evaluation, loss_and_logits
 from experiments.effects.outcome import Effect, effect_of
+from experiments.effects.row_kernels import likeliest_of
 
 TOKENS = torch.tensor([[0, 1, 2, 1], [2, 0, 1, 0]])
 BATCH = {"input_ids": TOKENS}
@@ -53,6 +56,26 @@ def test_one_other_bit_is_not_masked_even_if_no_number_moves() -> None:
 def test_another_prediction_is_critical_however_small_the_change_of_the_loss() -> None:
     found = effect(changed(0, 3, 0, 2.0 + 1e-6))
     assert (found.outcome, found.top1_changed, found.loss_diff) == ("critical", 1, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("token", "outcome", "moved"),
+    [pytest.param(0, "critical", 1, id="in front of the leader"), pytest.param(3, "benign", 0, id="behind the leader")],
+)
+def test_the_first_of_equal_logits_is_the_prediction(token: int, outcome: str, moved: int) -> None:
+    found = effect(changed(0, 3, token, 2.0))  # As large as token 2.
+    assert (found.outcome, found.top1_changed, found.loss_diff) == (outcome, moved, 0.0)
+
+
+@pytest.mark.parametrize("convert", [torch.Tensor.numpy, torch.Tensor.clone], ids=["numpy", "torch"])
+@pytest.mark.parametrize("places", [(0, 1), (70, 71, 999), (5, 8, 500), (511, 512)], ids=str)
+def test_the_first_of_equal_logits_is_the_likeliest_in_wide_rows(
+    places: tuple[int, ...], convert: Callable[[Tensor], Any]
+) -> None:
+    logits = torch.zeros(1, 1000, dtype=torch.float64)
+    logits[0, list(places)] = 1.5
+    top, largest = likeliest_of(convert(logits))
+    assert (top.tolist(), largest.tolist()) == ([places[0]], [1.5])
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
