@@ -11,6 +11,7 @@ attention but does not fit is refused by name: an architecture is covered wholly
 from __future__ import annotations
 
 import inspect
+import math
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -53,6 +54,23 @@ def eager_function(module: nn.Module) -> Callable[..., Any] | None:
             if callable(function):
                 return function
     return None
+
+
+_STATED_SCALING: dict[str, Callable[[nn.Module], float]] = {
+    "GPTNeoSelfAttention": lambda module: 1.0,
+    "GPTJAttention": lambda module: 1.0 / float(module.scale_attn),  # type: ignore[arg-type]
+    "GPT2Attention": lambda module: float(module.scaling),  # type: ignore[arg-type]
+    "BloomAttention": lambda module: float(module.inv_norm_factor),  # type: ignore[arg-type]
+    "FalconAttention": lambda module: 1.0 / math.sqrt(module.head_dim),  # type: ignore[arg-type]
+    "MptAttention": lambda module: float(module.softmax_scale),  # type: ignore[arg-type]
+}
+"""The factor between q·k and the logits, which path-A cores pass on and older architectures keep in an attribute."""
+
+
+def stated_scaling(module: nn.Module) -> float | None:
+    """Return the factor alpha of ``logit = alpha q·k + bias`` for a path-R module; ``None`` if it is unknown."""
+    stated = _STATED_SCALING.get(type(module).__name__)
+    return None if stated is None else stated(module)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ architecture's own eager function under the probe. Path R: the forward of every 
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import MethodType
@@ -21,17 +20,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from fault_injection.attention.call import AttentionCall, AttentionCore, ScoreProduct, Tap
-from fault_injection.attention.discovery import UncoveredArchitectureError, discover_cores, eager_function
-from fault_injection.attention.interface import (
-    IMPLEMENTATION,
-    SelectedImplementation,
-    configurations,
-    register,
+from fault_injection.attention.call import AttentionCall, AttentionCore, Tap
+from fault_injection.attention.discovery import (
+    UncoveredArchitectureError,
+    discover_cores,
+    eager_function,
+    stated_scaling,
 )
+from fault_injection.attention.interface import IMPLEMENTATION, SelectedImplementation, configurations, register
 from fault_injection.attention.probe import AttentionProbe
-from fault_injection.attention.scaling import stated_scaling
-from fault_injection.locations import at
+from fault_injection.attention.session import Evaluation, Session
 from fault_injection.numbers.model_outputs import bitwise_equal_outputs, output_tensors
 
 Evaluate = Callable[[AttentionCore, tuple[Tensor, Tensor, Tensor], Any, Mapping[str, Any]], Any]
@@ -105,7 +103,7 @@ class Instrumentation:
     def __init__(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
         if any(module in _owners for module in model.modules()):
             raise ValueError(f"{type(model).__name__}: a part of it, or the whole, is already patched")
-        self._sessions: list[_Session] = []
+        self._sessions: list[Session] = []
         self._own_forwards: dict[int, Callable[..., Any]] = {}
         self._mask_check: RemovableHandle | None = None
         self._selected = SelectedImplementation(configurations(model.modules()))
@@ -167,7 +165,7 @@ class Instrumentation:
     @contextmanager
     def session(self, taps: tuple[Tap, ...]) -> Iterator[None]:
         """Add ``taps`` for the duration of the block."""
-        session = _Session(taps)
+        session = Session(taps)
         self._sessions.append(session)
         try:
             yield
@@ -229,50 +227,11 @@ class Instrumentation:
         probe.finish()
         return result
 
-    def _evaluation(self, core: AttentionCore, scaling: float | None) -> _Evaluation | None:
+    def _evaluation(self, core: AttentionCore, scaling: float | None) -> Evaluation | None:
         """Begin an evaluation of a core; ``None`` if no tap wants it."""
         begun = [(session.taps, session.begin(core, scaling)) for session in self._sessions]
         wanted = [(tap, call) for taps, call in begun for tap in taps if tap.layers is None or core.index in tap.layers]
-        return _Evaluation(wanted) if wanted else None
-
-
-class _Evaluation:
-    """Offers the tensors of one evaluation of a core to the taps that want it, location by location."""
-
-    def __init__(self, wanted: list[tuple[Tap, AttentionCall]]) -> None:
-        self._wanted = wanted
-
-    def emit(self, name: str, tensor: Tensor) -> Tensor:
-        for location in at(name):
-            for tap, call in self._wanted:
-                if location.name in tap.locations:
-                    replacement = tap.on(location.name, tensor, call)
-                    tensor = tensor if replacement is None else replacement
-        return tensor
-
-    def note_product(self, product: ScoreProduct) -> None:
-        for _, call in self._wanted:
-            call.product = product
-
-
-class _Session:
-    """Taps, and how often each core was evaluated since they were added."""
-
-    def __init__(self, taps: tuple[Tap, ...]) -> None:
-        self.taps = taps
-        self._evaluations: Counter[int] = Counter()
-
-    def begin(self, core: AttentionCore, scaling: float | None) -> AttentionCall:
-        number = self._evaluations[core.index]
-        if _in_backward() and number > 0:
-            # Gradient checkpointing repeats the last evaluation; faults that hit it also hit its repetition.
-            return AttentionCall(core, number - 1, scaling)
-        self._evaluations[core.index] += 1
-        return AttentionCall(core, number, scaling)
-
-
-def _in_backward() -> bool:
-    return bool(torch._C._current_graph_task_id() != -1)
+        return Evaluation(wanted) if wanted else None
 
 
 class _ReachCounter:
