@@ -1,8 +1,19 @@
 """Invariants of attention with proved rounding tolerances, and the detectors built on them.
 
-    verdict = get_detector("s@w").check(state)                 # state: AttentionState, one attention call
-    bounds = compute_attention_bounds(logits, weights, d=64, mask=visible)
-    detect_violation(bounds).count
+>>> import torch
+>>> from bounds import AttentionState, compute_attention_bounds, detect_violation, get_detector
+>>> logits = torch.tensor([[[[2.0, 1.0, 0.0], [0.5, 0.0, 1.5]]]])
+>>> weights = logits.softmax(-1)
+>>> detect_violation(compute_attention_bounds(logits, weights, d=64)).count
+0
+>>> weights[0, 0, 1, 2] *= 2                                       # a fault in one weight
+>>> detect_violation(compute_attention_bounds(logits, weights, d=64)).count
+1
+>>> query, value = torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 3, 4)
+>>> state = AttentionState(query=query, key=value, value=value, logits=logits, weights=weights, out=weights @ value,
+...                        scaling=0.5, kv_equal=True, has_bias_or_cap=False)
+>>> get_detector("W_sum").check(state).positions                   # one attention call: batch, head, query
+((0, 0, 1),)
 
 | module | what |
 |---|---|

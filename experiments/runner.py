@@ -1,9 +1,13 @@
 """Run experiments from Python: your model, your data, one configuration.
 
-config = ExperimentConfig(exp_name="demo", injection_location="scores", injection_bit=30, num_runs=10)
-runner = CompleteExperimentRunner(config)
-results = runner.run_all(model, dataloader)         # a list of ExperimentResult
-result = runner.run_single(3, model, dataloader)    # the same numbers as results[3]
+>>> import torch, transformers
+>>> config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=16, n_positions=8, vocab_size=32)
+>>> model, tokens = transformers.GPT2LMHeadModel(config).eval(), torch.tensor([[3, 1, 4, 1]])
+>>> runner = CompleteExperimentRunner(ExperimentConfig(exp_name="demo", injection_location="scores", num_runs=4))
+>>> results = runner.run_all(model, [tokens])               # a list of ExperimentResult
+>>> result = runner.run_single(3, model, [tokens])          # the same numbers as results[3]
+>>> len(results), (result.fault_id, result.outcome) == (results[3].fault_id, results[3].outcome)
+(4, True)
 """
 
 from __future__ import annotations

@@ -1,12 +1,20 @@
 """Patch a model for fault injection, and undo it without a trace.
 
-model = monkey_patch_model(model)                  # in place; the same model is returned
-with tapped(model, Injector([fault])):
-faulty = model(**batch).logits
-unpatch_model(model)                               # config, parameters, hooks and logits as before
-
-with patched(model):                               # the same as a context manager, also after an exception
-...
+>>> import torch, transformers
+>>> from fault_injection import attention_cores
+>>> config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=16, n_positions=8, vocab_size=32)
+>>> model, tokens = transformers.GPT2LMHeadModel(config).eval(), torch.tensor([[3, 1, 4, 1]])
+>>> before = model(tokens).logits
+>>> monkey_patch_model(model) is model             # in place; tapped and injected work on it now
+True
+>>> [core.name for core in attention_cores(model)]
+['transformer.h.0.attn']
+>>> _ = unpatch_model(model)                       # config, parameters, hooks and logits as before
+>>> torch.equal(model(tokens).logits, before)
+True
+>>> with patched(model):                           # the same as a context manager, also after an exception
+...     is_patched(model)
+True
 """
 
 from __future__ import annotations

@@ -1,6 +1,9 @@
 """Pseudo-bulk: measurements that belong together count once.
 
-    pseudobulk(rows, "ssr_QK").median                      # median over (layer, kv_head) groups
+>>> rows = pd.DataFrame({"layer": [0, 0, 0, 1], "kv_head": [0, 0, 1, 0], "ssr_QK": [1.0, 3.0, 5.0, 9.0]})
+>>> summary = pseudobulk(rows, "ssr_QK")               # medians of (layer, kv_head) groups: 2, 5 and 9
+>>> summary.groups, summary.median
+(3, 5.0)
 
 The query heads of one key/value head are correlated: in a model with grouped queries they must not count g times. So
 the median is taken inside each group first, and the summary over the groups' medians. Two summaries are in use and give

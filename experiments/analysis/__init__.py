@@ -1,9 +1,14 @@
 """Analyse campaigns: rates with honest intervals, comparisons and rankings. Tables go in, tables come out.
 
-from experiments.analysis import detection_rate, load_runs
+    runs = load_runs("results/default")            # one row per run, as below
 
-runs = load_runs("results/default")
-print(detection_rate(runs, by=["location", "bit_field"]))
+>>> import pandas
+>>> from experiments.analysis import detection_rate, load_runs
+>>> runs = pandas.DataFrame({"fault_id": list("abcd"), "bit_field": ["sign", "sign", "mantissa", "mantissa"],
+...                          "violation_detected": [True, True, True, False], "scope": "full", "outcome": "benign",
+...                          "model": "m", "batch_index": [0, 1, 0, 1], "layer": 0, "index_head": [0, 1, 1, 0]})
+>>> detection_rate(runs, by="bit_field")[["bit_field", "n", "rate"]].values.tolist()
+[['mantissa', 2, 0.5], ['sign', 2, 1.0]]
 """
 
 import lazy_loader

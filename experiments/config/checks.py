@@ -1,7 +1,10 @@
 """Checks of a field's value; the error says what is allowed.
 
-check_choice("run.engine", engine, ("auto", "plain", "fast"))
-check_at_least("run.threads", threads, 1)
+>>> check_at_least("run.threads", 4, 1)
+>>> check_choice("run.engine", "fst", ("auto", "plain", "fast"))
+Traceback (most recent call last):
+    ...
+experiments.errors.UsageError: run.engine: got 'fst', allowed auto, plain, fast; did you mean 'fast'?
 """
 
 from __future__ import annotations

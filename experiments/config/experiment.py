@@ -1,8 +1,11 @@
 """The configuration of a campaign, from Python, from YAML, from dotted options, or from all of these.
 
-    config = ExperimentConfig(name="bits", seed=1, fault=FaultConfig(location="scores", bit=30))
-    config = ExperimentConfig(exp_name="bits", injection_location="scores", injection_bit=30)   # flat spelling
-    config = load_config(["--config", "experiments/configs/default.yaml", "--fault.location", "q"])
+>>> from experiments.config import FaultConfig
+>>> config = ExperimentConfig(name="bits", seed=1, fault=FaultConfig(location="scores", bit=30))
+>>> config == ExperimentConfig(exp_name="bits", seed=1, injection_location="scores", injection_bit=30)  # flat spelling
+True
+>>> load_config(["--name", "bits", "--fault.location", "q"]).fault.location  # also --config FILE, in front of the rest
+'q'
 
 Precedence: defaults, then the file, then the options; an option for a field removes a swept axis of that field.
 """

@@ -1,6 +1,7 @@
 """The section ``slurm`` of a campaign's configuration.
 
-SlurmConfig(partition="long", time="4:00:00", array_limit=50)
+>>> SlurmConfig(partition="long", time="4:00:00", array_limit=50).partition
+'long'
 """
 
 from __future__ import annotations

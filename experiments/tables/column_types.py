@@ -1,7 +1,10 @@
 """The types of the columns of a result file, from the annotations of its row type.
 
-    column_types(ExperimentResult)["bit"]           # ColumnType(kind=int, optional=True)
-    arrow_schema(ExperimentResult)                  # the same for pyarrow
+>>> from experiments.tables.schema import DetectionRow, ExperimentResult
+>>> column_types(ExperimentResult)["bit"]
+ColumnType(kind=<class 'int'>, optional=True)
+>>> arrow_schema(DetectionRow).field("run_id").type             # the same for pyarrow
+DataType(string)
 
 Text that always exists may be empty (``detectors``); every other empty cell is a missing value.
 """

@@ -1,7 +1,14 @@
 """A CSV file to which one writer appends rows, and which stays valid if the writer is killed at any moment.
 
-    with CsvFile(path, columns) as file:     # a torn last line is cut off first
-        file.append(cells)                   # passed to the system in one write
+>>> import tempfile
+>>> folder = tempfile.TemporaryDirectory()
+>>> path = Path(folder.name) / "rows.csv"
+>>> for row in (["1", "a"], ["2", "b, c"]):
+...     with CsvFile(path, ["run_id", "text"]) as file:     # a torn last line is cut off first
+...         file.append(row)                                # passed to the system in one write
+>>> read_rows(path, ["run_id", "text"])
+[['1', 'a'], ['2', 'b, c']]
+>>> folder.cleanup()
 
 A killed process loses no row that it appended. To survive a loss of power, files are synced to disk when they are
 closed or put in place, but not after each row. A loss of power then costs the last rows, and their runs are done again.

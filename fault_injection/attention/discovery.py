@@ -1,6 +1,11 @@
 """Find every attention core of a model by watching one small forward pass of its own eager code.
 
-    cores = discover_cores(model, inputs)      # the model must be set to eager attention
+>>> import transformers
+>>> config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=16, n_positions=8, vocab_size=32)
+>>> model = transformers.GPT2LMHeadModel(config).eval()
+>>> model.set_attn_implementation("eager")
+>>> [(core.name, core.path) for core in discover_cores(model, {"input_ids": torch.tensor([[3, 1, 4, 1]])})]
+[('transformer.h.0.attn', 'A')]
 
 A core is a module in whose forward a batched product, a softmax over it and a second batched product follow each
 other. If the softmax happened inside the architecture's eager attention function, the core dispatches through

@@ -1,6 +1,9 @@
 """A minimal input for one dry run of a model, made from its configuration.
 
-inputs = example_inputs(model)      # {"input_ids": ...} or {"pixel_values": ...}; batch of one
+>>> import transformers
+>>> config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=16, n_positions=8, vocab_size=32)
+>>> example_inputs(transformers.GPT2LMHeadModel(config))            # of a vision model: pixel_values; a batch of one
+{'input_ids': tensor([[1, 2, 3, 4, 5, 6, 7]])}
 """
 
 from __future__ import annotations

@@ -3,9 +3,15 @@
 Path A: cores that dispatch through transformers' attention interface get a registered function that runs the
 architecture's own eager function under the probe. Path R: the forward of every other core is wrapped by the probe.
 
-    instrumentation = Instrumentation(model, inputs)   # patches; use fault_injection.monkey_patch_model instead
-    with tapped(model, tap):                           # taps see and change q, k, v, scores, weights, out
-        model(**batch)
+>>> import transformers
+>>> config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=16, n_positions=8, vocab_size=32)
+>>> model, inputs = transformers.GPT2LMHeadModel(config), {"input_ids": torch.tensor([[3, 1, 4, 1]])}
+>>> instrumentation = Instrumentation(model, inputs)   # patches; fault_injection.monkey_patch_model does this
+>>> with tapped(model, counter := _ReachCounter()):    # taps see and change q, k, v, scores, weights, out
+...     _ = model(**inputs)
+>>> counter.reached                                    # the layers whose out was seen
+{0}
+>>> forget(model)
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
 """A fault, and how to draw it from a specification with open fields.
 
-    spec = FaultSpec(location="scores", kind="bitflip", bits=(30,))
-    fault = draw_fault(spec, site, numpy.random.Generator(numpy.random.Philox(key=7)))
-    Fault.from_json(fault.to_json()) == fault
+>>> site = Site(0, "transformer.h.0.attn", "scores", (1, 2, 4, 4), columns=4, dtype=torch.float32)
+>>> spec = FaultSpec(location="scores", kind="bitflip", bits=(30,))
+>>> fault = draw_fault(spec, site, np.random.Generator(np.random.Philox(key=7)))
+>>> fault.bits, len(fault.elements), Fault.from_json(fault.to_json()) == fault
+((30,), 1, True)
 
 Every kind comes down to one rule on bit patterns, ``new = (old & keep) ^ toggle``, on one element or on many
 (``fault_injection.faults.kinds``).

@@ -1,8 +1,17 @@
 """Inject faults into one forward pass, and say exactly what they hit.
 
-    with injected(model, [fault]) as injector:
-        logits = model(**batch).logits
-    injector.records[0].value_after
+>>> import numpy, transformers
+>>> from fault_injection import FaultSpec, SiteSurvey, draw_fault, patched
+>>> config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=16, n_positions=8, vocab_size=32)
+>>> model, tokens = transformers.GPT2LMHeadModel(config).eval(), torch.tensor([[3, 1, 4, 1]])
+>>> with patched(model):
+...     with tapped(model, survey := SiteSurvey(model.dtype)):
+...         _ = model(tokens)
+...     fault = draw_fault(FaultSpec("v", kind="zero"), survey.site(0, "v"), numpy.random.default_rng(0))
+...     with injected(model, [fault]) as injector:
+...         _ = model(tokens)
+>>> injector.records[0].value_after, injector.records[0].bits_after
+(0.0, 0)
 
 A fault that hits nothing is an error, never a silent no-op.
 """

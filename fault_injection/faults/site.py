@@ -1,9 +1,15 @@
 """Sites: the tensors of attention that a fault can hit, as one fault-free pass shows them.
 
-    survey = SiteSurvey(model_dtype=torch.float32)
-    with tapped(model, survey):
-        model(**batch)
-    site = survey.site(layer=0, location="scores")       # shape, dtype, which keys each query sees
+>>> import transformers
+>>> from fault_injection import patched, tapped
+>>> config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=16, n_positions=8, vocab_size=32)
+>>> model, tokens = transformers.GPT2LMHeadModel(config).eval(), torch.tensor([[3, 1, 4, 1]])
+>>> survey = SiteSurvey(model_dtype=torch.float32)
+>>> with patched(model), tapped(model, survey):
+...     _ = model(tokens)
+>>> site = survey.site(layer=0, location="scores")
+>>> site.shape, site.dtype, site.visible[0, 0].int().tolist()
+((1, 2, 4, 4), torch.float32, [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]])
 
 The survey reads from the logits of the fault-free pass which keys a query sees: a hidden key has a logit at or below
 half the lowest finite number of the model's dtype, in every architecture's way of masking. Visibility depends only on

@@ -6,9 +6,12 @@ are the identity. What arrives unchanged tells which output features of which mo
 separate modules, contiguous blocks, interleaved heads and grouped queries alike. Where a normalisation lies in
 between, separate modules are recognised by their names; anything else is left unrecognised, with the reason.
 
-    projections = discover_projections(model)       # core name -> KeyValueProjections, or the reason why there are none
-    pair = projections["transformer.h.0.attn"]
-    pair.key.weight()                               # (features, inputs), in the order (head, channel)
+>>> import transformers
+>>> config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=16, n_positions=8, vocab_size=32)
+>>> projections = discover_projections(transformers.GPT2LMHeadModel(config))     # by core; or why there are none
+>>> pair = projections["transformer.h.0.attn"]
+>>> pair.key.weight().shape                         # (features, inputs), in the order (head, channel)
+torch.Size([16, 16])
 """
 
 from __future__ import annotations
