@@ -26,7 +26,8 @@ from scipy.optimize import brentq
 from scipy.stats import multivariate_normal, norm
 
 from experiments.analysis.rates import rate_of
-from experiments.analysis.statistics.clusters import ClusterSums, crossed, ratio
+from experiments.analysis.statistics.cluster_sums import ClusterSums, ratio
+from experiments.analysis.statistics.clusters import crossed
 from experiments.analysis.statistics.intervals import wilson_limits
 from experiments.analysis.statistics.resampling import mean_limits
 

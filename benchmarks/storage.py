@@ -25,7 +25,7 @@ from typing import Any
 
 from experiments.campaign.folder import CampaignFolder
 from experiments.campaign.merge import merge_campaign
-from experiments.campaign.worker import ShardFiles
+from experiments.campaign.shard_files import ShardFiles
 from experiments.command_line import main as run_sweep
 from experiments.config import ExperimentConfig
 from experiments.plan.plan import make_plan

@@ -26,17 +26,8 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from experiments.analysis.rates import By, rate_of, table_of
-from experiments.analysis.statistics.clusters import (
-    DEFAULT_CLUSTER,
-    Cluster,
-    ClusterSums,
-    Grouping,
-    Ways,
-    changes,
-    cluster_columns,
-    crossed,
-    ratio,
-)
+from experiments.analysis.statistics.cluster_sums import ClusterSums, changes, ratio
+from experiments.analysis.statistics.clusters import DEFAULT_CLUSTER, Cluster, Grouping, Ways, cluster_columns, crossed
 from experiments.analysis.statistics.distinct import listed, measured, require_columns, sampling_weights
 from experiments.analysis.statistics.intervals import CONFIDENCE, clustered_interval, exact_limits, wilson_limits
 

@@ -18,7 +18,8 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from experiments.analysis.rates import By, rate_table, table_of
-from experiments.analysis.statistics.clusters import DEFAULT_CLUSTER, Cluster, ClusterSums, Grouping, ratio
+from experiments.analysis.statistics.cluster_sums import ClusterSums, ratio
+from experiments.analysis.statistics.clusters import DEFAULT_CLUSTER, Cluster, Grouping
 from experiments.analysis.statistics.distinct import distinct_faults, listed, propagated, require_columns, weights_of
 from experiments.analysis.statistics.resampling import mean_limits
 

@@ -24,14 +24,8 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.stats import hypergeom
 
 from experiments.analysis.rates import By, rate_of, table_of
-from experiments.analysis.statistics.clusters import (
-    DEFAULT_CLUSTER,
-    Cluster,
-    ClusterSums,
-    Grouping,
-    cluster_columns,
-    ratio,
-)
+from experiments.analysis.statistics.cluster_sums import ClusterSums, ratio
+from experiments.analysis.statistics.clusters import DEFAULT_CLUSTER, Cluster, Grouping, cluster_columns
 from experiments.analysis.statistics.distinct import listed, measured, require_columns, weights_of
 from experiments.errors import UsageError
 

@@ -36,7 +36,8 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from bounds.registry import is_oracle
-from experiments.analysis.statistics.clusters import DEFAULT_CLUSTER, Cluster, ClusterSums, Grouping, Ratio, ratio
+from experiments.analysis.statistics.cluster_sums import ClusterSums, Ratio, ratio
+from experiments.analysis.statistics.clusters import DEFAULT_CLUSTER, Cluster, Grouping
 from experiments.analysis.statistics.distinct import (
     check_one_setting,
     detected,

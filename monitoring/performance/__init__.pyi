@@ -1,3 +1,3 @@
 from .aggregator import PerformanceAggregator as PerformanceAggregator
-from .monitor import PerformanceMetrics as PerformanceMetrics
+from .metrics import PerformanceMetrics as PerformanceMetrics
 from .monitor import PerformanceMonitor as PerformanceMonitor

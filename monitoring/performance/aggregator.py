@@ -1,6 +1,6 @@
 """Statistics of performance over the runs of a campaign.
 
->>> from monitoring.performance.monitor import PerformanceMetrics
+>>> from monitoring.performance.metrics import PerformanceMetrics
 >>> aggregator = PerformanceAggregator()
 >>> for seconds in (1.0, 2.0, 6.0):
 ...     aggregator.add(PerformanceMetrics(total_time=seconds))
@@ -19,7 +19,7 @@ from typing import TypedDict
 
 import numpy as np
 
-from monitoring.performance.monitor import PerformanceMetrics
+from monitoring.performance.metrics import PerformanceMetrics
 
 
 class FieldStatistics(TypedDict):

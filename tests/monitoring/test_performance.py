@@ -15,7 +15,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditional
 import monitoring
 from monitoring.performance.aggregator import PerformanceAggregator
 from monitoring.performance.flops import counted_forward_flops
-from monitoring.performance.monitor import PHASES, PerformanceMetrics, PerformanceMonitor, paired_order
+from monitoring.performance.metrics import PHASES, PerformanceMetrics
+from monitoring.performance.monitor import PerformanceMonitor, paired_order
 
 
 class Clock:

@@ -18,7 +18,8 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from experiments.analysis.statistics.clusters import Grouping, Ratio, ratio
+from experiments.analysis.statistics.cluster_sums import Ratio, ratio
+from experiments.analysis.statistics.clusters import Grouping
 from experiments.analysis.statistics.weighted import regression_parts
 
 FEWEST = 30

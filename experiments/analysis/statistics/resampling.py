@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import stdtrit
 
-from experiments.analysis.statistics.clusters import ClusterSums, changes, ratio
+from experiments.analysis.statistics.cluster_sums import ClusterSums, changes, ratio
 from experiments.analysis.statistics.intervals import CONFIDENCE
 
 RESAMPLES = 1999

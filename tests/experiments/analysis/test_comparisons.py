@@ -24,7 +24,7 @@ from experiments.analysis import (
 )
 from experiments.analysis.means import mean_table
 from experiments.analysis.ranking import design_effect, holm
-from experiments.analysis.statistics.clusters import ClusterSums
+from experiments.analysis.statistics.cluster_sums import ClusterSums
 from experiments.analysis.statistics.resampling import bootstrap_limits
 from experiments.errors import UsageError
 

@@ -14,7 +14,8 @@ from scipy import stats
 
 from benchmarks.interval_coverage import CROSSED, MEANS, RATES, crossed_coverage, main, mean_coverage, rate_coverage
 from experiments.analysis.rates import rate_of
-from experiments.analysis.statistics.clusters import ClusterSums, Grouping, cluster_columns, ratio
+from experiments.analysis.statistics.cluster_sums import ClusterSums, ratio
+from experiments.analysis.statistics.clusters import Grouping, cluster_columns
 from experiments.analysis.statistics.intervals import (
     Limits,
     clustered_interval,
