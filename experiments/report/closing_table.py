@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -46,6 +47,9 @@ READ_COLUMNS = (
 )
 """The columns of ``runs.csv`` that are read; for a million runs the others would take gigabytes."""
 
+BY = ["location", "bit_field"]
+"""The columns that make the lines of outcomes."""
+
 
 def closing_table(folder: CampaignFolder) -> str:
     """Return the text of the table from the merged files of a campaign.
@@ -80,11 +84,16 @@ def _table(folder: CampaignFolder, runs: pd.DataFrame, point: Mapping[str, str] 
         f"{'location':9}{'bit field':10}{'n':>6}{'masked':>8}{'benign':>8}{'critical':>9}{'nonfin':>8}"
         f"  {'detected (95 % interval)':27}{'of harmful':>11}{'inject ms':>11}{'detect ms':>11}",
     ]
-    groups = distinct.assign(bit_field=distinct.bit_field.astype(object).fillna("-")).groupby(["location", "bit_field"])
+    named = distinct.assign(bit_field=distinct.bit_field.astype(object).fillna("-"))
+    # One grouping serves all lines: to group the clusters of each line alone costs ten times as much.
+    grouping, seen, weights = Grouping(named, BY), distinct.violation_detected.to_numpy(bool), weights_of(distinct)
+    rates = {key: _share(row) for key, row in group_rates(grouping, seen, weights, whole=False)}
     order = {name: i for i, name in enumerate((*LOCATIONS, *FIELDS))}
-    for (location, field), group in sorted(groups, key=lambda item: [order.get(name, 99) for name in item[0]]):
-        lines.append(_line(str(location), str(field), group))
-    lines += [_line("all", "", distinct, whole=True), "", *_detector_lines(folder, distinct, point)]
+    for key, group in sorted(named.groupby(BY), key=lambda item: [order.get(name, 99) for name in item[0]]):
+        lines.append(_line(str(key[0]), str(key[1]), group, rates[key]))
+    of_all = Grouping(distinct)
+    lines += [_line("all", "", distinct, _rate(distinct, seen, of_all, whole=True)), ""]
+    lines += _detector_lines(folder, distinct, of_all, point)
     return [*lines, *_correction_lines(distinct), *_times_lines(runs)]
 
 
@@ -114,32 +123,39 @@ def _weight_lines(runs: pd.DataFrame) -> list[str]:
     ]
 
 
-def _line(location: str, field: str, group: pd.DataFrame, whole: bool = False) -> str:
-    counts = [int((group.outcome == outcome).sum()) for outcome in OUTCOMES]
+def _line(location: str, field: str, group: pd.DataFrame, rate: str) -> str:
+    number = group.outcome.value_counts()
+    counts = [int(number.get(outcome, 0)) for outcome in OUTCOMES]
     harmful = group[group.outcome.isin(HARMFUL)]
     seen = f"{int(harmful.violation_detected.sum())}/{len(harmful)}" if len(harmful) else "-"
     detecting = 1e3 * float((group.bounds_seconds + group.detection_seconds).mean())
     return (
         f"{location:9}{field:10}{len(group):6}{counts[0]:8}{counts[1]:8}{counts[2]:9}{counts[3]:8}"
-        f"  {_rate(group, group.violation_detected.to_numpy(bool), whole):27}{seen:>11}"
+        f"  {rate:27}{seen:>11}"
         f"{1e3 * float(group.injection_seconds.mean()):11.2f}{detecting:11.2f}"
     )
 
 
-def _rate(runs: pd.DataFrame, seen: NDArray[np.bool_], whole: bool = False, grouping: Grouping | None = None) -> str:
+def _rate(runs: pd.DataFrame, seen: NDArray[np.bool_], grouping: Grouping, whole: bool = False) -> str:
     """Return a share and its interval.
 
     Args:
         runs: the faults.
         seen: which of them count.
+        grouping: the clusters of ``runs``.
         whole: ``runs`` are all faults of a table, not a selection of them.
-        grouping: the clusters of ``runs``, if another share has grouped them already.
     """
-    [(_, row)] = group_rates(grouping or Grouping(runs), seen, weights_of(runs), whole)
+    [(_, row)] = group_rates(grouping, seen, weights_of(runs), whole)
+    return _share(row)
+
+
+def _share(row: Mapping[str, Any]) -> str:
     return f"{100 * row['rate']:5.1f} % ({100 * row['low']:.1f} - {100 * row['high']:.1f})"
 
 
-def _detector_lines(folder: CampaignFolder, distinct: pd.DataFrame, point: Mapping[str, str]) -> list[str]:
+def _detector_lines(
+    folder: CampaignFolder, distinct: pd.DataFrame, of_all: Grouping, point: Mapping[str, str]
+) -> list[str]:
     """Return a line for each detector: its detections, and its false positives on the fault-free passes."""
     every = pd.read_csv(folder.file("clean.csv"))
     names = detectors_of(folder.config().detect, point)
@@ -152,11 +168,11 @@ def _detector_lines(folder: CampaignFolder, distinct: pd.DataFrame, point: Mappi
     harmful = distinct.outcome.isin(HARMFUL).to_numpy(bool)
 
     harmed = distinct[harmful]
-    of_all, of_harmed = Grouping(distinct), Grouping(harmed)
+    of_harmed = Grouping(harmed)
 
     def shares(seen: NDArray[np.bool_]) -> str:
-        of_harmful = _rate(harmed, seen[harmful], grouping=of_harmed) if harmful.any() else "-"
-        return f"{_rate(distinct, seen, whole=True, grouping=of_all):27}{of_harmful:27}"
+        of_harmful = _rate(harmed, seen[harmful], of_harmed) if harmful.any() else "-"
+        return f"{_rate(distinct, seen, of_all, whole=True):27}{of_harmful:27}"
 
     lines = [f"{'detector':18}{'detected':27}{'of harmful':27}{'false positives':>16}{'in clean rows':>15}"]
     for suite, members in SUITES.items():
