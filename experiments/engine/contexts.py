@@ -21,7 +21,7 @@ from experiments.errors import UsageError
 from experiments.inputs.models import LoadedModel, load_model
 from experiments.inputs.windows import data_fingerprint, make_batches, make_calibration_batches
 from experiments.passes.subject import Subject
-from experiments.plan.plan import canonical_json
+from experiments.plan.plan import PlannedRun, canonical_json
 from fault_injection import NoAttentionError, UncoveredArchitectureError
 from monitoring import ForwardCache, TraceWriter
 from monitoring.cache.backend_stats import BackendStats
@@ -67,8 +67,12 @@ class Contexts:
         """Write the following passes to another trace."""
         self._trace = trace
 
-    def open(self, config: ExperimentConfig) -> PairedRunner:
+    def open(self, config: ExperimentConfig, first: PlannedRun | None = None) -> PairedRunner:
         """Return the runner for the context of ``config``, ready for runs.
+
+        Args:
+            config: names the model and the data.
+            first: the context is checked on the batch of this run (default: on the first batch).
 
         Raises:
             UsageError, MissingResourceError: model or data cannot be had.
@@ -96,7 +100,7 @@ class Contexts:
             facts=facts,
         )
         pairs = PairedRunner(context, stopping=self._stopping, kept=self._kept)
-        self.facts[key] = pairs.prepare(config)
+        self.facts[key] = pairs.prepare(config, first)
         self._open = key, pairs
         return pairs
 

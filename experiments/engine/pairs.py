@@ -79,12 +79,18 @@ class PairedRunner:
         """Return the fault-free pass of a batch, computed once for each input, model and set of detectors."""
         return self.context.baseline(batch_index, config)
 
-    def prepare(self, config: ExperimentConfig) -> dict[str, Any]:
-        """Run the equivalence gate and the control run on the first batch; return what was checked, for provenance."""
-        context, first = self.context, self.batches[0]
-        equivalence_gate(context.subject, first, lambda: self._fault_free(config).evaluation)
-        baseline = context.baseline(0, config)
-        control_run(context.subject, first, baseline.evaluation, baseline.sites)
+    def prepare(self, config: ExperimentConfig, run: PlannedRun | None = None) -> dict[str, Any]:
+        """Run the equivalence gate and the control run; return what was checked, for provenance.
+
+        Args:
+            config: its engine and its choice of detectors count.
+            run: the checks use the batch of this run, whose baseline is needed anyway (default: the first batch).
+        """
+        context, number = self.context, 0 if run is None else run.batch_index(len(self.batches))
+        batch = self.batches[number]
+        equivalence_gate(context.subject, batch, lambda: self._fault_free(number, config).evaluation)
+        baseline = context.baseline(number, config)
+        control_run(context.subject, batch, baseline.evaluation, baseline.sites)
         context.facts |= {
             "equivalence_gate": "bitwise equal to the model's own eager attention",
             "control_run": "loss and output differ by exactly 0",
@@ -98,13 +104,13 @@ class PairedRunner:
         context.follows(config)
         return context.facts
 
-    def _fault_free(self, config: ExperimentConfig) -> Baseline:
-        """Return the baseline of the first batch; where a proof is kept, the same pass is recorded for the runs."""
+    def _fault_free(self, number: int, config: ExperimentConfig) -> Baseline:
+        """Return the baseline of a batch; where a proof is kept, the same pass is recorded for the runs."""
         if config.run.engine != "plain" and config.run.reuse_baseline:
             proof = self._proofs.known(config)
             if proof is not None and proof.chain is not None:
-                self.context.opened(0, config, proof.chain, by_groups=proof.rows is None)
-        return self.context.baseline(0, config)
+                self.context.opened(number, config, proof.chain, by_groups=proof.rows is None)
+        return self.context.baseline(number, config)
 
     def run(self, planned: PlannedRun, config: ExperimentConfig) -> RunRecord:
         """Execute one run by whole forward passes.

@@ -1,9 +1,9 @@
 """The two checks before every campaign: the equivalence gate and the control run.
 
 The gate shows that the patched model without a fault gives, bit for bit, the logits of the model's own eager attention
-on the campaign's first batch; the pass of the patched model is the one that runs are then compared with. The control
-run shows that injecting a fault that changes no bit, through the very path
-that real faults take, gives a difference of exactly zero in loss and output.
+on the campaign's first batch (in a replay: on the batch of the run). The pass of the patched model is the one that runs
+are then compared with. The control run shows that injecting a fault that changes no bit, through the very path that
+real faults take, gives a difference of exactly zero in loss and output.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def equivalence_gate(
     if not bool(torch.isfinite(expected.output).all()):
         raise CheckRefusedError(
             f"equivalence gate: the fault-free output of {type(subject.model).__name__} in {subject.dtype} is not "
-            "finite on the first batch; no fault could be told from it"
+            "finite on the batch that is checked; no fault could be told from it"
         )
     got = subject.forward(batch) if patched is None else patched()
     if bitwise_equal(expected.output, got.output):

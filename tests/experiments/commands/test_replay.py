@@ -11,7 +11,9 @@ import pytest
 from micro_campaign import MicroPlace, files_below, table
 
 from experiments.command_line import main
+from experiments.engine import pairs
 from experiments.engine.pairs import PairedRunner
+from experiments.passes.gate import equivalence_gate
 from experiments.tables.csv_file import read_rows
 from experiments.tables.schema import (
     UNREPEATABLE,
@@ -85,6 +87,20 @@ def test_timings_and_engines_may_differ_in_a_replay(whole: Path, tmp_path: Path)
     lines[3] = ",".join(row)
     shard.write_text("\n".join(lines) + "\n")
     assert main(["replay", str(folder), row[0]]) == 0
+
+
+def test_the_gate_of_a_replay_looks_at_the_batch_of_the_run(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = {row["batch_index"]: row["run_id"] for row in table(whole / "runs.csv")}
+    seen: list[bytes] = []
+
+    def gate(subject: Any, batch: Any, *rest: Any) -> None:
+        seen.append(batch["input_ids"].numpy().tobytes())
+        equivalence_gate(subject, batch, *rest)
+
+    monkeypatch.setattr(pairs, "equivalence_gate", gate)
+    for run_id in rows.values():
+        assert main(["replay", str(whole), run_id]) == 0
+    assert len(set(seen)) == len(rows) > 1
 
 
 @pytest.mark.parametrize("options", [["--engine", "plain"], ["--engine=auto"], []], ids=str)

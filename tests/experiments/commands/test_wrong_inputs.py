@@ -172,7 +172,7 @@ CASES = {
     "model without attention": Wrong("--model.path={root}/mamba", "attention"),
     "encoder-decoder": Wrong("--model.path={root}/t5", "encoder-decoder"),
     "model of images": Wrong("--model.path={root}/vit", "takes no token ids"),
-    "model that is not finite": Wrong("--model.path={root}/infinite", "is not finite on the first batch", 1),
+    "model that is not finite": Wrong("--model.path={root}/infinite", "is not finite on the batch that is checked", 1),
     "GPU that is not there": Wrong("--model.device=cuda:97", "model.device: got 'cuda:97'", MISSING),
     # How it runs.
     "no workers": Wrong("--launcher | local | --workers | 0", "--workers: got 0, allowed a whole number from 1 to"),
