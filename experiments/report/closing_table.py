@@ -161,8 +161,9 @@ def _detector_lines(
     names = detectors_of(folder.config().detect, point)
     # An oracle does not judge fault-free passes; it applies where the detector applies that gives it its bounds.
     judge = {name: name.removeprefix("oracle_") if is_oracle(name) else name for name in names}
-    applying = set(every[every.applicable.astype(bool)].detector)
-    known = [name for name in names if judge[name] in set(every.detector)]
+    applying = set(every[every.applicable.astype(bool)].detector.unique())
+    judged = set(every.detector.unique())
+    known = [name for name in names if judge[name] in judged]
     clean = clean_of(every, point)
     hits = fired(distinct, known)
     harmful = distinct.outcome.isin(HARMFUL).to_numpy(bool)
@@ -180,10 +181,11 @@ def _detector_lines(
             silent = [name for name in members if judge[name] not in applying]
             note = f"  ({len(silent)} of its {len(members)} do not apply)" if silent else ""
             lines.append(f"{'suite ' + suite:18}{shares(np.any([hits[name] for name in members], axis=0))}{note}")
-    unproved = set(clean[~clean.proved.astype(bool)].detector)
-    for name in known:
-        own = clean[(clean.detector == name) & clean.applicable.astype(bool)]
-        false, checked = str(int(own.violations.sum())), f"{int(own.rows_checked.sum()):,}"
+    unproved = set(clean[~clean.proved.astype(bool)].detector.unique())
+    applicable = clean[clean.applicable.astype(bool)]
+    sums = applicable.groupby("detector")[["violations", "rows_checked"]].sum().reindex(known, fill_value=0)
+    for name, violations, rows_checked in sums.itertuples():
+        false, checked = str(int(violations)), f"{int(rows_checked):,}"
         note = "  (no theorem rules out false positives)" if name in unproved else ""
         if is_oracle(name):
             false, checked, note = "-", "-", "  (reads the fault-free pass: no detector)"
