@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar, cast
+from typing import Any, TypedDict, TypeVar, Unpack, cast
 
 import torch
 from torch import Tensor
@@ -81,6 +81,14 @@ class FusedState:
         return cast(Derived, self._derived[factory])
 
 
+class CallFacts(TypedDict, total=False):
+    """What the caller knows of a call, and no kernel; the attributes of the same names in ``FusedState``."""
+
+    kv_equal: bool
+    layer: int | None
+    name: str
+
+
 @torch.no_grad()
 def fused_attention(
     query: Tensor,
@@ -91,9 +99,7 @@ def fused_attention(
     scaling: float | None = None,
     augment: bool = True,
     visible: Tensor | None = None,
-    kv_equal: bool = False,
-    layer: int | None = None,
-    name: str = "",
+    **facts: Unpack[CallFacts],
 ) -> FusedState:
     """Run PyTorch's fused attention kernel and return what it shows.
 
@@ -108,9 +114,7 @@ def fused_attention(
         scaling: alpha; None for 1 / sqrt(D).
         augment: whether to append the columns that ``fused_sum`` reads.
         visible: bool, broadcastable to (B, H, T, S), instead of ``causal``.
-        kv_equal: kept in the state: whether the model guarantees that key and value are equal.
-        layer: kept in the state.
-        name: kept in the state.
+        **facts: kept in the state, see ``CallFacts``.
 
     Raises:
         ValueError: for tensors that do not belong together, two masks, an unsupported dtype or device.
@@ -132,10 +136,8 @@ def fused_attention(
         scaling=alpha,
         causal=causal,
         visible=visible,
-        kv_equal=kv_equal,
         appended=out[..., channels : columns.shape[-1]] if augment else None,
-        layer=layer,
-        name=name,
+        **facts,
     )
 
 
