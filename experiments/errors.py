@@ -8,17 +8,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from fault_injection.names import nearest
 
 __all__ = ["CheckRefusedError", "MissingResourceError", "TooFewWindowsError", "UsageError", "nearest"]
-
-
-def nearest(name: str, allowed: Iterable[str]) -> str:
-    """Return ``"; did you mean 'x'?"`` for the closest allowed name, or an empty string when none is close."""
-    # Imported here: it brings torch, and errors are needed before anything else.
-    from fault_injection import names
-
-    return names.nearest(name, allowed)
 
 
 class UsageError(ValueError):

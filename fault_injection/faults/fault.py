@@ -108,18 +108,7 @@ def draw_fault(spec: FaultSpec, site: Site, random: np.random.Generator) -> Faul
     elif kind.draws == PATTERN:
         drawn = int.from_bytes(random.bytes(8), "little") & layout.all_bits
     keep, toggle = kind.masks(layout.number, drawn)
-    return Fault(
-        spec.location,
-        site.layer,
-        site.module,
-        spec.kind,
-        str(site.dtype).removeprefix("torch."),
-        site.shape,
-        index,
-        bits,
-        (Element(site.flat(index), keep, toggle),),
-        masked_position=not site.sees(index),
-    )
+    return _fault(spec, site, index, bits, (Element(site.flat(index), keep, toggle),))
 
 
 def _draw_bits(bits: tuple[int, ...] | str | None, dtype: torch.dtype, random: np.random.Generator) -> tuple[int, ...]:
@@ -153,18 +142,21 @@ def _draw_error_rate(spec: FaultSpec, site: Site, random: np.random.Generator) -
     if elements:
         batch, head, row, col = (int(i) for i in np.unravel_index(elements[0].flat, site.shape))
         index = batch, head, row, col
+    return _fault(spec, site, index, (), elements)
+
+
+def _fault(
+    spec: FaultSpec,
+    site: Site,
+    index: tuple[int, int, int, int] | None,
+    bits: tuple[int, ...],
+    elements: tuple[Element, ...],
+) -> Fault:
+    dtype, hidden = str(site.dtype).removeprefix("torch."), index is not None and not site.sees(index)
     return Fault(
-        spec.location,
-        site.layer,
-        site.module,
-        spec.kind,
-        str(site.dtype).removeprefix("torch."),
-        site.shape,
-        index,
-        (),
-        elements,
-        masked_position=index is not None and not site.sees(index),
-    )
+        spec.location, site.layer, site.module, spec.kind, dtype, site.shape, index, bits, elements,
+        masked_position=hidden,
+    )  # fmt: skip
 
 
 def _candidates(spec: FaultSpec, site: Site) -> np.ndarray:
