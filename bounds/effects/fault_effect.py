@@ -1,7 +1,13 @@
 """The effect of one changed element on a layer's output, in closed form (docs/theory.md, T20-T25).
 
-    changed = local_effect(state, "scores", (0, 3, 17, 5), after=-41.5, logit_map=plain_logit_map(state))
-    changed[0, 3, 17]                      # out after the fault minus out before it: row 17 of head 3 moves
+>>> from bounds.effects.head_view import plain_logit_map
+>>> query, value = torch.zeros(1, 1, 2, 2), torch.tensor([[[[1.0, 0.0], [0.0, 1.0]]]])
+>>> scores, weights = torch.zeros(1, 1, 2, 2), torch.full((1, 1, 2, 2), 0.5)
+>>> state = AttentionState(query=query, key=query, value=value, scores=scores, logits=scores, weights=weights,
+...                        out=weights @ value, scaling=1.0, kv_equal=False, has_bias_or_cap=False)
+>>> changed = local_effect(state, "scores", (0, 0, 1, 0), after=-41.5, logit_map=plain_logit_map(state))
+>>> changed[0, 0].round(decimals=6).tolist()        # out after the fault minus out before it: row 1 of head 0 moves
+[[0.0, 0.0], [-0.5, 0.5]]
 
 The formulas hold in real arithmetic and are evaluated in float64; the model's own arithmetic differs by rounding.
 Scores, queries and keys act through the softmax, so that only *differences* of logits matter: a position bias or a

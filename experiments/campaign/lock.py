@@ -1,8 +1,11 @@
 """One writer for a shard: a lock file that is made atomically, and that others can take over from a dead writer.
 
-    with WriterLock(path) as lock:
-        ...                    # CheckRefusedError if another live process holds it
-        lock.check()           # ... or has taken it over meanwhile
+>>> import tempfile
+>>> with tempfile.TemporaryDirectory() as folder:
+...     with WriterLock(Path(folder) / "0001.lock") as lock:       # CheckRefusedError if a live process holds it
+...         lock.check()                                           # ... or has taken it over meanwhile
+...         lock.is_own()
+True
 
 The lock uses only atomic links and renames, which also work on network file systems. A process takes over an abandoned
 lock if it knows that the holder writes no more, that is if

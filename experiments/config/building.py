@@ -1,6 +1,8 @@
 """Build all sections of a configuration, as one typed value, from dotted fields and axes.
 
-    sections = build_sections({"fault.location": "q", "seed": 3}, {"fault.bit": "0:32"})
+>>> sections = build_sections({"name": "bits", "fault.location": "q", "seed": 3}, {"fault.bit": "0:3"})
+>>> sections.fault.location, sections.seed, sections.sweep
+('q', 3, {'fault.bit': [0, 1, 2]})
 
 A value that has exactly the type of its field is taken as it is. jsonargparse checks the others; it is loaded only for
 them. It also converts some texts ("12" to a number, "#" to nothing); this module undoes that and refuses any other

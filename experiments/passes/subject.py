@@ -1,8 +1,11 @@
 """The subject of an experiment: one patched model, and how a forward pass of it is made.
 
-with Subject.of(loaded.model, family="causal") as subject:
-    output = subject.forward(batch)                    # Evaluation: loss, losses per sequence, output
-    output = subject.forward(batch, injector, watcher)  # the same execution shape, with taps
+>>> import transformers
+>>> config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=16, n_positions=8, vocab_size=32)
+>>> with Subject(transformers.GPT2LMHeadModel(config)) as subject:
+...     found = subject.forward({"input_ids": torch.tensor([[3, 1, 4, 1]])})     # taps may follow the batch
+>>> subject.family, found.output.shape, found.loss > 0
+('causal', torch.Size([1, 4, 32]), True)
 """
 
 from __future__ import annotations

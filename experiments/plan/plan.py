@@ -1,8 +1,10 @@
 """The plan of a campaign: every point of the grid, every repeat, and the identity of each run.
 
-    plan = make_plan(config)
-    plan.runs[0].run_id                     # 16 hex digits
-    plan.config_of(plan.runs[0])            # the configuration of that run alone
+>>> plan = make_plan(ExperimentConfig(name="bits", num_runs=2, sweep={"fault.bit": [3, 30]}))
+>>> [(run.repeat, plan.config_of(run).fault.bit) for run in plan.runs]
+[(0, 3), (1, 3), (0, 30), (1, 30)]
+>>> len({run.run_id for run in plan.runs}), len(plan.runs[0].run_id)        # 16 hex digits
+(4, 16)
 
 A run's identity is the BLAKE2b hash of everything that determines the run: model, data, fault, seed, repeat, and every
 swept value. It does not depend on the order of the grid, the shards, the output folder, or the number of repeats. So a

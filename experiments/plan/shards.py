@@ -1,7 +1,11 @@
 """Shards: the runs of a plan that one worker does.
 
-    shard = parse_shard("3/16", os.environ)
-    shard_of(plan, shard)                    # its runs, in the best order of execution
+>>> from experiments.plan.plan import make_plan
+>>> plan = make_plan(ExperimentConfig(name="bits", num_runs=4, sweep={"fault.bit": [3, 30]}))
+>>> shards = [parse_shard(text, environment={}) for text in ("1/3", "2/3", "3/3")]
+>>> runs = [run for shard in shards for run in shard_of(plan, shard)]       # each in the best order of execution
+>>> len(runs), {run.run_id for run in runs} == {run.run_id for run in plan.runs}
+(8, True)
 
 The division depends only on the plan and the number of shards. Every worker finds its part by itself, and finds the
 same part when it is submitted again. The division does not depend on finished runs: workers look for rows in the files

@@ -1,8 +1,11 @@
 """When a cell has enough runs: a confidence sequence for its rate, checked after fixed numbers of repeats.
 
-    rule = StopRule(margin=0.02, confidence=0.95, minimum=64, growth=1.5)
-    rule.looks(1000)                        # (64, 96, 144, ..., 1000)
-    rule.interval(3, 96)                    # Interval(low=0.002, high=0.128), rounded
+>>> rule = StopRule(margin=0.02, confidence=0.95, minimum=64, growth=1.5)
+>>> rule.looks(1000)
+(64, 96, 144, 216, 324, 486, 729, 1000)
+>>> found = rule.interval(3, 96)
+>>> round(found.low, 3), round(found.high, 3)
+(0.002, 0.128)
 
 An ordinary 95 % interval is valid at one n chosen beforehand. If you check it again and again, and stop when it is
 narrow, it excludes the true rate more often. A *confidence sequence* is valid at all n at once, so you may stop at any

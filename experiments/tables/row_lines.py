@@ -1,8 +1,11 @@
-"""Read the rows of a CSV file as bytes, one after the other, without parsing them.
+r"""Read the rows of a CSV file as bytes, one after the other, without parsing them.
 
-    for offset, line in row_lines(path, columns):
-        first_cell(line)                 # "686d24c4f44e4f15"
-        cells_of(line)                   # ["686d24c4f44e4f15", "0", ...]
+>>> import tempfile
+>>> with tempfile.TemporaryDirectory() as folder:
+...     path = Path(folder) / "rows.csv"
+...     _ = path.write_bytes(b"run_id,bit\n686d24c4f44e4f15,30\n0af1b6e2c4d5a798,3\n5c")     # the last row is torn
+...     [(offset, first_cell(line), cells_of(line)[1]) for offset, line in row_lines(path, ["run_id", "bit"])]
+[(11, '686d24c4f44e4f15', '30'), (31, '0af1b6e2c4d5a798', '3')]
 
 Almost no cell is quoted, and the number of cells in a line without quotes is the number of its commas plus one. Such
 lines are checked and passed on as they are. A million rows of 65 cells are read in seconds, with one row in memory.

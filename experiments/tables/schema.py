@@ -5,7 +5,8 @@ A column is declared once, as a field of a dataclass here: name, type, unit, mea
 files, the types of analysis and Parquet, ``--list columns``, and the readme in ``results/``, which
 ``python -m experiments.tables.schema`` prints.
 
-    columns(ExperimentResult)[:2]          # ["run_id", "repeat"]
+>>> columns(ExperimentResult)[:2]
+['run_id', 'repeat']
 
 Cells: a number that does not exist is an empty cell, never 0; floats are written by ``repr`` so that they read back to
 the same bits; ``value_after`` may be ``nan`` or ``inf``; booleans are ``True`` and ``False``.

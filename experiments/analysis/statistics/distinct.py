@@ -1,7 +1,10 @@
 """Count each fault once, define harmful and detected, and weight runs.
 
-faults = distinct_faults(load_runs("results/default"))
-propagated(faults)                  # those whose outcome was measured at the model's output
+>>> runs = pd.DataFrame({"fault_id": ["a", "a", "b"], "scope": ["full", "full", "site"],
+...                      "outcome": ["critical", "critical", None]})
+>>> faults = distinct_faults(runs)
+>>> len(faults), len(propagated(faults))          # two faults; the outcome of one was measured at the model's output
+(2, 1)
 """
 
 from __future__ import annotations

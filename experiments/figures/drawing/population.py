@@ -1,6 +1,9 @@
 """The runs that a figure shows, in words: the n of its caption.
 
-population(runs)          # "n = 768 distinct faults of 768 runs; model reference (float32)"
+>>> runs = pd.DataFrame({"fault_id": ["a", "a", "b"], "scope": "full", "outcome": "benign", "model": "reference",
+...                      "dtype": "float32"})
+>>> population(runs)
+'n = 2 distinct faults of 3 runs; model reference (float32)'
 """
 
 from __future__ import annotations

@@ -1,7 +1,11 @@
 """Tables of the page: cells with a text to read and a number to sort by.
 
-rate_cell(27, 27, 1.0, 0.875, 1.0)       # Cell("100.0 %", 1.0, "87.5–100.0; 27/27")
-Table("outcomes", "What the faults did", (Column("location"), Column("n", "count")), rows)
+>>> rate_cell(27, 27, 1.0, 0.875, 1.0)
+Cell(text='100.0 %', key=1.0, detail='87.5–100.0; 27/27')
+>>> rows = ((text_cell("scores"), count_cell(1234)),)
+>>> table = Table("outcomes", "What the faults did", (Column("location"), Column("n", numeric=True)), rows)
+>>> [cell.text for cell in table.rows[0]]
+['scores', '1,234']
 """
 
 from __future__ import annotations
