@@ -10,7 +10,7 @@ from benchmarks.variants import CRITICAL_LOSS, Found
 from benchmarks.workloads import DEFAULT_DETECTORS, Workload
 from experiments.effects.outcome import effect_of
 from experiments.engine.opened_batch import recorded_part
-from experiments.passes.injected_pass import InjectedPass
+from experiments.passes.injected_pass import InjectedPass, Observed
 from experiments.passes.taps.output_keeper import OutputKeeper, change_of
 from fault_injection import Fault
 from monitoring import PerformanceMonitor
@@ -41,16 +41,10 @@ class PlainCheck:
     def _run(self, fault: Fault) -> Found:
         work, config = self._work, self._work.config(DEFAULT_DETECTORS)
         baseline = work.baseline(DEFAULT_DETECTORS)
-        injected = InjectedPass.of(
-            work.subject,
-            work.batch,
-            [fault],
-            baseline.situation,
-            work.pairs.detectors(config),
-            config.detect,
-            PerformanceMonitor(work.subject.device),
-            keep_output=True,
-        )
+        detectors = work.pairs.detectors(config)
+        observed = Observed(baseline.situation, detectors, config.detect, keep_output=True)
+        monitor = PerformanceMonitor(work.subject.device)
+        injected = InjectedPass.of(work.subject, work.batch, [fault], observed, monitor)
         if injected.keeper is None:
             raise RuntimeError("the output of the layer was asked for, and not kept")
         if fault.layer not in self._clean:

@@ -20,7 +20,7 @@ from bounds import Detector, Verdict
 from experiments.effects.baseline_rows import BaselineRows
 from experiments.effects.block_outputs import BlockOutputs
 from experiments.effects.loss import Evaluation, output_of
-from experiments.engine.fast.engine import FastEngine
+from experiments.engine.fast.engine import CleanPass, FastEngine
 from experiments.engine.fast.recording import Recording, record, recorded_pass
 from experiments.engine.fast.site_verdicts import CleanGroups, unsupported
 from experiments.engine.fast.wide_linear import OutputBuffer
@@ -37,25 +37,8 @@ from monitoring.performance.memory import give_back_free_memory
 
 
 @dataclass(frozen=True, eq=False)
-class OpenedBatch:
-    """What the runs of one input share.
-
-    Attributes:
-        subject, chain: the model and its blocks.
-        recording: the fault-free pass.
-        groups: what detectors say of single groups of heads; None if some detector cannot, or there are none.
-        rows: the baseline's side of effects.
-        causal: whether no position depends on a later one.
-        overwritten: the layers whose scores are changed in place.
-    """
-
-    subject: Subject
-    chain: Chain
-    recording: Recording
-    groups: CleanGroups | None
-    rows: BaselineRows
-    causal: bool
-    overwritten: frozenset[int]
+class OpenedBatch(CleanPass):
+    """What the runs of one input share, and how it is made."""
 
     @classmethod
     def of(
@@ -108,18 +91,8 @@ class OpenedBatch:
 
     def engine(self, batch_runs: int | None, buffer: OutputBuffer | None, *, propagation: bool = False) -> FastEngine:
         """Return the engine for this input; see ``FastEngine``. With ``propagation`` it follows runs through blocks."""
-        return FastEngine(
-            self.subject,
-            self.chain,
-            self.recording,
-            self.groups,
-            self.rows,
-            causal=self.causal,
-            overwritten=self.overwritten,
-            batch_runs=batch_runs,
-            buffer=buffer,
-            outputs=self.outputs if propagation else None,
-        )
+        outputs = self.outputs if propagation else None
+        return FastEngine(self, batch_runs=batch_runs, buffer=buffer, outputs=outputs)
 
     def differing_verdict(self, baseline: Baseline) -> str | None:
         """Return which detector says or keeps something else of groups of heads than of whole calls, or None."""

@@ -24,7 +24,7 @@ from experiments.engine.context import Context
 from experiments.engine.records import Records
 from experiments.errors import CheckRefusedError, MissingResourceError, UsageError
 from experiments.passes.baseline import Baseline, timed_forward
-from experiments.passes.injected_pass import InjectedPass
+from experiments.passes.injected_pass import InjectedPass, Observed
 from experiments.passes.taps.output_keeper import OutputKeeper, change_of
 from experiments.passes.taps.watcher import Watcher
 from experiments.runs.measured import Measured
@@ -161,20 +161,17 @@ class PlainRuns:
                 },
             )
 
-        return InjectedPass.of(
-            context.subject,
-            batch,
-            drawn.faults,
+        observed = Observed(
             drawn.baseline.situation,
             context.detectors(drawn.config),
             detect,
-            self._monitor,
             certifier=self._certifier() if detect.certificate else None,
             keep_output=not drawn.propagates,
             site_only=not drawn.propagates,
             blocks=None if outputs is None else context.watcher(outputs, first),
             traced=traced,
         )
+        return InjectedPass.of(context.subject, batch, drawn.faults, observed, self._monitor)
 
 
 def attempt(execute: Callable[[], Done]) -> Done | Exception:

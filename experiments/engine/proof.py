@@ -34,7 +34,7 @@ from experiments.engine.opened_batch import OpenedBatch, recorded_part
 from experiments.inputs.blocks import Chain, block_chain
 from experiments.inputs.families import FAMILIES
 from experiments.passes.baseline import Baseline
-from experiments.passes.injected_pass import InjectedPass
+from experiments.passes.injected_pass import InjectedPass, Observed
 from fault_injection import LOCATIONS, Fault, FaultSpec, InjectionRecord, draw_fault
 from fault_injection.numbers.bits import bits_in_field
 from fault_injection.numbers.model_outputs import bitwise_equal
@@ -173,9 +173,8 @@ class _Comparison:
         detectors, situation = self._context.detectors(self._config), self._baseline.situation
         detect, context = self._config.detect, self._context
         blocks = context.watcher(self._opened.outputs, fault.layer) if context.follows(self._config) else None
-        return InjectedPass.of(
-            context.subject, self._batch, [fault], situation, detectors, detect, self._monitor, blocks=blocks
-        )
+        observed = Observed(situation, detectors, detect, blocks=blocks)
+        return InjectedPass.of(context.subject, self._batch, [fault], observed, self._monitor)
 
     def _effect(self, plain: InjectedPass) -> Effect:
         critical, family = self._config.detect.critical_loss, self._context.subject.family

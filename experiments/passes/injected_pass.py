@@ -1,6 +1,7 @@
 """One whole injected pass and its observations: the plain way to execute a run.
 
-injected = InjectedPass.of(subject, batch, faults, baseline.situation, detectors, config.detect, monitor)
+observed = Observed(baseline.situation, detectors, config.detect)
+injected = InjectedPass.of(subject, batch, faults, observed, monitor)
 injected.evaluation.loss, injected.watcher.verdicts
 """
 
@@ -31,6 +32,53 @@ Traced = Callable[[Callable[[], Evaluation], Watcher], Evaluation]
 
 
 @dataclass(frozen=True)
+class Observed:
+    """What looks at an injected pass, and where.
+
+    Attributes:
+        situation: what detectors may know of the input.
+        detectors: prepared and calibrated.
+        detect: at which layers they look, and whether a corrector repairs.
+        certifier: bounds what an undetected fault can have done; None: nothing does.
+        keep_output: keep the output of the first injected layer.
+        site_only: look at the injected layers alone.
+        blocks: sees what the blocks return; None: nobody asks.
+        traced: runs the pass and notes it.
+    """
+
+    situation: Situation
+    detectors: Sequence[Detector]
+    detect: DetectConfig
+    certifier: Certifier | None = None
+    keep_output: bool = False
+    site_only: bool = False
+    blocks: BlockWatcher | None = None
+    traced: Traced = lambda compute, watcher: compute()
+
+    def watcher(self, hit: frozenset[int], subject: Subject) -> Watcher:
+        """Return the tap of the detectors for faults in the layers ``hit``."""
+        return Watcher(
+            self.detectors,
+            self.situation,
+            layers=self.layers(hit, subject),
+            injected=hit if self.detect.layers == "injected" else None,
+            synchronize=subject.synchronize,
+            certifier=self.certifier,
+        )
+
+    def corrector(self, hit: frozenset[int], subject: Subject) -> Corrector | None:
+        """Return the tap that repairs; None unless ``detect.correct``."""
+        if not self.detect.correct:
+            return None
+        layers = self.layers(hit, subject)
+        return Corrector(self.situation.visible, layers=layers, synchronize=subject.synchronize)
+
+    def layers(self, hit: frozenset[int], subject: Subject) -> frozenset[int]:
+        """Return the layers to look at: those in front of the first fault are bitwise those of the baseline."""
+        return hit if self.site_only else frozenset(range(min(hit), len(subject.cores)))
+
+
+@dataclass(frozen=True)
 class InjectedPass:
     """The results of the injected pass of a run.
 
@@ -58,42 +106,21 @@ class InjectedPass:
         subject: Subject,
         batch: Mapping[str, Tensor],
         faults: Sequence[Fault],
-        situation: Situation,
-        detectors: Sequence[Detector],
-        detect: DetectConfig,
+        observed: Observed,
         monitor: PerformanceMonitor,
-        *,
-        certifier: Certifier | None = None,
-        keep_output: bool = False,
-        site_only: bool = False,
-        blocks: BlockWatcher | None = None,
-        traced: Traced = lambda compute, watcher: compute(),
     ) -> InjectedPass:
-        """Run the model with ``faults`` on ``batch``; detectors and corrector as ``detect`` says.
-
-        With ``keep_output`` the output of the first injected layer is kept; with ``site_only`` nothing looks at others;
-        ``blocks`` sees what the blocks return.
-        """
-        injector, synchronize = Injector(faults), subject.synchronize
+        """Run the model with ``faults`` on ``batch``."""
+        injector, blocks = Injector(faults), observed.blocks
         hit = frozenset(fault.layer for fault in faults)
-        # Layers before the first fault are bitwise those of the baseline, and so are their verdicts.
-        layers = hit if site_only else frozenset(range(min(hit), len(subject.cores)))
-        watcher = Watcher(
-            detectors,
-            situation,
-            layers=layers,
-            injected=hit if detect.layers == "injected" else None,
-            synchronize=synchronize,
-            certifier=certifier,
-        )
-        corrector = Corrector(situation.visible, layers=layers, synchronize=synchronize) if detect.correct else None
-        keeper = OutputKeeper(min(hit)) if keep_output else None
+        watcher, corrector = observed.watcher(hit, subject), observed.corrector(hit, subject)
+        keeper = OutputKeeper(min(hit)) if observed.keep_output else None
         # The corrector comes after the detectors: they judge what it then repairs.
         taps: list[Tap] = [tap for tap in (watcher, corrector, keeper) if tap is not None]
+        readers: list[Detector | Certifier] = [*observed.detectors, *filter(None, [observed.certifier])]
 
         def compute() -> Evaluation:
             with (
-                recorded_origins(subject.model, [*detectors, *filter(None, [certifier])]) as watcher.origins,
+                recorded_origins(subject.model, readers) as watcher.origins,
                 monitor.timer("injection_forward"),
                 tapped(subject.model, injector),
                 blocks or nullcontext(),
@@ -102,7 +129,7 @@ class InjectedPass:
             injector.finish()
             return evaluation
 
-        evaluation = traced(compute, watcher)
+        evaluation = observed.traced(compute, watcher)
         monitor.add_time("bounds_computation", watcher.bounds_seconds)
         monitor.add_time("violation_detection", watcher.detection_seconds)
         monitor.record_memory()

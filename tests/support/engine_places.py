@@ -28,7 +28,7 @@ from experiments.engine.fast.wide_linear import OutputBuffer
 from experiments.engine.opened_batch import OpenedBatch, recorded_part
 from experiments.engine.pairs import PairedRunner
 from experiments.inputs.blocks import Chain, block_chain
-from experiments.passes.injected_pass import InjectedPass
+from experiments.passes.injected_pass import InjectedPass, Observed
 from experiments.passes.subject import Subject
 from experiments.passes.taps.output_keeper import OutputKeeper, change_of
 from fault_injection import Fault, FaultSpec, draw_fault
@@ -130,11 +130,11 @@ class Place:
 
     def plain(self, fault: Fault, *, keep_output: bool = False) -> InjectedPass:
         pairs = self.pairs
-        return InjectedPass.of(
-            pairs.subject, self.batch, [fault], self.baseline.situation, pairs.detectors(self.config),
-            self.config.detect, PerformanceMonitor(pairs.subject.device), keep_output=keep_output,
-            blocks=pairs.context.watcher(self.opened.outputs, fault.layer),
-        )  # fmt: skip
+        blocks = pairs.context.watcher(self.opened.outputs, fault.layer)
+        detectors, detect = pairs.detectors(self.config), self.config.detect
+        observed = Observed(self.baseline.situation, detectors, detect, keep_output=keep_output, blocks=blocks)
+        monitor = PerformanceMonitor(pairs.subject.device)
+        return InjectedPass.of(pairs.subject, self.batch, [fault], observed, monitor)
 
     def compare(self, faults: Sequence[Fault], engine: FastEngine | None = None) -> Compared:
         """Run faults through the engine and one by one; assert that every number and every bit is the same."""

@@ -1,6 +1,6 @@
 """Many runs of one input: site steps, then waves of packs, then the head on the rows that differ.
 
-    engine = FastEngine(subject, chain, recording, groups, rows, causal=True)
+    engine = FastEngine(CleanPass(subject, chain, recording, groups, rows, causal=True))
     runs = engine.run([(fault, True), (fault, False)], critical_loss=1e-3)      # whether to propagate each
 
 A run ends as early as it can: at its site (if nothing changed there, or only the site is requested), or after the first
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -43,17 +44,34 @@ HEAD_ROWS = 256
 """Rows whose logits are there at one time, unless a single run has more."""
 
 
+@dataclass(frozen=True, eq=False)
+class CleanPass:
+    """What the runs of one input share.
+
+    Attributes:
+        subject, chain: the patched model and its blocks.
+        recording: the fault-free pass of the input.
+        groups: what detectors said of single groups of heads in that pass; None if one of them cannot say, or there
+            are no detectors.
+        rows: the baseline's side of effects on the output.
+        causal: whether no position of the input depends on a later one.
+        overwritten: the layers whose architecture changes the scores in place.
+    """
+
+    subject: Subject
+    chain: Chain
+    recording: Recording
+    groups: CleanGroups | None
+    rows: BaselineRows
+    causal: bool
+    overwritten: frozenset[int] = frozenset()
+
+
 class FastEngine:
     """Runs faults on one input.
 
     Args:
-        subject: the patched model.
-        chain: its blocks.
-        recording: the fault-free pass of the input.
-        groups: what the detectors said of that pass; None without detectors.
-        rows: the baseline's side of effects on the output.
-        causal: whether no position of the input depends on a later one.
-        overwritten: the layers whose architecture changes the scores in place.
+        clean: the fault-free pass of the input.
         batch_runs: most runs in one pass; None: as many as ``max_rows`` holds.
         max_rows: most rows in one pass, unless a single run has more.
         buffer: for a wide head in pieces; None: the head as the model computes it.
@@ -62,26 +80,20 @@ class FastEngine:
 
     def __init__(
         self,
-        subject: Subject,
-        chain: Chain,
-        recording: Recording,
-        groups: CleanGroups | None,
-        rows: BaselineRows,
+        clean: CleanPass,
         *,
-        causal: bool,
-        overwritten: frozenset[int] = frozenset(),
         batch_runs: int | None = None,
         max_rows: int = 512,
         buffer: OutputBuffer | None = None,
         outputs: BlockOutputs | None = None,
     ) -> None:
         self._outputs = outputs
-        self._subject, self._chain, self._recording = subject, chain, recording
-        self._groups, self._rows, self._causal = groups, rows, causal
-        self._overwritten, self._batch_runs, self._max_rows = overwritten, batch_runs, max_rows
+        self._subject, self._chain, self._recording = clean.subject, clean.chain, clean.recording
+        self._groups, self._rows, self._causal = clean.groups, clean.rows, clean.causal
+        self._overwritten, self._batch_runs, self._max_rows = clean.overwritten, batch_runs, max_rows
         self._buffer = buffer
-        self._length = recording.hidden[0].shape[1]
-        self._lengths = {layer: output_lengths(kept.out) for layer, kept in recording.attention.items()}
+        self._length = clean.recording.hidden[0].shape[1]
+        self._lengths = {layer: output_lengths(kept.out) for layer, kept in clean.recording.attention.items()}
 
     def site_of(self, fault: Fault) -> FaultSite | None:
         """Return where a fault lies in its group of heads; None if this engine cannot run it.

@@ -253,7 +253,7 @@ def test_a_signal_while_torch_is_imported_asks_slurm_to_begin_again(tmp_path: Pa
     slurm.write_text(f"#!/bin/sh\necho $@ >>{tmp_path}/calls\necho JobState=RUNNING\nkill $PPID\n")
     slurm.chmod(0o755)
     found = subprocess.run(
-        [sys.executable, str(ROOT / "run_sweep.py"), "--dry-run"],
+        [sys.executable, str(ROOT / "run_sweep.py"), "--output_dir", str(tmp_path / "results")],
         env={"PYTHONPATH": f"{tmp_path}:{ROOT}", "PATH": f"{slurm.parent}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"},
         capture_output=True,
         text=True,
