@@ -35,7 +35,7 @@ from experiments.runs.measured import Measured
 from experiments.runs.record import DrawnRun, RunRecord
 from experiments.runs.rows import tightest
 from fault_injection.faults.one_head import FaultSite
-from monitoring.cache.fingerprints import model_fingerprint
+from monitoring.cache.model_fingerprints import model_fingerprint
 
 logger = logging.getLogger(__name__)
 

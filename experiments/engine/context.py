@@ -26,7 +26,7 @@ from experiments.passes.block_changes import Blocks, BlockWatcher
 from experiments.passes.subject import Subject
 from experiments.plan.plan import canonical_json
 from monitoring.cache.cached_forward import CachedForward
-from monitoring.cache.fingerprints import model_fingerprint
+from monitoring.cache.model_fingerprints import model_fingerprint
 
 logger = logging.getLogger(__name__)
 

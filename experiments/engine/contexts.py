@@ -26,7 +26,7 @@ from fault_injection import NoAttentionError, UncoveredArchitectureError
 from monitoring import ForwardCache, TraceWriter
 from monitoring.cache.backend_stats import BackendStats
 from monitoring.cache.cached_forward import CachedForward
-from monitoring.cache.fingerprints import model_fingerprint
+from monitoring.cache.model_fingerprints import model_fingerprint
 
 
 def context_key(config: ExperimentConfig) -> str:

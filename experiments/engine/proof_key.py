@@ -20,7 +20,8 @@ from bounds import Detector
 from experiments.config import ExperimentConfig
 from experiments.engine.context import Context
 from experiments.machine.environment import kernel_facts, program_fingerprint
-from monitoring.cache.fingerprints import digest, execution_flags, model_fingerprint
+from monitoring.cache.fingerprints import digest
+from monitoring.cache.model_fingerprints import execution_flags, model_fingerprint
 
 FORM = 1
 """Of the kept files; another number makes all that were kept before void."""

@@ -23,7 +23,8 @@ from experiments.passes.gate import check_clean_correction
 from experiments.passes.subject import Subject
 from experiments.tables.schema import CleanRow, row_of
 from monitoring.cache.cached_forward import CachedForward
-from monitoring.cache.fingerprints import digest, input_fingerprint, model_fingerprint
+from monitoring.cache.fingerprints import digest, input_fingerprint
+from monitoring.cache.model_fingerprints import model_fingerprint
 
 
 class Baselines:

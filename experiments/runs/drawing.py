@@ -23,7 +23,8 @@ from experiments.runs.aim import EffectAim, draw_by_bits
 from experiments.runs.record import DrawnRun
 from fault_injection import Fault, Site, candidate_layers, choose_layers, draw_fault, instrumentation_of
 from fault_injection.numbers.bits import check_bits
-from monitoring.cache.fingerprints import digest, model_fingerprint
+from monitoring.cache.fingerprints import digest
+from monitoring.cache.model_fingerprints import model_fingerprint
 
 
 class FaultDrawing:

@@ -28,8 +28,9 @@ from torch import Tensor, nn
 
 from monitoring.cache.backend_stats import BackendStats
 from monitoring.cache.cached_value import clone_value
-from monitoring.cache.fingerprints import input_fingerprint, model_fingerprint, params_fingerprint
+from monitoring.cache.fingerprints import input_fingerprint, params_fingerprint
 from monitoring.cache.forward_cache import CacheKey, Entry, Flight, ForwardCache
+from monitoring.cache.model_fingerprints import model_fingerprint
 from monitoring.cache.pass_recorder import LineFields, PassCall, PassRecorder, Stopwatch
 from monitoring.trace.trace_writer import TraceWriter, current_label, labelled
 

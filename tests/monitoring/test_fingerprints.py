@@ -13,17 +13,19 @@ from hypothesis import strategies as st
 from torch import nn
 
 from monitoring.cache.fingerprints import (
-    bump_generation,
     canonical_json,
     digest,
-    execution_flags,
-    generation,
     input_fingerprint,
-    model_fingerprint,
     params_fingerprint,
     short,
     tensor_digest,
     view_id,
+)
+from monitoring.cache.model_fingerprints import (
+    bump_generation,
+    execution_flags,
+    generation,
+    model_fingerprint,
     weight_digests,
 )
 
@@ -245,7 +247,7 @@ def test_unchanged_weights_are_not_read_again(model: Small, monkeypatch: pytest.
         read.append(tensor.numel())
         return tensor_digest(tensor)
 
-    monkeypatch.setattr("monitoring.cache.fingerprints.tensor_digest", counting)
+    monkeypatch.setattr("monitoring.cache.model_fingerprints.tensor_digest", counting)
     assert weight_digests(model) == first
     assert read == []
     flip_one_bit(model.linear.bias)

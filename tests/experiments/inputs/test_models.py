@@ -26,7 +26,7 @@ from experiments.inputs.hub import HubUnreachableError, hub_files
 from experiments.inputs.model_facts import facts_from_config, model_family
 from experiments.inputs.model_places import read_model_facts
 from experiments.inputs.models import load_model, resolve_device
-from monitoring.cache.fingerprints import model_fingerprint
+from monitoring.cache.model_fingerprints import model_fingerprint
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
