@@ -50,6 +50,13 @@ def session(folder: CampaignFolder, number: int, count: int = 4, *, age: float =
     return begun
 
 
+@pytest.fixture
+def stopped_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rate is runs by seconds until now: on a busy machine a second can pass within a test."""
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now)
+
+
 def words(folder: CampaignFolder, plan: Plan, finished: set[str] | None = None) -> dict[str, str]:
     return {state.name: state.words for state in shard_states(folder, plan, finished or set())}
 
@@ -131,6 +138,7 @@ def test_a_run_that_waits_for_a_failed_one_of_its_cell_says_so(tmp_path: Path, e
     assert state.startswith("every run was tried" if ended else "its worker (")
 
 
+@pytest.mark.usefixtures("stopped_clock")
 def test_rate_and_expected_end(folder: CampaignFolder, plan: Plan) -> None:
     for number, age in ((1, 10.0), (2, 20.0)):
         session(folder, number, age=age, before=1)
@@ -186,6 +194,7 @@ def test_slurm_is_asked_once_for_all_shards_and_not_again_if_it_does_not_answer(
     assert slurm.calls("scontrol") == []
 
 
+@pytest.mark.usefixtures("stopped_clock")
 def test_runs_that_are_not_needed_are_no_work_that_was_done(folder: CampaignFolder, plan: Plan) -> None:
     session(folder, 1, 1, age=10.0, before=2)
     write_holder(folder.shards / "0001.lock")
