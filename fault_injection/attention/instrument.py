@@ -7,7 +7,7 @@ architecture's own eager function under the probe. Path R: the forward of every 
 >>> config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=16, n_positions=8, vocab_size=32)
 >>> model, inputs = transformers.GPT2LMHeadModel(config), {"input_ids": torch.tensor([[3, 1, 4, 1]])}
 >>> instrumentation = Instrumentation(model, inputs)   # patches; fault_injection.monkey_patch_model does this
->>> with tapped(model, counter := _ReachCounter()):    # taps see and change q, k, v, scores, weights, out
+>>> with tapped(model, counter := ReachCounter()):    # taps see and change q, k, v, scores, weights, out
 ...     _ = model(**inputs)
 >>> counter.reached                                    # the layers whose out was seen
 {0}
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from fault_injection.attention.call import AttentionCall, AttentionCore, Tap
+from fault_injection.attention.call import AttentionCore, Tap
 from fault_injection.attention.discovery import (
     UncoveredArchitectureError,
     discover_cores,
@@ -35,7 +35,7 @@ from fault_injection.attention.discovery import (
 )
 from fault_injection.attention.interface import IMPLEMENTATION, SelectedImplementation, configurations, register
 from fault_injection.attention.probe import AttentionProbe
-from fault_injection.attention.session import Evaluation, Session
+from fault_injection.attention.session import Evaluation, ReachCounter, Session
 from fault_injection.numbers.model_outputs import bitwise_equal_outputs, output_tensors
 
 Evaluate = Callable[[AttentionCore, tuple[Tensor, Tensor, Tensor], Any, Mapping[str, Any]], Any]
@@ -179,7 +179,7 @@ class Instrumentation:
             self._sessions.remove(session)
 
     def _check(self, model: nn.Module, inputs: Mapping[str, Any], expected: Any) -> None:
-        counter = _ReachCounter()
+        counter = ReachCounter()
         with self.session((counter,)):
             got = model(**inputs)
         missing = [core.name for core in self.cores if core.index not in counter.reached]
@@ -238,19 +238,6 @@ class Instrumentation:
         begun = [(session.taps, session.begin(core, scaling)) for session in self._sessions]
         wanted = [(tap, call) for taps, call in begun for tap in taps if tap.layers is None or core.index in tap.layers]
         return Evaluation(wanted) if wanted else None
-
-
-class _ReachCounter:
-    """A tap that notes which cores finished."""
-
-    locations = frozenset({"out"})
-    layers = None
-
-    def __init__(self) -> None:
-        self.reached: set[int] = set()
-
-    def on(self, location: str, tensor: Tensor, call: AttentionCall) -> None:
-        self.reached.add(call.core.index)
 
 
 _BOOLEAN_MASK = (

@@ -58,3 +58,17 @@ class Evaluation:
         """Tell the calls how the scores follow from queries and keys."""
         for _, call in self._wanted:
             call.product = product
+
+
+class ReachCounter:
+    """A tap that notes which cores finished."""
+
+    locations = frozenset({"out"})
+    layers = None
+
+    def __init__(self) -> None:
+        self.reached: set[int] = set()
+
+    def on(self, location: str, tensor: Tensor, call: AttentionCall) -> None:
+        """Note the core of a call that finished."""
+        self.reached.add(call.core.index)
