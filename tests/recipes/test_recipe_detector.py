@@ -19,7 +19,7 @@ CLASS = '''
 class LargeOutput(Detector):
     """Outputs are no larger than 1,000."""
 
-    name, needs, statement, cost = "large_output", frozenset({"out"}), "no output is larger than 1000", "d"
+    name, needs, statement, cost = "very_large_output", frozenset({"out"}), "no output is larger than 1000", "d"
     proved = False
 
     def judge(self, state, baseline):
@@ -30,10 +30,10 @@ FAULTS = ("--fault.location", "out", "--fault.bit", "30")
 
 
 def assert_it_looked(folder: Path) -> None:
-    said = [row for row in table(folder / "detections.csv") if row["detector"] == "large_output"]
+    said = [row for row in table(folder / "detections.csv") if row["detector"] == "very_large_output"]
     assert sum(int(row["violations"]) for row in said) > 0
-    assert {row["detector"] for row in table(folder / "clean.csv")} >= {"finite", "large_output"}
-    assert {run["unproved_detectors"] for run in table(folder / "runs.csv")} == {"large_output"}
+    assert {row["detector"] for row in table(folder / "clean.csv")} >= {"finite", "very_large_output"}
+    assert {run["unproved_detectors"] for run in table(folder / "runs.csv")} == {"very_large_output"}
 
 
 def test_a_detector_is_a_class_that_registers_itself(
@@ -43,14 +43,14 @@ def test_a_detector_is_a_class_that_registers_itself(
     toy("toy_registered", f"from bounds import Detector, Verdict, register_detector\n\n@register_detector{CLASS}")
     importlib.import_module("toy_registered")
     try:
-        assert "large_output   no output is larger than 1000  [cost: d; reads out; no theorem" in listed("detectors")
-        folder = campaign(*FAULTS, "--detect.detectors", "[finite, large_output]")
+        assert "very_large_output no output is larger than 1000  [cost: d; reads out; no theorem" in listed("detectors")
+        folder = campaign(*FAULTS, "--detect.detectors", "[finite, very_large_output]")
         assert_it_looked(folder)
-        assert "large_output" in page(folder)
+        assert "very_large_output" in page(folder)
     finally:
-        unregister_detector("large_output")
-    with pytest.raises(ValueError, match="got 'large_output', allowed"):
-        get_detector("large_output")
+        unregister_detector("very_large_output")
+    with pytest.raises(ValueError, match="got 'very_large_output', allowed"):
+        get_detector("very_large_output")
 
 
 def test_a_detector_of_a_file_reaches_workers_in_other_processes(campaign: Callable[..., Path], tmp_path: Path) -> None:
@@ -60,4 +60,4 @@ def test_a_detector_of_a_file_reaches_workers_in_other_processes(campaign: Calla
     try:
         assert_it_looked(campaign(*FAULTS, *options))
     finally:
-        unregister_detector("large_output")
+        unregister_detector("very_large_output")
