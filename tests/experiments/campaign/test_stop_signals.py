@@ -227,7 +227,7 @@ import signal, sys
 import experiments.command_line
 from experiments.machine.stop_request import StopRequest
 with StopRequest():
-    print(*sorted({"torch", "numpy", "transformers", "fault_injection"} & set(sys.modules)))
+    print(*sorted({"torch", "numpy", "transformers", "pandas", "scipy"} & set(sys.modules)))
 """
 
 
